@@ -1,0 +1,1 @@
+"""Configs are Python functions that return a locked `ml_collections.ConfigDict`."""

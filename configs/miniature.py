@@ -1,0 +1,182 @@
+"""The whole recipe on two CPU cores in half an hour: a tiny Qwen2.5, an offline web of real facts, every stage.
+
+Only sizes differ from a pod's config; the stages, their order and their code are the same. Values without a source are
+ours, chosen by measurement on this scale.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "miniature"
+    config.run_dir = "runs/miniature"  # everything the run writes; delete it to start over
+    config.seed = 0  # training seed: initialisation, data order, sampling
+    config.data_seed = 0  # world, tasks, trajectories and splits; shared by all training seeds
+
+    config.world = ConfigDict(
+        dict(
+            documents="",  # folder of your own md/html/txt/pdf documents, added to the built-in web
+            as_of="2026-06-01",  # the date the agent is told; the built-in pages are dated before it
+            heldout_share=0.2,  # entities whose questions appear in no training data
+        )
+    )
+    config.tools = ConfigDict(
+        dict(
+            address="",  # host:port of a running tool host; empty = start one on a free loopback port
+            topk=2,  # passages per search query when the agent names no number
+            max_observation_chars=700,  # longer tool results are stored; a summary and a path are returned
+            fetch_timeout=2.0,  # seconds for one page
+            call_timeout=15.0,  # seconds for one tool call, retries included
+            concurrency=32,  # calls of one tool at a time; more answer RESOURCE_EXHAUSTED
+        )
+    )
+    config.agent = ConfigDict(
+        dict(
+            prompt="compact",  # compact (tens of tokens, for tiny models) or full (JSON schemas of every tool)
+            max_turns=6,  # recipe: 30
+            max_turn_tokens=96,  # tokens an assistant turn may have; recipe: 16K
+            max_episode_tokens=640,  # tokens in context, prompt and observations included; recipe: 128K
+            max_tool_calls=6,  # calls per episode, enforced by the tool host
+            wall_seconds=120.0,  # above it the episode is masked, not punished
+        )
+    )
+    config.teacher = ConfigDict(
+        dict(
+            endpoint="",  # OpenAI-compatible base URL; empty = the offline expert
+            model="",  # model name at the endpoint
+            api_key_env="OPENAI_API_KEY",  # environment variable that holds the key
+        )
+    )
+    config.synthesis = ConfigDict(
+        dict(
+            tasks_per_entity=14,  # training tasks made for one entity, over all kinds
+            heldout_tasks=240,  # evaluation tasks
+            chinese_share=0.2,  # of tasks
+            kind_weights=ConfigDict(dict(fact=0.55, deep_search=0.15, verification=0.1, report=0.2)),
+            noise_share=0.08,  # trajectories with a tool error or empty result and its recovery; a seed says 5-10 %
+            max_reflections=3,  # paper section 3.3: at most three
+            seed_degree=(3, 10),  # paper section 3.2: degree of a seed entity
+            subgraph_nodes=(10, 40),  # paper section 3.2
+            super_node_degree=1000,  # paper section 3.2: larger ones are leaves
+            episode_concurrency=16,  # expert episodes at once
+            reading_copies=6,  # renamed copies of each passage in the reading data of mid-training
+            trajectory_copies=6,  # renamed copies of each trajectory in mid-training II and SFT
+        )
+    )
+    config.tokenizer = ConfigDict(dict(vocab_size=2048))  # byte-level BPE, special tokens included; Qwen2.5: 151,665
+    config.model = ConfigDict(
+        dict(
+            hidden_size=64,
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            intermediate_size=192,
+            rope_theta=10_000.0,  # Qwen2.5: 1e6, for 128K contexts
+            rms_norm_eps=1e-6,  # Qwen2.5
+            tie_embeddings=True,  # as Qwen2.5 0.5B-3B
+            dtype="float32",  # compute
+            param_dtype="float32",
+        )
+    )
+    config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
+
+    def stage(**overrides) -> ConfigDict:
+        base = dict(
+            context=256,  # tokens in a row
+            batch=32,  # rows in a step
+            steps=100,
+            learning_rate=3e-3,
+            final_learning_rate=3e-4,
+            warmup_steps=50,
+            decay_share=0.3,  # last part of training over which the rate falls (WSD)
+            weight_decay=0.01,
+            beta2=0.95,
+            clip_norm=1.0,
+            z_loss=1e-4,
+            loss_chunk=2048,  # tokens per slice of the vocabulary loss
+            checkpoint_every=100,  # steps
+            keep_checkpoints=2,
+            log_every=10,  # steps
+            microbatches=1,
+            # mixture name -> rate; the rates of the paper's Table 1 and 2 are not published
+            mixture=ConfigDict(),
+        )
+        return ConfigDict(base | overrides)
+
+    config.midtrain1 = stage(
+        steps=700,
+        mixture=ConfigDict(
+            dict(
+                active_reading=0.25,  # Table 1: general knowledge, QA and rewriting
+                quoting=0.25,  # Table 1: rewriting; a span and the same span again teaches copying
+                synthetic_knowledge=0.25,  # Table 1: PleIAs-style, invented entities
+                summarisation=0.1,
+                reasoning=0.05,
+                reflection=0.1,
+            )
+        ),
+    )
+    config.midtrain2 = stage(
+        context=512,
+        batch=16,
+        steps=300,
+        learning_rate=2e-3,
+        mixture=ConfigDict(
+            dict(
+                url_qa=0.2,  # Table 2
+                deep_search_tools=0.4,  # Table 2: deep search with tool calls
+                planning_tools=0.1,
+                long_summarisation=0.1,
+                reflection_tools=0.1,
+                dialogue=0.05,
+                active_reading=0.05,
+            )
+        ),
+    )
+    config.sft = stage(
+        context=512,
+        batch=16,
+        steps=200,
+        learning_rate=1e-3,
+        final_learning_rate=1e-4,
+        mixture=ConfigDict(dict(sft_deep_search=0.5, sft_deep_research=0.5)),
+    )
+    config.ppo = ConfigDict(
+        dict(
+            iterations=60,
+            prompts=32,  # tasks per iteration; Open-Reasoner-Zero: 128
+            samples=2,  # episodes per task; Open-Reasoner-Zero: 64
+            gamma=1.0,  # paper
+            gae_lambda=1.0,  # paper
+            clip=0.2,  # Open-Reasoner-Zero
+            value_clip=0.2,  # Open-Reasoner-Zero
+            actor_learning_rate=3e-4,  # ours; Open-Reasoner-Zero: 1e-6 at 32B
+            critic_learning_rate=1e-3,  # ours; Open-Reasoner-Zero: 5e-6
+            warmup_steps=5,
+            actor_minibatches=1,  # Open-Reasoner-Zero: 1 actor update per iteration
+            critic_minibatches=4,  # Open-Reasoner-Zero: 12
+            critic_only_iterations=3,  # ours
+            kl_coefficient=0.0,  # Open-Reasoner-Zero
+            entropy_coefficient=0.0,
+            loss_aggregation="token_mean",  # token_mean, seq_mean or seq_sum
+            whiten=True,
+            temperature=1.0,
+            clip_norm=1.0,
+            beta2=0.95,  # Open-Reasoner-Zero
+            max_masked_share=0.3,  # above it the iteration is sampled again, then the run stops
+            checkpoint_every=5,  # iterations
+            keep_checkpoints=2,
+            slots=64,  # sequences that the sampler decodes together
+        )
+    )
+    config.eval = ConfigDict(
+        dict(
+            tasks=120,  # held-out tasks, the same for every stage and seed
+            samples=1,  # episodes per task
+            temperature=1.0,  # the official repository's setting
+            price_per_million_tokens=1.0,  # arbitrary unit: makes cost comparable, not real
+        )
+    )
+    return config.lock()
