@@ -1,0 +1,1 @@
+"""Rubric judges: verdicts, what they add up to, and who gives them."""

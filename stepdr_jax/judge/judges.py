@@ -1,0 +1,176 @@
+r"""Judges: something that reads an episode's answer and gives every rubric of its task a verdict.
+
+`ProgrammaticJudge` decides rubrics that carry a machine-readable `check`. It reads the answer and the passages that the
+episode observed, as data: whatever the answer says about how to grade it changes nothing. Checks:
+
+    {"kind": "states", "any": [...]}                  the answer states one of the values
+                       "all": [...]                   ... and every one of these, when given
+    {"kind": "states_wrong", "any": [...]}            the answer states one of these (a flaw)
+    {"kind": "cites_support", "any": [...]}           a cited, observed passage contains one of the values;
+                                    "about": [...]    ... and one of these names, when given
+    {"kind": "authoritative"}                         there are citations and every one is of an authoritative source
+    {"kind": "unresolved_citation"}                   a citation names no observed passage (a flaw)
+    {"kind": "degenerate"}                            repeated n-grams or overlong (a flaw); "max_units": int
+    {"kind": "verdict", "value": "supported|refuted"} the answer gives this verdict and not the other
+
+A rubric without a check needs a language model: its verdict here is `error`, with the reason.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from stepdr_jax.judge import matching, repetition, verdicts
+from stepdr_jax.records import Judgment, Rubric, RubricSet, Source, Task, Trajectory, Verdict
+
+VERDICT_WORDS = {
+    "supported": ("supported", "正确"),
+    "refuted": ("refuted", "错误"),
+}
+MAX_ANSWER_UNITS = 400  # far above any brief answer; a longer one is padding
+
+
+class Judge(Protocol):
+    """Anything that can judge an episode."""
+
+    async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
+        """Returns verdicts and their reward; reward None means the judge failed, which is never a score of 0."""
+        ...
+
+
+class ProgrammaticJudge:
+    """Decides rubrics by their `check`, without a model.
+
+    Args:
+        names: known entity names; "Guinea" inside the known name "Equatorial Guinea" is not a statement of "Guinea".
+        mapping: how verdicts become numbers, `strict` (default) or `ternary`.
+        max_missing: share of failed verdicts above which there is no reward.
+    """
+
+    def __init__(
+        self, names: Iterable[str] = (), *, mapping: verdicts.Mapping = "strict", max_missing: float = 0.1
+    ) -> None:
+        self._names = sorted(set(names))
+        self._longer: dict[str, tuple[str, ...]] = {}
+        self._mapping = mapping
+        self._max_missing = max_missing
+
+    async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
+        """Judges one episode.
+
+        Returns:
+            Verdict with a judgment per rubric. `reward` is None when the episode ended by infrastructure (it must be
+            masked) or too many rubrics failed. `correct`: the answer states the gold value (None for open tasks).
+            `cited`: at least one citation and every one resolves to an observed passage.
+        """
+        if not trajectory.finish.is_policy_outcome:
+            judgments = [_failed(rubric, f"episode ended by {trajectory.finish}") for rubric in rubric_set.rubrics]
+            return Verdict(reward=None, judgments=judgments)
+        answer = trajectory.answer or ""
+        view = _View(answer, trajectory.sources(), self._longer_names)
+        judgments = [_judgment(rubric, view, self._mapping) for rubric in rubric_set.rubrics]
+        fatal = [rubric.rid for rubric in rubric_set.rubrics if rubric.fatal]
+        reward = verdicts.aggregate(judgments, self._mapping, self._max_missing, fatal=fatal)
+        cited = bool(view.ids) and all(id_ in view.sources for id_ in view.ids)
+        return Verdict(reward=reward, judgments=judgments, correct=_correct(task, view), cited=cited)
+
+    def _longer_names(self, value: str) -> tuple[str, ...]:
+        if value not in self._longer:
+            needle = matching.normalise(value)
+            self._longer[value] = tuple(
+                name for name in self._names if needle in (other := matching.normalise(name)) and other != needle
+            )
+        return self._longer[value]
+
+
+class _View:
+    """One answer as the checks see it."""
+
+    def __init__(self, answer: str, sources: dict[str, Source], longer_names: Callable[[str], tuple[str, ...]]) -> None:
+        self.answer = answer
+        self.prose = matching.strip_citations(answer)
+        self.ids = matching.cited_ids(answer)
+        self.sources = sources
+        self.cited = [sources[id_] for id_ in self.ids if id_ in sources]
+        self._longer_names = longer_names
+
+    def states(self, values: Iterable[str], text: str | None = None) -> bool:
+        text = self.prose if text is None else text
+        return any(matching.contains(text, value, longer_names=self._longer_names(value)) for value in values)
+
+
+def _states(check: dict, view: _View) -> bool:
+    if "any" not in check and "all" not in check:
+        raise KeyError("any")
+    every = all(view.states([value]) for value in check.get("all", ()))
+    return every and ("any" not in check or view.states(check["any"]))
+
+
+def _cites_support(check: dict, view: _View) -> bool:
+    about = check.get("about")
+    return any(
+        view.states(check["any"], source.text) and (about is None or view.states(about, source.text))
+        for source in view.cited
+    )
+
+
+def _authoritative(check: dict, view: _View) -> bool:
+    return bool(view.ids) and len(view.cited) == len(view.ids) and all(s.authority >= 2 for s in view.cited)
+
+
+def _unresolved_citation(check: dict, view: _View) -> bool:
+    return any(id_ not in view.sources for id_ in view.ids)
+
+
+def _degenerate(check: dict, view: _View) -> bool:
+    overlong = len(repetition.units(view.prose)) > check.get("max_units", MAX_ANSWER_UNITS)
+    return overlong or repetition.degenerate(view.prose) is not None
+
+
+def _verdict(check: dict, view: _View) -> bool:
+    return stated_verdict(view.prose) == check["value"]
+
+
+CHECKS: dict[str, Callable[[dict, _View], bool]] = {
+    "states": _states,
+    "states_wrong": _states,
+    "cites_support": _cites_support,
+    "authoritative": _authoritative,
+    "unresolved_citation": _unresolved_citation,
+    "degenerate": _degenerate,
+    "verdict": _verdict,
+}
+
+
+def stated_verdict(text: str) -> str | None:
+    """Which verdict on a claim a text gives: `supported`, `refuted`, or None when it gives none or both."""
+    given = {name for name, words in VERDICT_WORDS.items() if matching.states_any(text, words)}
+    return given.pop() if len(given) == 1 else None
+
+
+def _judgment(rubric: Rubric, view: _View, mapping: verdicts.Mapping) -> Judgment:
+    check = CHECKS.get(rubric.check.get("kind", ""))
+    if check is None:
+        return _failed(
+            rubric, f"no programmatic check of kind {rubric.check.get('kind')!r}; needs a language model judge"
+        )
+    try:
+        holds = check(rubric.check, view)
+    except (KeyError, TypeError) as error:
+        return _failed(rubric, f"check {rubric.check} is malformed: {error!r}")
+    verdict = "satisfied" if holds else "not"
+    score = verdicts.SCORES[mapping](rubric.role, verdict)
+    return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict=verdict, score=score)
+
+
+def _failed(rubric: Rubric, reason: str) -> Judgment:
+    return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict="error", score=None, reason=reason)
+
+
+def _correct(task: Task, view: _View) -> bool | None:
+    if task.answer is None:
+        return None
+    if task.kind == "verification":
+        return stated_verdict(view.prose) == task.answer.value
+    if task.answer.type == "list":  # every element counts, in any order
+        return all(view.states([part]) for part in task.answer.value.split("; "))
+    return view.states([task.answer.value, *task.answer.aliases])

@@ -1,0 +1,69 @@
+"""When a text says a value: normalisation, word boundaries in two scripts, and citation marks.
+
+Nothing here knows about rubrics or tasks; the judge and the cleaning rules of synthesis share it.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Iterable
+
+CITATION = re.compile(r"\\cite\{([^{}]*)\}")
+CITATION_ID = re.compile(r"web_[a-z]{8}\b")
+HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
+_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
+
+
+def cited_ids(text: str) -> list[str]:
+    r"""Ids of every `\cite{a}` or `\cite{a, b}` mark in reading order, repeats kept; empty ids are kept as ''."""
+    return [part.strip() for mark in CITATION.findall(text) for part in mark.split(",")]
+
+
+def strip_citations(text: str) -> str:
+    r"""Removes `\cite{...}` marks and the space before them."""
+    return re.sub(r"\s*\\cite\{[^{}]*\}", "", text)
+
+
+@functools.lru_cache(maxsize=65536)
+def normalise(text: str) -> str:
+    """NFKC, case-folded, one space between words, thousands separators inside numbers removed, plain quotes."""
+    text = unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold()
+    text = _GROUPED.sub("", text)
+    return " ".join(text.split())
+
+
+@functools.lru_cache(maxsize=65536)
+def _pattern(needle: str) -> re.Pattern:
+    body = re.escape(needle)
+    if HAN.search(needle):  # Chinese has no spaces: a substring is a mention
+        return re.compile(body)
+    # a number inside a longer one ("3" in "0.3" or "3.5") is another number
+    before = r"(?<!\w)(?<!\d[.,])" if needle[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?![.,]\d)" if needle[-1:].isdigit() else r"(?!\w)"
+    return re.compile(before + body + after)
+
+
+def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool:
+    """Whether `text` states `value` as a whole word or number (a substring where the value is Chinese).
+
+    Args:
+        text: any text; citation marks should be stripped by the caller.
+        value: what is looked for; the empty string is never stated.
+        longer_names: names that may hold `value` inside them ("Equatorial Guinea" for "Guinea"); an occurrence inside
+            one of them does not count.
+    """
+    needle = normalise(value)
+    if not needle:
+        return False
+    haystack = normalise(text)
+    for name in longer_names:
+        other = normalise(name)
+        if other != needle and needle in other and other in haystack:
+            haystack = _pattern(other).sub("\x00", haystack)
+    return _pattern(needle).search(haystack) is not None
+
+
+def states_any(text: str, values: Iterable[str], *, longer_names: Iterable[str] = ()) -> bool:
+    """Whether the text states at least one of the values."""
+    return any(contains(text, value, longer_names=longer_names) for value in values)
