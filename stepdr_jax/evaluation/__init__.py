@@ -1,0 +1,1 @@
+"""Measuring a policy: held-out tasks, intervals, paired comparisons and cost."""
