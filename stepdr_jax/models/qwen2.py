@@ -1,0 +1,264 @@
+"""The Qwen2.5 decoder as pure functions on a parameter tree, shared by trainer and sampler, and its NNX face.
+
+Parameters are a nested dict; every leaf under "layers" has a leading layer axis from initialisation to disk:
+
+    embedding [V, D]                 unembedding [D, V] (absent when embeddings are tied)
+    final_norm [D]
+    layers: attention_norm [L, D]    q_kernel [L, D, H*K]   q_bias [L, H*K]    k_*, v_* [L, D, N*K] [L, N*K]
+            output_kernel [L, H*K, D]
+            mlp_norm [L, D]          gate_kernel, up_kernel [L, D, F]          down_kernel [L, F, D]
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stepdr_jax.ops.attention import attention
+from stepdr_jax.ops.rope import apply_rope, rope_tables
+
+MASKED = -1e30  # score of an unwritten or future cache entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """Shape and numerics of a decoder; hashable, so it can be a static argument of jit.
+
+    dtype is the type of activations and matrix products, param_dtype that of stored parameters; norms, rotary angles,
+    attention scores and the vocabulary loss are float32 whatever they are.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_embeddings: bool
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"expected num_heads to be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"expected an even head_dim for rotary positions, got {self.head_dim}")
+
+    @classmethod
+    def from_config(cls, model, vocab_size: int) -> "Qwen2Config":
+        """Builds from `config.model` (an ml_collections.ConfigDict) and the tokenizer's size."""
+        return cls(vocab_size=vocab_size, **dict(model))
+
+
+def param_shapes(config: Qwen2Config) -> dict:
+    """The parameter tree as jax.ShapeDtypeStruct leaves: the one declaration that initialisation and loading follow."""
+    c = config
+    L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
+    heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    shapes = {
+        "embedding": (V, D),
+        "final_norm": (D,),
+        "layers": {
+            "attention_norm": (L, D),
+            "q_kernel": (L, D, heads),
+            "q_bias": (L, heads),
+            "k_kernel": (L, D, kv),
+            "k_bias": (L, kv),
+            "v_kernel": (L, D, kv),
+            "v_bias": (L, kv),
+            "output_kernel": (L, heads, D),
+            "mlp_norm": (L, D),
+            "gate_kernel": (L, D, F),
+            "up_kernel": (L, D, F),
+            "down_kernel": (L, F, D),
+        },
+    }
+    if not c.tie_embeddings:
+        shapes["unembedding"] = (D, V)
+    dtype = jnp.dtype(c.param_dtype)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def init_params(config: Qwen2Config, key: jax.Array) -> dict:
+    """Random parameters: norms one, biases zero, the rest normal with deviation 0.02 (Qwen2's initializer_range).
+
+    Projections that write to the residual stream are divided by sqrt(2 L), so its size does not grow with depth.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config))
+    keys = jax.random.split(key, len(leaves))
+
+    def leaf(path, shape, key):
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(shape.shape, shape.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(shape.shape, shape.dtype)
+        scale = 0.02
+        if name in ("output_kernel", "down_kernel"):
+            scale /= (2 * config.num_layers) ** 0.5
+        return (scale * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
+
+    return jax.tree.unflatten(tree, [leaf(path, shape, k) for (path, shape), k in zip(leaves, keys, strict=True)])
+
+
+def unembedding(params: dict, config: Qwen2Config) -> jax.Array:
+    """w_DV: logits are hidden states @ w_DV."""
+    return params["embedding"].T if config.tie_embeddings else params["unembedding"]
+
+
+def hidden_states(
+    params: dict,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    config: Qwen2Config,
+    *,
+    attention_backend: str = "auto",
+    remat: bool = False,
+) -> jax.Array:
+    """Final hidden states x_BTD (after the last norm) of packed rows.
+
+    Args:
+        params: tree of `param_shapes`.
+        tokens_BT: int32 ids.
+        positions_BT: int32 positions inside each segment.
+        segment_ids_BT: int32; tokens attend causally within their segment, 0 is padding.
+        config: model shape.
+        attention_backend: see `ops.attention.attention`.
+        remat: recompute each layer in the backward pass; activations kept fall to one x_BTD a layer.
+    """
+    dtype = jnp.dtype(config.dtype)
+    cos_BTk, sin_BTk = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+
+    def layer(x_BTD, w):
+        q_BTHK, k_BTNK, v_BTNK = _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
+        o_BTHK = attention(
+            q_BTHK,
+            k_BTNK,
+            v_BTNK,
+            query_positions_BT=positions_BT,
+            key_positions_BS=positions_BT,
+            query_segments_BT=segment_ids_BT,
+            key_segments_BS=segment_ids_BT,
+            backend=attention_backend,
+        )
+        x_BTD = x_BTD + _output(o_BTHK, w)
+        return x_BTD + _mlp(x_BTD, w, config), None
+
+    x_BTD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BTD, params["layers"])
+    return _rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
+
+
+def init_cache(config: Qwen2Config, slots: int, max_len: int) -> dict:
+    """Empty K/V cache {"k", "v": [L, slots, max_len, N, K]} in config.dtype."""
+    shape = (config.num_layers, slots, max_len, config.num_kv_heads, config.head_dim)
+    return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
+
+
+def hidden_states_cached(
+    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: dict, config: Qwen2Config
+) -> tuple[jax.Array, dict]:
+    """Extends each row of the cache by its valid tokens and returns (x_BTD, cache).
+
+    Row b writes K/V of its valid tokens at their positions, and each token sees cache entries 0..its own position: the
+    caller keeps positions of a row contiguous from 0. Invalid tokens write nothing and their x is meaningless. Donate
+    the cache to update it in place.
+
+    Args:
+        params: tree of `param_shapes`.
+        tokens_BT: int32 ids; B equals the cache's slots.
+        positions_BT: int32 positions, less than the cache's max_len where valid.
+        valid_BT: bool.
+        cache: from `init_cache`.
+        config: model shape.
+    """
+    dtype = jnp.dtype(config.dtype)
+    B, T = tokens_BT.shape
+    S = cache["k"].shape[2]
+    H, N, K = config.num_heads, config.num_kv_heads, config.head_dim
+    cos_BTk, sin_BTk = rope_tables(positions_BT, K, config.rope_theta)
+    write_BT = jnp.where(valid_BT, positions_BT, S)  # S is out of bounds: the scatter drops it
+    rows_B1 = jnp.arange(B)[:, None]
+    visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
+    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+
+    def layer(carry, inputs):
+        # The cache is carried, not scanned over, so that XLA updates it in place instead of stacking a second one.
+        x_BTD, k_LBSNK, v_LBSNK = carry
+        w, index = inputs
+        q_BTHK, k_BTNK, v_BTNK = _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
+        k_LBSNK = k_LBSNK.at[index, rows_B1, write_BT].set(k_BTNK, mode="drop")
+        v_LBSNK = v_LBSNK.at[index, rows_B1, write_BT].set(v_BTNK, mode="drop")
+        q_BTNGK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K)
+        k_BSNK, v_BSNK = k_LBSNK[index], v_LBSNK[index]
+        scores = jnp.einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1).astype(dtype)
+        o_BTHK = jnp.einsum("BNGTS,BSNK->BTNGK", weights, v_BSNK).reshape(B, T, H, K)
+        x_BTD = x_BTD + _output(o_BTHK, w)
+        return (x_BTD + _mlp(x_BTD, w, config), k_LBSNK, v_LBSNK), None
+
+    carry = (x_BTD, cache["k"], cache["v"])
+    (x_BTD, k, v), _ = jax.lax.scan(layer, carry, (params["layers"], jnp.arange(config.num_layers)))
+    return _rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps), {"k": k, "v": v}
+
+
+def _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
+    B, T, _ = x_BTD.shape
+    h_BTD = _rms_norm(x_BTD, w["attention_norm"], config.rms_norm_eps)
+
+    def project(name, heads):
+        return (_dot(h_BTD, w[f"{name}_kernel"]) + w[f"{name}_bias"].astype(h_BTD.dtype)).reshape(
+            B, T, heads, config.head_dim
+        )
+
+    q_BTHK = apply_rope(project("q", config.num_heads), cos_BTk, sin_BTk)
+    k_BTNK = apply_rope(project("k", config.num_kv_heads), cos_BTk, sin_BTk)
+    return q_BTHK, k_BTNK, project("v", config.num_kv_heads)
+
+
+def _output(o_BTHK, w):
+    return _dot(o_BTHK.reshape(*o_BTHK.shape[:2], -1), w["output_kernel"])
+
+
+def _mlp(x_BTD, w, config):
+    h_BTD = _rms_norm(x_BTD, w["mlp_norm"], config.rms_norm_eps)
+    return _dot(jax.nn.silu(_dot(h_BTD, w["gate_kernel"])) * _dot(h_BTD, w["up_kernel"]), w["down_kernel"])
+
+
+def _dot(x, kernel):
+    return x @ kernel.astype(x.dtype)
+
+
+def _rms_norm(x, scale, eps):
+    x32 = x.astype(jnp.float32)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normal * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class Qwen2(nnx.Module):
+    """NNX face of the functions above: holds the same tree as nnx.Param leaves."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs | None = None, params: dict | None = None):
+        """Takes `params` as given, or initialises from rngs.params()."""
+        if params is None:
+            params = init_params(config, rngs.params())
+        self.config = config
+        self.params = nnx.data(jax.tree.map(nnx.Param, params))
+
+    def tree(self) -> dict:
+        """The plain parameter tree, for the pure functions."""
+        return jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        """float32 logits_BTV. Holds all of them at once: for inspection and tests, not for training."""
+        params = self.tree()
+        x_BTD = hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, self.config)
+        w_DV = unembedding(params, self.config).astype(x_BTD.dtype)
+        return jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Pure array functions: attention, rotary positions, vocabulary loss. Nothing here knows of configs or files."""
