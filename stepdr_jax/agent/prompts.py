@@ -64,8 +64,6 @@ FORMAT_ERROR = {
 
 CUT_TURN = {"en": "the turn was cut at {tokens} tokens, be shorter", "zh": "这一轮在{tokens}个词元处被截断，请写短一些"}
 
-EMPTY_TURN = {"en": "the turn has neither a tool call nor an answer", "zh": "这一轮既没有工具调用也没有回答"}
-
 
 def system_prompt(style: str, as_of: str, tool_specs: Sequence["ToolSpec"] = (), lang: Lang = "en") -> str:
     """Returns the system message.

@@ -147,17 +147,13 @@ async def _run(state, task, policy, tools, prompt, as_of, seed, episode_id, emit
         turn = await state.policy.act(room)
         number = account.turns
         account.turns += 1
-        parsed = chat.parse_assistant(turn.text)
+        parsed = chat.parse_assistant(turn.text, turn=number)
         if parsed.thought:
             emit(Event("thought", number, parsed.thought))
-        calls = [
-            ToolCall(id=f"{number}.{index}", name=call.name, arguments=call.arguments)
-            for index, call in enumerate(parsed.tool_calls)
-        ]
+        calls = list(parsed.tool_calls)
         message = Message(role="assistant", content=turn.text, tool_calls=calls)
         state.messages.append(message)
 
-        # An answer ends the episode, whatever stands beside it: calls whose results nobody reads are not made.
         if parsed.answer is not None and parsed.error is None:
             state.answer = parsed.answer
             emit(Event("answer", number, parsed.answer))
@@ -188,12 +184,10 @@ async def _run(state, task, policy, tools, prompt, as_of, seed, episode_id, emit
 
 
 def _format_error(parsed, calls: list[ToolCall], turn, room: int, lang: str) -> str | None:
-    """Why the turn is neither a set of calls nor an answer, in words for the policy; None if it is one."""
+    """What is wrong with a turn that is not an answer, in words for the policy; None if its calls can be made."""
     if turn.finish == "length" and (parsed.error or not calls):
         return prompts.CUT_TURN[lang].format(tokens=room)
-    if parsed.error:
-        return parsed.error.rstrip(".")
-    return None if calls else prompts.EMPTY_TURN[lang]
+    return parsed.error
 
 
 async def _call(state: _State, call: ToolCall, turn: int, emit) -> str:
@@ -219,8 +213,7 @@ async def _close(state: _State) -> None:
 
 def _token_counts(session: PolicySession | None, log: TokenLog | None) -> dict[str, float]:
     if log is not None:
-        sampled = log.arrays()["sampled"]
-        return {"sampled_tokens": float(sampled.sum()), "given_tokens": float((~sampled).sum())}
+        return {"sampled_tokens": float(log.sampled_count), "given_tokens": float(len(log) - log.sampled_count)}
     sampled = getattr(session, "sampled_tokens", None)
     context = getattr(session, "context_tokens", None)
     if sampled is None or context is None:

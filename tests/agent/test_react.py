@@ -125,10 +125,11 @@ def test_a_turn_cut_by_its_own_limit_is_told_so_and_goes_on():
     assert "50 tokens" in policy.observed[0][0][0]
 
 
-def test_an_answer_beside_calls_ends_the_episode_without_calling():
-    tools = TableTools()
-    assert run(ScriptedPolicy(search("a") + "\n" + ANSWER), tools).trajectory.finish == Finish.ANSWERED
-    assert tools.calls == []
+def test_an_answer_beside_calls_is_malformed_and_nothing_is_called():
+    policy, tools = ScriptedPolicy(search("a") + "\n" + ANSWER, ANSWER), TableTools()
+    trajectory = run(policy, tools).trajectory
+    assert trajectory.finish == Finish.ANSWERED and trajectory.stats["format_errors"] == 1
+    assert "got both" in policy.observed[0][0][0] and tools.calls == []
 
 
 def test_a_broken_tool_host_is_infrastructure_not_a_policy_outcome():
