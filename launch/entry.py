@@ -1,0 +1,289 @@
+"""How every script starts: flags, config, and errors as one line that names the fix.
+
+A script defines `main(config)` and ends with `entry.run(main, __doc__)`. Its own flags are absl flags. Exit codes:
+0 done, 1 a bug (with its stack trace), 2 something the person can fix, 130 interrupted, 143 terminated.
+"""
+
+import contextlib
+import ctypes
+import difflib
+import errno
+import importlib.util
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from stepdr_jax import configuration
+from stepdr_jax.errors import UserError
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.py"
+DIE_WITH_PARENT = "STEPDR_DIE_WITH_PARENT"  # set by a parent whose death must end this process, kill -9 included
+
+_arguments: list[str] = []
+_config_arguments: list[str] = []
+
+
+def run(main: Callable[[ConfigDict], Any], doc: str | None = None, *, positional: str = "") -> NoReturn:
+    """Parses the command line, runs `main(config)` and exits.
+
+    Args:
+        main: the script's work; its return value is the exit status if it is an int.
+        doc: the script's docstring, shown by --help.
+        positional: what the words after the flags mean, for --help and errors; "" means there may be none.
+    """
+    _die_with_parent()
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(guarded(lambda: main(parse(sys.argv, doc, positional=positional))))
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Runs `work` and returns the exit status; what a person can fix is printed as one line on standard error."""
+    try:
+        status = work()
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        _say("interrupted; run the same command to continue")
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone; nobody is left to be told
+        _silence_stdout()
+        return 0
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _say(f"error: {line}")
+        return 2
+
+
+def explain(error: BaseException) -> str | None:
+    """Returns the one line that names the fix, or None when the error is a bug whose stack trace is needed."""
+    seen = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, UserError) or type(cause).__name__ == "ToolHostError":
+            return " ".join(str(cause).split())
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {cause.filename}" if cause.filename else ""
+            return f"disk full{where}; free space and run the same command: finished work is kept"
+        if isinstance(cause, PermissionError) and cause.filename:
+            return (
+                f"{cause.filename}: permission denied; make it readable and writable for this user, or change run_dir"
+            )
+        cause = cause.__cause__ or cause.__context__
+    # Writers in C++ (array_record, tensorstore, orbax) report a full disk as text.
+    if "No space left on device" in str(error):
+        return "disk full; free space and run the same command: finished work is kept"
+    return None
+
+
+def arguments() -> list[str]:
+    """The words on the command line that are not flags."""
+    return list(_arguments)
+
+
+def config_arguments() -> list[str]:
+    """The --config flags as given, for starting another script with the same config."""
+    return list(_config_arguments)
+
+
+def parse(argv: list[str], doc: str | None = None, *, positional: str = "") -> ConfigDict:
+    """Returns the locked, checked config of a command line; raises UserError for whatever is wrong with it."""
+    if any(word in ("--help", "-h", "-help", "--helpfull", "--helpshort") for word in argv[1:]):
+        print(usage(argv[0], doc, positional))
+        sys.exit(0)
+    config_words, others = _split(argv[1:])
+    _arguments[:] = _parse_script_flags([argv[0], *others])
+    if _arguments and not positional:
+        raise UserError(f"expected only flags, got {_arguments[0]!r}; flags are written --name=value")
+    path = DEFAULT_CONFIG
+    overrides: dict[str, str] = {}
+    for word in config_words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"{name}: expected {name}=VALUE")
+        if name == "--config":
+            path = Path(value)
+        else:
+            overrides[name.removeprefix("--config.")] = value
+    config = load(path)
+    for name, value in overrides.items():
+        override(config, name, value)
+    configuration.check_values(config)
+    _config_arguments[:] = config_words
+    return config.lock()
+
+
+def load(path: str | os.PathLike) -> ConfigDict:
+    """Loads the config that a Python file's `get_config()` returns and checks that it has the fields of the miniature."""
+    config = _load(Path(path))
+    if Path(path).resolve() != DEFAULT_CONFIG:
+        configuration.check_shape(config, _load(DEFAULT_CONFIG))
+    return config
+
+
+def override(config: ConfigDict, name: str, value: str) -> None:
+    """Sets the dotted field `name` from text, by the type the field has. Raises UserError for names and values."""
+    problem = configuration.unknown_field(config, name)
+    if problem:
+        raise UserError(f"--config.{name}: {problem}")
+    section = config
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        section = section[parent]
+    current = section[leaf]
+    try:
+        section[leaf] = _typed(value, current)
+    except (ValueError, TypeError, KeyError):
+        kind = "one of its fields" if isinstance(current, ConfigDict) else _KINDS.get(type(current), "a value")
+        raise UserError(f"--config.{name}: expected {kind} (now {_shown(current)}), got {value!r}") from None
+
+
+def usage(program: str, doc: str | None, positional: str = "") -> str:
+    """The text of --help: the script's docstring, its flags and how to change a config field."""
+    module = _module_name(program)
+    lines = [(doc or "").strip(), "", f"usage: python -m {module} [flags]{' ' + positional if positional else ''}", ""]
+    lines += ["flags:", f"  --config=FILE  Python file with get_config() (default: {_short(DEFAULT_CONFIG)})"]
+    lines += ["  --config.FIELD=VALUE  change one field, for example --config.run_dir=runs/mine --config.seed=1"]
+    for flag in _script_flags():
+        default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
+        lines.append(f"  --{flag.name}{'' if flag.boolean else '=VALUE'}  {flag.help}{default}")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------- details
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
+
+
+def _typed(text: str, current: Any) -> Any:
+    """Reads `text` as the type of the field's current value. ml_collections' own flags read sys.argv and print traces."""
+    if isinstance(current, ConfigDict):
+        raise TypeError("a section has no value")
+    if isinstance(current, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(current, tuple | list):
+        element = type(current[0]) if current else str
+        return tuple(element(word) for word in re.split(r"[,\s()\[\]]+", text) if word)
+    return type(current)(text)
+
+
+def _shown(value: Any) -> str:
+    return "a section" if isinstance(value, ConfigDict) else repr(value)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Separates --config words (`--config X` becomes `--config=X`) from all others."""
+    config_words, others = [], []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return config_words, [*others, word, *rest]
+        if re.match(r"--?config(\.|=|$)", word):
+            word = "--" + word.lstrip("-")
+            takes_next = "=" not in word and rest and not rest[0].startswith("--")
+            config_words.append(f"{word}={rest.pop(0)}" if takes_next else word)
+        else:
+            others.append(word)
+    return config_words, others
+
+
+def _parse_script_flags(argv: list[str]) -> list[str]:
+    # Scripts may be run by tests in one process, so the order of modules must not matter: absl is parsed afresh.
+    flags.FLAGS.unparse_flags()
+    try:
+        return flags.FLAGS(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = [flag.name for flag in _script_flags()] + ["config"]
+        close = difflib.get_close_matches(error.flagname, known, 2)
+        names = ", ".join(f"--{name}" for name in (close or known))
+        hint = f"did you mean {names}?" if close else f"this script has {names}"
+        raise UserError(f"unknown flag --{error.flagname}; {hint}") from None
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+
+
+def _script_flags() -> list[flags.Flag]:
+    """Flags that a script of ours defines; libraries' own are left out."""
+    found = []
+    for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("launch.") or os.path.basename(module).removesuffix(".py") in _own_scripts():
+            found += its_flags
+    return found
+
+
+def _own_scripts() -> set[str]:
+    return {path.stem for path in Path(__file__).parent.glob("*.py")}
+
+
+def _load(path: Path) -> ConfigDict:
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else DEFAULT_CONFIG.parent
+        names = [str(other) for other in sorted(folder.glob("*.py")) if other.stem != "__init__"]
+        close = difflib.get_close_matches(str(path), names, 1, 0.4)
+        hint = f"did you mean {close[0]}?" if close else f"for example --config={_short(DEFAULT_CONFIG)}"
+        raise UserError(f"config file {path} does not exist; {hint}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec) if spec and spec.loader else None
+    if module is None:
+        raise UserError(f"config file {path}: expected a Python file (.py)")
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"config file {path} does not load: {type(error).__name__}: {error}; correct the file"
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"config file {path}: expected get_config() to return a ConfigDict, got {type(config).__name__}"
+        )
+    return config
+
+
+def _short(path: Path) -> str:
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+def _module_name(program: str) -> str:
+    stem = Path(program).stem
+    return f"launch.{stem}" if stem in _own_scripts() else stem
+
+
+def _say(line: str) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write("\r\x1b[K")
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _silence_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to terminate this process when its parent dies, so that a killed quickstart leaves no stage behind."""
+    parent = os.environ.pop(DIE_WITH_PARENT, "")
+    if not parent or not sys.platform.startswith("linux"):
+        return
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it died before the request took effect
+        sys.exit(128 + signal.SIGTERM)

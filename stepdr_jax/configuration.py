@@ -1,0 +1,132 @@
+"""What makes a config valid beyond the types of its fields: the shape it shares with the miniature, and its numbers.
+
+Checked once, before a stage does any work, so that a mistake costs a second and not a night. Mixture names and paths are
+checked by the rooms that use them.
+"""
+
+import datetime
+import difflib
+import numbers
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stepdr_jax.errors import UserError
+
+STAGES = ("midtrain1", "midtrain2", "sft")
+FREE = ("mixture", "kind_weights")  # sections whose keys are data, not fields
+MAY_BE_NEGATIVE = ("seed", "data_seed")
+MAY_BE_ZERO = frozenset(
+    "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
+    "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
+    "heldout_tasks reading_copies trajectory_copies".split()
+)
+SHARES = frozenset(
+    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
+)
+CHOICES = {
+    "agent.prompt": ("compact", "full"),
+    "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.param_dtype": ("float32", "bfloat16"),
+}
+
+
+def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every leaf."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def unknown_field(config: ConfigDict, name: str) -> str | None:
+    """Returns a sentence when `name` (dotted) is no field of `config`, naming what is close; None when it is one."""
+    section, walked = config, []
+    for part in name.split("."):
+        if not isinstance(section, ConfigDict) or part not in section:
+            known = sorted(section.keys()) if isinstance(section, ConfigDict) else []
+            anywhere = [full for full, _ in fields(config) if full.rsplit(".", 1)[-1] == part]
+            close = [".".join([*walked, match]) for match in difflib.get_close_matches(part, known, 3, 0.6)]
+            hint = " or ".join((close + anywhere)[:3])
+            where = ".".join(walked) or "the config"
+            fix = f"did you mean {hint}?" if hint else f"it has {', '.join(known) or 'no fields'}"
+            return f"{where} has no field {part!r}; {fix}"
+        section = section[part]
+        walked.append(part)
+    return None
+
+
+def check_shape(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
+    """Raises UserError when `config` lacks a field of `reference` or has one more; free sections are not compared."""
+    for key in reference:
+        if key not in config:
+            raise UserError(f"the config lacks {prefix}{key}; add it as in configs/miniature.py")
+    for key, value in config.items():
+        if key not in reference:
+            close = difflib.get_close_matches(key, list(reference), 1)
+            fix = f"did you mean {prefix}{close[0]}?" if close else "remove it"
+            raise UserError(f"the config has an unknown field {prefix}{key}; {fix}")
+        if isinstance(value, ConfigDict) != isinstance(reference[key], ConfigDict):
+            kind = "a section" if isinstance(reference[key], ConfigDict) else "a value"
+            raise UserError(f"{prefix}{key}: expected {kind}, as in configs/miniature.py")
+        if isinstance(value, ConfigDict) and key not in FREE:
+            check_shape(value, reference[key], f"{prefix}{key}.")
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises UserError for the first value that no stage could work with; the message names the field and the fix."""
+    for name, value in fields(config):
+        leaf = name.rsplit(".", 1)[-1]
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and leaf not in MAY_BE_NEGATIVE:
+            free = any(part in FREE for part in name.split("."))
+            zero_allowed = leaf in MAY_BE_ZERO or free
+            if not value >= 0 or (value == 0 and not zero_allowed):
+                raise UserError(f"{name}: expected a number {'from 0 up' if zero_allowed else 'above 0'}, got {value}")
+            if leaf in SHARES and value > 1:
+                raise UserError(f"{name}: expected a share between 0 and 1, got {value}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise UserError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+    if not config.run_dir:
+        raise UserError("run_dir: expected a folder, got ''; for example --config.run_dir=runs/mine")
+    for section in ("seed_degree", "subgraph_nodes"):
+        low_high = tuple(config.synthesis[section])
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+            raise UserError(f"synthesis.{section}: expected (low, high) with 0 < low <= high, got {low_high}")
+    try:
+        datetime.date.fromisoformat(config.world.as_of)
+    except ValueError:
+        raise UserError(f"world.as_of: expected a date such as 2026-06-01, got {config.world.as_of!r}") from None
+    _check_model(config)
+    for stage in STAGES:
+        section = config[stage]
+        if section.batch % section.microbatches:
+            raise UserError(
+                f"{stage}.microbatches: expected a divisor of {stage}.batch {section.batch}, got {section.microbatches}"
+            )
+        if not any(section.mixture.values()):
+            raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")
+    if not any(config.synthesis.kind_weights.values()):
+        raise UserError("synthesis.kind_weights: expected at least one kind with a weight above 0")
+    if config.agent.max_turn_tokens > config.agent.max_episode_tokens:
+        raise UserError(
+            f"agent.max_turn_tokens: expected at most agent.max_episode_tokens {config.agent.max_episode_tokens}, "
+            f"got {config.agent.max_turn_tokens}"
+        )
+
+
+def _check_model(config: ConfigDict) -> None:
+    model = config.model
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_kv_heads: expected a divisor of model.num_heads {model.num_heads}, got {model.num_kv_heads}"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"model.head_dim: expected an even number (rotary halves), got {model.head_dim}")
+    if config.tokenizer.vocab_size < 300:
+        raise UserError(
+            f"tokenizer.vocab_size: expected at least 300 (256 bytes and the control tokens), "
+            f"got {config.tokenizer.vocab_size}"
+        )
