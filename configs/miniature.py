@@ -64,7 +64,12 @@ def get_config() -> ConfigDict:
             trajectory_copies=6,  # renamed copies of each trajectory in mid-training II and SFT
         )
     )
-    config.tokenizer = ConfigDict(dict(vocab_size=2048))  # byte-level BPE, special tokens included; Qwen2.5: 151,665
+    config.tokenizer = ConfigDict(
+        dict(
+            path="",  # a tokenizer.json to use, e.g. Qwen2.5's; empty = train one on the corpus
+            vocab_size=2048,  # of a trained one: byte-level BPE, control tokens included; Qwen2.5: 151,665
+        )
+    )
     config.model = ConfigDict(
         dict(
             hidden_size=64,
@@ -100,6 +105,7 @@ def get_config() -> ConfigDict:
             keep_checkpoints=2,
             log_every=10,  # steps
             microbatches=1,
+            trajectory_loss="all",  # of trajectories in the data: all tokens (ours), or the assistant's only
             # mixture name -> rate; the rates of the paper's Table 1 and 2 are not published
             mixture=ConfigDict(),
         )
@@ -141,6 +147,7 @@ def get_config() -> ConfigDict:
         steps=200,
         learning_rate=1e-3,
         final_learning_rate=1e-4,
+        trajectory_loss="assistant",
         mixture=ConfigDict(dict(sft_deep_search=0.5, sft_deep_research=0.5)),
     )
     config.ppo = ConfigDict(
