@@ -1,0 +1,211 @@
+"""The agent's side of the tool service: asynchronous calls with deadlines and retries.
+
+An outcome that the model should see is a ToolResult. A failure of the service is retried where that can help and then
+raised as ToolInfraError, on which an episode is masked, never scored. Imports neither the tools nor any parser.
+"""
+
+import asyncio
+import dataclasses
+import json
+import random
+import time
+import uuid
+from typing import Any
+
+import grpc
+
+from tools_env import tools_pb2, tools_pb2_grpc
+
+OUTCOMES = {
+    tools_pb2.OUTCOME_OK: "ok",
+    tools_pb2.OUTCOME_TOOL_ERROR: "tool_error",
+    tools_pb2.OUTCOME_BAD_ARGUMENTS: "bad_arguments",
+    tools_pb2.OUTCOME_BUDGET_EXHAUSTED: "budget_exhausted",
+}
+UNAVAILABLE_ATTEMPTS = 5  # a host that stays away this often has lost the session anyway
+FIRST_BACKOFF = 0.05  # seconds; doubles, with jitter
+MAX_BACKOFF = 1.0
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class ToolInfraError(Exception):
+    """The service broke and retries are exhausted. `status` is the gRPC status name, e.g. UNAVAILABLE."""
+
+    def __init__(self, message: str, status: str = "UNKNOWN"):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A passage that a tool showed, under the id that cites it. `authority`: 0 unknown, 1 ordinary, 2 authoritative."""
+
+    id: str
+    url: str
+    title: str
+    text: str
+    authority: int
+    published_at: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+    outcome: str  # "ok", "tool_error", "bad_arguments" or "budget_exhausted"
+    text: str  # what the model reads
+    sources: tuple[Source, ...]  # passages that the text shows
+    truncated: bool  # the whole result lies in the workspace
+    cache_hit: bool
+    remaining: dict[str, int]  # tool_calls, output_tokens, wall_seconds: those that are limited
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolSpec:
+    name: str
+    description: str
+    schema: dict[str, Any]  # JSON schema of the arguments
+
+
+class ToolsClient:
+    """A connection to one tool host. Usable from one event loop after another; a new loop gets a new channel."""
+
+    def __init__(self, address: str, *, token: str | None = None, call_timeout: float = 15.0):
+        """
+        Args:
+          address: host:port.
+          token: bearer token, if the host asks for one.
+          call_timeout: seconds for one call, retries included, unless the call names its own.
+        """
+        self.address = address
+        self.call_timeout = call_timeout
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: tools_pb2_grpc.ToolServiceStub | None = None
+
+    def _connected(self) -> tools_pb2_grpc.ToolServiceStub:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop = loop
+            self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
+            self._stub = tools_pb2_grpc.ToolServiceStub(self._channel)
+        return self._stub
+
+    async def wait_ready(self, timeout: float) -> None:
+        """Returns when the host's health check says SERVING. Raises ToolInfraError after `timeout` seconds."""
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        self._connected()
+        check = health_pb2_grpc.HealthStub(self._channel).Check
+        end = time.monotonic() + timeout
+        state = "no answer"
+        while (left := end - time.monotonic()) > 0:
+            try:
+                reply = await check(health_pb2.HealthCheckRequest(), timeout=left, wait_for_ready=True)
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+                state = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+            except grpc.aio.AioRpcError as error:
+                state = error.code().name
+            await asyncio.sleep(min(0.05, max(end - time.monotonic(), 0)))
+        raise ToolInfraError(f"tool host {self.address} is not ready after {timeout:g} s: {state}", "UNAVAILABLE")
+
+    async def list_tools(self) -> list[ToolSpec]:
+        """Raises ToolInfraError."""
+        reply = await self._call("ListTools", tools_pb2.ListToolsRequest(), self.call_timeout)
+        return [ToolSpec(tool.name, tool.description, json.loads(tool.schema_json)) for tool in reply.tools]
+
+    async def open_session(
+        self,
+        episode_id: str,
+        *,
+        max_tool_calls: int | None = None,
+        max_output_tokens: int | None = None,
+        wall_seconds: float | None = None,
+        seed: int = 0,
+    ) -> "ToolSession":
+        """Opens an episode's session; None means no limit. Raises ToolInfraError."""
+        request = tools_pb2.OpenSessionRequest(
+            request_id=uuid.uuid4().hex,
+            episode_id=episode_id,
+            budget=tools_pb2.Budget(
+                tool_calls=max_tool_calls, output_tokens=max_output_tokens, wall_seconds=wall_seconds
+            ),
+            seed=seed,
+        )
+        reply = await self._call("OpenSession", request, self.call_timeout)
+        return ToolSession(self, reply.session_id)
+
+    async def close(self) -> None:
+        if self._channel is not None and self._loop is asyncio.get_running_loop():
+            await self._channel.close()
+        self._loop = self._channel = self._stub = None
+
+    async def _call(self, method: str, request, timeout: float):
+        """One RPC with retries inside one deadline. RESOURCE_EXHAUSTED is retried as long as the deadline allows."""
+        end = time.monotonic() + timeout
+        backoff, unavailable = FIRST_BACKOFF, 0
+        while True:
+            try:
+                rpc = getattr(self._connected(), method)
+                return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                status = error.code()
+                unavailable += status is grpc.StatusCode.UNAVAILABLE
+                pause = backoff * random.uniform(0.5, 1.5)
+                for key, value in error.trailing_metadata() or ():
+                    if key == "grpc-retry-pushback-ms":
+                        pause = int(value) / 1000 * random.uniform(1.0, 1.5)
+                worth = status is grpc.StatusCode.RESOURCE_EXHAUSTED or (
+                    status is grpc.StatusCode.UNAVAILABLE and unavailable < UNAVAILABLE_ATTEMPTS
+                )
+                if not worth or time.monotonic() + pause >= end:
+                    raise ToolInfraError(
+                        f"tool host {self.address}: {method}: {status.name}: {error.details()}", status.name
+                    ) from None
+                await asyncio.sleep(pause)
+                backoff = min(2 * backoff, MAX_BACKOFF)
+
+
+class ToolSession:
+    """One episode's session. `id` is the host's name for it."""
+
+    def __init__(self, client: ToolsClient, session_id: str):
+        self._client = client
+        self.id = session_id
+
+    async def call(
+        self, tool: str, arguments: dict[str, Any], *, call_id: str, timeout: float | None = None
+    ) -> ToolResult:
+        """Calls a tool; repeating a `call_id` returns the first execution's result. Raises ToolInfraError."""
+        request = tools_pb2.CallToolRequest(
+            session_id=self.id, call_id=call_id, tool=tool, arguments_json=json.dumps(arguments)
+        )
+        reply = await self._client._call("CallTool", request, self._client.call_timeout if timeout is None else timeout)
+        return ToolResult(
+            outcome=OUTCOMES[reply.outcome],
+            text=reply.text,
+            sources=tuple(
+                Source(
+                    s.id, s.url, s.title, s.text, s.authority, s.published_at if s.HasField("published_at") else None
+                )
+                for s in reply.sources
+            ),
+            truncated=reply.truncated,
+            cache_hit=reply.cache_hit,
+            remaining={field.name: int(value) for field, value in reply.remaining.ListFields()},
+        )
+
+    async def close(self) -> None:
+        """Ends the session and removes its workspace; a host that is gone has done so already."""
+        try:
+            await self._client._call("CloseSession", tools_pb2.CloseSessionRequest(session_id=self.id), 5.0)
+        except ToolInfraError as error:
+            if error.status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                raise

@@ -1,0 +1,1 @@
+"""Search over the world's passages: text rules, citation ids, the index and its ranking."""

@@ -1,0 +1,236 @@
+"""A running tool host: the world's web, the index, the cache and the gRPC service, started and stopped together.
+
+python -m tools_env.server --world=DIR --port=0 --port_file=PATH
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tools_env import tools_pb2, tools_pb2_grpc
+from tools_env.auth import BearerToken
+from tools_env.cache import Cache
+from tools_env.errors import ToolHostError
+from tools_env.fetch import Fetcher
+from tools_env.search.index import PassageIndex
+from tools_env.service import ToolService
+from tools_env.sessions import Sessions
+from tools_env.settings import Settings
+from tools_env.tools import file, todo, web
+
+SERVICE = tools_pb2.DESCRIPTOR.services_by_name["ToolService"].full_name
+TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
+MAX_MESSAGE = 16 << 20  # bytes
+
+logger = logging.getLogger(__name__)
+
+
+class RunningHost:
+    """What `serve` returns. `stop` ends it; it may be called twice."""
+
+    def __init__(self, address: str, server, health_servicer, drain: float, resources: contextlib.AsyncExitStack):
+        self.address = address
+        self._server = server
+        self._health = health_servicer
+        self._drain = drain
+        self._resources = resources
+
+    async def stop(self, drain: float | None = None) -> None:
+        """Refuses new calls, lets those in flight finish for `drain` seconds, then releases everything."""
+        for name in ("", SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._server.stop(self._drain if drain is None else drain)
+        await self._resources.aclose()
+
+
+async def serve(settings: Settings) -> RunningHost:
+    """Starts a tool host on the running event loop and returns it when it answers calls.
+
+    Raises ToolHostError when the world is missing or the port is taken.
+    """
+    async with contextlib.AsyncExitStack() as resources:
+        sites = _read_sites(Path(settings.world_dir))
+        index = PassageIndex(settings.world_dir)
+        web_port = settings.web_port
+        if web_port is None:
+            from tools_env.world.web import WorldWeb
+
+            world_web = WorldWeb(settings.world_dir)
+            web_port = world_web.start()
+            resources.callback(world_web.stop)
+        if settings.state_dir is None:
+            state = Path(tempfile.mkdtemp(prefix="stepdr_tools_"))
+            resources.callback(shutil.rmtree, state, ignore_errors=True)
+        else:
+            state = Path(settings.state_dir)
+            state.mkdir(parents=True, exist_ok=True)
+        cache = Cache(
+            None if settings.state_dir is None else state / "cache.sqlite",
+            entries=settings.cache_entries,
+            mode=settings.cache_mode,
+        )
+        resources.callback(cache.close)
+        fetcher = Fetcher(
+            sites,
+            web_port,
+            timeout=settings.fetch_timeout,
+            max_bytes=settings.max_page_bytes,
+            max_redirects=settings.max_redirects,
+            concurrency=settings.fetch_concurrency,
+            allow_internet=settings.allow_internet,
+        )
+        resources.push_async_callback(fetcher.close)
+        sessions = Sessions(state / "sessions", settings.lease)
+        reaper = asyncio.create_task(_reap(sessions, settings.lease / 10))
+        resources.callback(reaper.cancel)
+        service = ToolService(
+            [
+                web.make(index, fetcher, cache, sites, settings.topk),
+                file.make(settings.max_file_chars, settings.max_files),
+                todo.TOOL,
+            ],
+            sessions,
+            lease=settings.lease,
+            max_chars=settings.max_observation_chars,
+            concurrency=settings.concurrency,
+            queue=settings.queue,
+        )
+        server = grpc.aio.server(
+            interceptors=[BearerToken(settings.token)] if settings.token else [],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second host on the same port must fail, not share its calls
+                ("grpc.max_receive_message_length", MAX_MESSAGE),
+                ("grpc.max_send_message_length", MAX_MESSAGE),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        tools_pb2_grpc.add_ToolServiceServicer_to_server(service, server)
+        health_servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = _bind(server, settings.host, settings.port)
+        await server.start()
+        for name in ("", SERVICE):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        address = f"{settings.host}:{port}"
+        running = RunningHost(address, server, health_servicer, settings.drain, resources.pop_all())
+    return running
+
+
+def _read_sites(world_dir: Path) -> dict[str, int]:
+    """Returns host name -> authority."""
+    path = world_dir / "sites.json"
+    try:
+        hosts = json.loads(path.read_text(encoding="utf-8"))["hosts"]
+        return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
+    except FileNotFoundError:
+        raise ToolHostError(
+            f"{path} does not exist; build the world first, or name its directory with --world"
+        ) from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the world again") from None
+
+
+def _bind(server, host: str, port: int) -> int:
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise ToolHostError(
+            f"cannot listen on {host}:{port}: the port is in use or not ours to use; stop the other program, name "
+            "another port, or use port 0 for any free one"
+        )
+    return bound
+
+
+async def _reap(sessions: Sessions, interval: float) -> None:
+    while True:
+        await asyncio.sleep(interval)
+        if ended := sessions.reap():
+            logger.info("leases ended: %s", ", ".join(ended))
+
+
+async def run_until_stopped(settings: Settings, port_file: str | None, stop_with_stdin: bool) -> None:
+    """Serves until SIGTERM or SIGINT (or the end of standard input), then drains."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    host = await serve(settings)
+    if port_file:
+        path = Path(port_file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(host.address + "\n")
+        os.replace(temporary, path)
+    print(host.address, flush=True)
+    watcher = asyncio.create_task(_watch_stdin(stopped)) if stop_with_stdin else None
+    await stopped.wait()
+    logger.info("draining")
+    await host.stop()
+    if watcher is not None:
+        watcher.cancel()
+
+
+async def _watch_stdin(stopped: asyncio.Event) -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    await reader.read()
+    stopped.set()
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[Settings, str | None, bool]:
+    """Returns (settings, port file, stop with stdin) from command-line flags and the token's variable."""
+    parser = argparse.ArgumentParser(
+        prog="serve_tools",
+        description="Serves the research tools over gRPC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    fields = [field for field in dataclasses.fields(Settings) if field.name != "token"]
+    for field in fields:
+        names = ["--world", "--world_dir"] if field.name == "world_dir" else [f"--{field.name}"]
+        if field.type is bool:
+            parser.add_argument(*names, action="store_true", dest=field.name, help=field.metadata["help"])
+            continue
+        required = field.default is dataclasses.MISSING
+        kind = int if field.type in (int, int | None) else float if field.type is float else str
+        default = None if required else field.default
+        parser.add_argument(
+            *names, dest=field.name, type=kind, default=default, required=required, help=field.metadata["help"]
+        )
+    parser.add_argument("--port_file", help="written with host:port when the host answers calls")
+    parser.add_argument("--stop_with_stdin", action="store_true", help="stop when standard input ends")
+    flags = vars(parser.parse_args(argv))
+    port_file, stop_with_stdin = flags.pop("port_file"), flags.pop("stop_with_stdin")
+    return Settings(**flags, token=os.environ.get(TOKEN_VARIABLE) or None), port_file, stop_with_stdin
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Exit status 2 means that the message on stderr names what to change."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings, port_file, stop_with_stdin = parse_flags(argv)
+    try:
+        asyncio.run(run_until_stopped(settings, port_file, stop_with_stdin))
+    except ToolHostError as error:
+        print(f"tool host: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What a tool host can be told. Each field is also a flag of `python -m tools_env.server`, with the same explanation."""
+
+import dataclasses
+from typing import Any
+
+
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of one tool host. Durations are in seconds."""
+
+    world_dir: str = dataclasses.field(
+        metadata={"help": "holds documents.jsonl and sites.json; the search index is built into its folder index"}
+    )
+    host: str = _field("127.0.0.1", "address to listen on")
+    port: int = _field(0, "port to listen on; 0 = any free one")
+    token: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "bearer token that every call but the health check must carry; read from $STEPDR_TOOLS_TOKEN"
+        },
+    )
+    state_dir: str | None = _field(
+        None, "keeps the retrieval cache and the workspaces; without it the cache is in memory, workspaces in /tmp"
+    )
+    web_port: int | None = _field(None, "loopback port of a running world web; without it the world's own is started")
+    allow_internet: bool = _field(False, "open public addresses that the world does not serve")
+    topk: int = _field(2, "passages per search query when a call names no number")
+    max_observation_chars: int = _field(700, "longer results are stored in the workspace and summarised")
+    fetch_timeout: float = _field(2.0, "seconds for one page, redirects included")
+    max_page_bytes: int = _field(4 << 20, "a larger page is a failure of that page")
+    max_redirects: int = _field(5, "redirects followed for one page")
+    fetch_concurrency: int = _field(64, "pages fetched at once by the whole host")
+    concurrency: int = _field(32, "calls of one tool at a time")
+    queue: int = _field(256, "calls of one tool that may wait; more answer RESOURCE_EXHAUSTED")
+    cache_mode: str = _field("read_through", "read_through; replay: never fetch, a miss fails; live: no cache")
+    cache_entries: int = _field(20_000, "results held in memory")
+    lease: float = _field(900.0, "seconds after which a session without calls is removed")
+    max_file_chars: int = _field(200_000, "characters of one workspace file")
+    max_files: int = _field(200, "files of one workspace")
+    drain: float = _field(5.0, "seconds that calls in flight get when the host stops")

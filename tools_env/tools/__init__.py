@@ -1,0 +1,1 @@
+"""The tools, one a module, and the list of them."""

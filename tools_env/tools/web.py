@@ -1,0 +1,146 @@
+"""`batch_web_surfer`: searches and opens in parallel. One item's failure is that item's text, never the batch's."""
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from tools_env import cache as caching
+from tools_env import page
+from tools_env.errors import BadArguments, ToolError
+from tools_env.fetch import Fetcher
+from tools_env.search.citations import PATTERN
+from tools_env.search.index import Passage, PassageIndex
+from tools_env.tools.base import Call, Output, Tool
+
+MAX_ITEMS = 10
+REPLY_MARGIN = 0.05  # seconds kept for formatting and sending when a call's deadline is near
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "queries": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "minItems": 1,
+            "maxItems": MAX_ITEMS,
+            "description": "what to search for, several at once",
+        },
+        "topk": {"type": "integer", "minimum": 1, "maximum": 10, "description": "passages per query"},
+        "urls": {
+            "type": "array",
+            "items": {"type": "string", "minLength": 1},
+            "minItems": 1,
+            "maxItems": MAX_ITEMS,
+            "description": "pages to open: addresses, or citation ids already shown",
+        },
+    },
+}
+
+
+@dataclasses.dataclass
+class _Item:
+    text: str
+    sources: list[Passage]
+    failed: bool
+    cache_hit: bool
+
+
+def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority: Mapping[str, int], topk: int) -> Tool:
+    """Returns the tool over one index and one web.
+
+    Args:
+      index: the passages that queries search; it also gives opened passages their citation ids.
+      fetcher: opens pages.
+      cache: shared by all sessions; holds found passages and read pages.
+      authority: host name to authority of its pages; other hosts have 0.
+      topk: passages per query when a call names no number.
+    """
+
+    async def run(call: Call, arguments: dict[str, Any]) -> Output:
+        queries, urls = arguments.get("queries", []), arguments.get("urls", [])
+        if not queries and not urls:
+            raise BadArguments("queries or urls is missing")
+        k = arguments.get("topk", topk)
+        items = await asyncio.gather(
+            *(search(query, k, headed=len(queries) + len(urls) > 1) for query in queries),
+            *(open_page(call, url) for url in urls),
+        )
+        return Output(
+            text="\n".join(item.text for item in items),
+            blocks=[item.text for item in items],
+            sources=list({source.id: source for item in items for source in item.sources}.values()),
+            failed=all(item.failed for item in items),
+            cache_hit=all(item.cache_hit for item in items),
+        )
+
+    async def search(query: str, k: int, headed: bool) -> _Item:
+        async def found() -> list[int]:
+            return index.search(query, k)
+
+        address = caching.key("search", index.fingerprint, [query, k])
+        head = [f"query: {query}"] if headed else []
+        try:
+            ordinals, hit = await cache.get(address, found)
+        except ToolError as error:
+            return _Item("\n".join([*head, str(error)]), [], True, False)
+        shown = [index.passages[ordinal] for ordinal in ordinals]
+        lines = head
+        for rank, passage in enumerate(shown, 1):
+            lines.append(f"{rank}. {_head(passage.title, urlsplit(passage.url).hostname or '', passage.published_at)}")
+            lines.append(_cited(passage))
+        return _Item("\n".join(lines if shown else [*head, "No results."]), shown, False, hit)
+
+    async def open_page(call: Call, wanted: str) -> _Item:
+        try:
+            url = _address(call, wanted)
+            async with asyncio.timeout(max(call.deadline - REPLY_MARGIN - time.monotonic(), 0.0)):
+                address = caching.key("open", page.VERSION + index.fingerprint, url)
+                content, hit = await cache.get(address, lambda: read(url))
+        except ToolError as error:
+            return _Item(f"{wanted}: {error}", [], True, False)
+        except TimeoutError:
+            return _Item(f"{wanted}: timed out", [], True, False)
+        host = urlsplit(content["url"]).hostname or ""
+        sources = [
+            Passage(
+                id=index.citations.id(content["url"], passage),
+                url=content["url"],
+                title=content["title"],
+                text=passage,
+                authority=authority.get(host, 0),
+                published_at=content["published_at"],
+            )
+            for passage in content["passages"]
+        ]
+        lines = [_head(content["title"], content["url"], content["published_at"]), *map(_cited, sources)]
+        return _Item("\n".join(lines if sources else [*lines, "No text."]), sources, False, hit)
+
+    async def read(url: str) -> dict[str, Any]:
+        fetched = await fetcher.fetch(url)
+        content = await asyncio.to_thread(page.read, fetched)
+        return {"url": fetched.url, **dataclasses.asdict(content)}
+
+    return Tool(
+        name="batch_web_surfer",
+        description="Search the web (queries) or open pages (urls, or citation ids already shown), several at once.",
+        schema=SCHEMA,
+        run=run,
+    )
+
+
+def _address(call: Call, wanted: str) -> str:
+    if PATTERN.fullmatch(wanted):
+        if wanted not in call.known:
+            raise ToolError("not a citation shown in this session")
+        return call.known[wanted].url
+    return wanted.strip()
+
+
+def _head(title: str, place: str, published_at: str | None) -> str:
+    return " | ".join(filter(None, [title, place, published_at]))
+
+
+def _cited(passage: Passage) -> str:
+    return f"{passage.text} \\cite{{{passage.id}}}"
