@@ -22,9 +22,10 @@ from ml_collections import ConfigDict
 
 from stepdr_jax import configuration
 from stepdr_jax.errors import UserError
+from stepdr_jax.orchestration.process import DIE_WITH_PARENT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.py"
-DIE_WITH_PARENT = "STEPDR_DIE_WITH_PARENT"  # set by a parent whose death must end this process, kill -9 included
+
 
 _arguments: list[str] = []
 _config_arguments: list[str] = []
@@ -68,7 +69,7 @@ def explain(error: BaseException) -> str | None:
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
-        if isinstance(cause, UserError) or type(cause).__name__ == "ToolHostError":
+        if isinstance(cause, UserError) or type(cause).__name__ in _NAMED:
             return " ".join(str(cause).split())
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
@@ -160,6 +161,8 @@ def usage(program: str, doc: str | None, positional: str = "") -> str:
 
 # ------------------------------------------------------------------------------------------------------- details
 
+# Errors of rooms that a script may not have loaded; their messages name the fix as UserError's do.
+_NAMED = ("ToolHostError", "ToolInfraError", "PolicyError")
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
 
 
