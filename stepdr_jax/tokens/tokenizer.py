@@ -4,6 +4,7 @@ Ordinary text and control tokens never mix: `encode` works on a BPE without adde
 can become a control id. Control ids are placed by `tokens.chat` alone.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -50,6 +51,7 @@ NOT_SPECIAL = (
     "<|file_sep|>",
 )
 ADDED = SPECIAL + NOT_SPECIAL
+SHORT = 256  # characters up to which `encode` remembers a text
 
 
 def _unicode(text: str) -> str:
@@ -73,6 +75,8 @@ class Tokenizer:
         """Args: bpe has no added tokens; control maps each of `ADDED` to an id outside the BPE's vocabulary."""
         self._bpe = bpe
         self.control = dict(control)
+        # Headers, newlines and system prompts come back in every episode.
+        self._short = functools.lru_cache(maxsize=4096)(lambda text: tuple(self.encode_batch([text])[0]))
         self.endoftext = control["<|endoftext|>"]
         self.im_start = control["<|im_start|>"]
         self.im_end = control["<|im_end|>"]
@@ -154,7 +158,9 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns ids of `text` as ordinary text: never a control id, even for the text "<|im_end|>"."""
-        return self.encode_batch([text])[0]
+        if len(text) > SHORT:
+            return self.encode_batch([text])[0]
+        return list(self._short(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, in order."""
