@@ -1,13 +1,51 @@
-"""Serves the research tools over gRPC until stopped.
+"""Serves the research tools over gRPC until stopped: search, pages, files, todo lists.
 
-    python -m launch.serve_tools --world=runs/miniature/world --port=50061
-
-`--help` lists every setting; a bearer token is read from $STEPDR_TOOLS_TOKEN.
+Prints host:port when it answers calls. Sizes and timeouts are the config's `tools` section; a bearer token is read from
+$STEPDR_TOOLS_TOKEN. On a host without this package's training side, `python -m tools_env.server` does the same.
 """
 
-import sys
+import logging
+import os
+from pathlib import Path
 
+from absl import flags
+
+from launch import entry
 from tools_env import server
+from tools_env.settings import Settings
+
+WORLD = flags.DEFINE_string("world", "", "world directory; empty: run_dir/world, built if needed")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+PORT = flags.DEFINE_integer("port", 0, "port to listen on; 0: any free one")
+PORT_FILE = flags.DEFINE_string("port_file", "", "file written with host:port when the host answers calls")
+STATE = flags.DEFINE_string("state", "", "folder that keeps the retrieval cache; empty: in memory")
+WEB_PORT = flags.DEFINE_integer("web_port", 0, "loopback port of a running world web; 0: start the world's own")
+ALLOW_INTERNET = flags.DEFINE_boolean("allow_internet", False, "open public addresses that the world does not serve")
+
+
+def main(config) -> None:
+    world = WORLD.value
+    if not world:
+        from tools_env.world.build import build_world
+
+        world = str(Path(config.run_dir) / "world")
+        build_world(world, seed=config.data_seed, documents=config.world.documents)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings(
+        world_dir=world,
+        host=HOST.value,
+        port=PORT.value,
+        token=os.environ.get(server.TOKEN_VARIABLE) or None,
+        state_dir=STATE.value or None,
+        web_port=WEB_PORT.value or None,
+        allow_internet=ALLOW_INTERNET.value,
+        topk=config.tools.topk,
+        max_observation_chars=config.tools.max_observation_chars,
+        fetch_timeout=config.tools.fetch_timeout,
+        concurrency=config.tools.concurrency,
+    )
+    server.run(settings, port_file=PORT_FILE.value or None)
+
 
 if __name__ == "__main__":
-    sys.exit(server.main())
+    entry.run(main, __doc__)

@@ -26,6 +26,7 @@ UNAVAILABLE_ATTEMPTS = 5  # a host that stays away this often has lost the sessi
 FIRST_BACKOFF = 0.05  # seconds; doubles, with jitter
 MAX_BACKOFF = 1.0
 _OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # a web proxy of the environment would be asked for loopback addresses too
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -45,7 +45,7 @@ class _Resolver(AbstractResolver):
         if self._system is None:
             raise OSError(f"{host} is not in this web")
         found = await self._system.resolve(host, port, family)
-        public = [address for address in found if ipaddress.ip_address(address["host"]).is_global]
+        public = [address for address in found if _is_public(address["host"])]
         if not public:
             raise OSError(f"{host} has no public address")
         return public
@@ -130,7 +130,7 @@ class Fetcher:
         else:
             try:
                 # aiohttp does not resolve literal addresses, so the resolver's check does not see them.
-                if not ipaddress.ip_address(parts.hostname).is_global:
+                if not _is_public(parts.hostname):
                     raise ToolError("unknown host")
             except ValueError:
                 pass
@@ -138,6 +138,12 @@ class Fetcher:
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def _is_public(address: str) -> bool:
+    """Raises ValueError when `address` is a name."""
+    parsed = ipaddress.ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_global
 
 
 def _reason(error: Exception) -> str:

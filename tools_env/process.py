@@ -118,11 +118,7 @@ class ToolHost:
         while time.monotonic() < end:
             if port_file.exists():
                 address = port_file.read_text().strip()
-                with grpc.insecure_channel(address) as channel:
-                    reply = health_pb2_grpc.HealthStub(channel).Check(
-                        health_pb2.HealthCheckRequest(), timeout=max(end - time.monotonic(), 0.1), wait_for_ready=True
-                    )
-                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                if _serving(address, max(end - time.monotonic(), 0.1)):
                     return address
             if not self.alive():
                 raise ToolHostError(f"the tool host did not start: {self._last_words(log_start)}")
@@ -154,3 +150,13 @@ class ToolHost:
         if self._process.stdin:
             self._process.stdin.close()
         self._process = None
+
+
+def _serving(address: str, timeout: float) -> bool:
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            check = health_pb2_grpc.HealthStub(channel).Check
+            reply = check(health_pb2.HealthCheckRequest(), timeout=timeout, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+    return reply.status == health_pb2.HealthCheckResponse.SERVING

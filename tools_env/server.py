@@ -165,8 +165,12 @@ async def _reap(sessions: Sessions, interval: float) -> None:
             logger.info("leases ended: %s", ", ".join(ended))
 
 
-async def run_until_stopped(settings: Settings, port_file: str | None, stop_with_stdin: bool) -> None:
-    """Serves until SIGTERM or SIGINT (or the end of standard input), then drains."""
+def run(settings: Settings, *, port_file: str | None = None, stop_with_stdin: bool = False) -> None:
+    """Serves until SIGTERM or SIGINT (or the end of standard input), then drains. Raises ToolHostError."""
+    asyncio.run(_run_until_stopped(settings, port_file, stop_with_stdin))
+
+
+async def _run_until_stopped(settings: Settings, port_file: str | None, stop_with_stdin: bool) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -225,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings, port_file, stop_with_stdin = parse_flags(argv)
     try:
-        asyncio.run(run_until_stopped(settings, port_file, stop_with_stdin))
+        run(settings, port_file=port_file, stop_with_stdin=stop_with_stdin)
     except ToolHostError as error:
         print(f"tool host: {error}", file=sys.stderr)
         return 2

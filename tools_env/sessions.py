@@ -28,8 +28,17 @@ class Budget:
 class Session:
     """The state of one episode. `clock` gives seconds and never goes back."""
 
-    def __init__(self, episode_id: str, directory: Path, budget: Budget, seed: int, clock: Callable[[], float]):
+    def __init__(
+        self,
+        request_id: str,
+        episode_id: str,
+        directory: Path,
+        budget: Budget,
+        seed: int,
+        clock: Callable[[], float],
+    ):
         self.id = directory.name
+        self.request_id = request_id
         self.episode_id = episode_id
         self.directory = directory
         self.budget = budget
@@ -114,7 +123,7 @@ class Sessions:
         if known is not None:
             return known
         name = f"session_{secrets.token_hex(8)}"
-        session = Session(episode_id, self._directory / name, budget, seed, self._clock)
+        session = Session(request_id, episode_id, self._directory / name, budget, seed, self._clock)
         self._open[name] = session
         if request_id:
             self._requests[request_id] = name
@@ -134,7 +143,7 @@ class Sessions:
         """Removes a session and its files; None when it is not open."""
         session = self._open.pop(session_id, None)
         if session is not None:
-            self._requests = {request: name for request, name in self._requests.items() if name != session_id}
+            self._requests.pop(session.request_id, None)
             shutil.rmtree(session.directory, ignore_errors=True)
         return session
 

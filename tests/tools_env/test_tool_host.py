@@ -74,7 +74,7 @@ def test_sigterm_drains_the_call_in_flight_and_ends_cleanly(world, tmp_path):
     port_file = tmp_path / "port"
     listener = socket.create_server(("127.0.0.1", 0))
     command = [sys.executable, "-m", "launch.serve_tools", f"--world={world}", "--port=0", f"--port_file={port_file}"]
-    command += [f"--web_port={listener.getsockname()[1]}", "--fetch_timeout=20"]
+    command += [f"--web_port={listener.getsockname()[1]}", "--config.tools.fetch_timeout=20"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         address = process.stdout.readline().strip()

@@ -135,9 +135,13 @@ def test_repeated_open_request_gets_the_same_session(tmp_path):
 
 
 def test_cut_first_passage_keeps_its_citation():
-    assert whole_lines("head\n" + "word " * 50 + "\\cite{web_bababa}", 90).endswith("...\\cite{web_bababa}") is False
-    cut = whole_lines("head\n" + "word " * 50 + "end. \\cite{web_babababa}", 90)
+    cut = whole_lines("head\n" + "word " * 50 + "end. \\cite{web_babababa}\nnext \\cite{web_bebebebe}", 90)
     assert len(cut) <= 90 and cut.startswith("head\nword word") and cut.endswith("... \\cite{web_babababa}")
+
+
+def test_summary_does_not_end_in_the_head_of_a_passage_left_out():
+    block = "1. One | a.test\nfirst fact \\cite{web_babababa}\n2. Two | b.test\n" + "long " * 40
+    assert whole_lines(block, 80) == "1. One | a.test\nfirst fact \\cite{web_babababa}"
 
 
 def imported(statement: str) -> set[str]:

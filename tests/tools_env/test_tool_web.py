@@ -196,7 +196,14 @@ def test_literal_private_addresses_are_refused_even_with_the_internet_allowed():
     async def main():
         fetcher = Fetcher(["atlas.test"], 1, allow_internet=True)
         try:
-            for url in ("http://127.0.0.1:22/", "http://[::1]/", "http://169.254.169.254/latest", "http://localhost/"):
+            for url in (
+                "http://127.0.0.1:22/",
+                "http://[::1]/",
+                "http://[::ffff:127.0.0.1]/",
+                "http://2130706433/",
+                "http://169.254.169.254/latest",
+                "http://localhost/",
+            ):
                 with pytest.raises(ToolError, match="unknown host|cannot connect"):
                     await fetcher.fetch(url)
         finally:

@@ -40,16 +40,21 @@ def shorten(text: str, blocks: list[str], path: str, max_chars: int) -> str:
 def whole_lines(text: str, max_chars: int) -> str:
     """Returns the longest prefix of whole lines within `max_chars`.
 
-    A long first passage is cut, its citation kept, rather than leaving nothing but the head.
+    It does not end in the head of a passage that is left out. When not even the first passage fits, that passage is
+    cut, its citation kept, rather than leaving nothing but heads.
     """
     if len(text) <= max_chars:
         return text
     end = text.rfind("\n", 0, max_chars + 1)
-    kept = text[:end] if end > 0 else ""
-    room = max_chars - len(kept) - 1
-    if "\n" in kept or room < 40:
-        return kept
-    line = text[len(kept) :].lstrip("\n").split("\n", 1)[0]
-    mark = _MARK.search(line)
+    kept = text[:end].split("\n") if end > 0 else []
+    if any(_MARK.search(line) for line in kept):
+        while not _MARK.search(kept[-1]):
+            kept.pop()
+        return "\n".join(kept)
+    room = max_chars - sum(len(line) + 1 for line in kept)
+    following = text.split("\n", len(kept) + 1)[len(kept)]
+    mark = _MARK.search(following)
     end_mark = "..." + (mark.group() if mark else "")
-    return "\n".join(filter(None, [kept, line[: room - len(end_mark)] + end_mark]))
+    if room > len(end_mark) + 20 and (mark or not kept):
+        kept.append(following[: room - len(end_mark)] + end_mark)
+    return "\n".join(kept)
