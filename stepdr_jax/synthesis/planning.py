@@ -1,0 +1,116 @@
+"""Planning by reverse engineering (paper section 3.1): a finished page hides the plan that could have produced it.
+
+From a page's headings and sentences the project task and its plan are inferred in hindsight: what was asked, and the
+steps that gather it. Results (the values) are stripped from both. Trajectories are then kept only when their tool calls
+follow the plan; the paper prints neither measure nor threshold, so three measures are computed and stored, and the
+thresholds are ours.
+"""
+
+import dataclasses
+import random
+
+from stepdr_jax.judge.matching import contains, normalise
+from stepdr_jax.records import Document, PlanStep, Trajectory
+from stepdr_jax.synthesis import sentences
+
+MIN_COVERAGE = 0.8
+MIN_ORDER = 0.6
+MAX_OFF_PLAN = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+    """A task in hindsight: the subject, what was to be found out, and the steps."""
+
+    subject: str
+    relations: tuple[str, ...]
+    plan: tuple[PlanStep, ...]
+
+
+def reverse_engineer(
+    document: Document, rng: random.Random, *, subject: str, relations: list[str], size: int
+) -> Project:
+    """Infers a project from a page: `size` of the points that it covers, in the page's order.
+
+    Args:
+        document: a finished page with one-fact sentences.
+        subject: whom the page is about.
+        relations: relations that may be asked for.
+        size: number of points; fewer when the page covers fewer.
+    """
+    statements = [statement for line in document.text.splitlines() if (statement := sentences.parse(line))]
+    covered = list(
+        dict.fromkeys(
+            statement.relation
+            for statement in statements
+            if normalise(statement.subject) == normalise(subject) and statement.relation in relations
+        )
+    )
+    chosen = set(rng.sample(covered, min(size, len(covered))))
+    ordered = tuple(relation for relation in covered if relation in chosen)
+    topics = [sentences.topic(relation, subject, document.lang) for relation in ordered]
+    return Project(subject, ordered, tuple(PlanStep(goal=topic, query=topic) for topic in topics))
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """How far a trajectory follows a plan, each in [0, 1].
+
+    coverage: share of plan steps that some action serves. order: longest run of steps taken in plan order, over the
+    number of steps. off_plan: share of actions that serve no step.
+    """
+
+    coverage: float
+    order: float
+    off_plan: float
+
+    @property
+    def consistent(self) -> bool:
+        return self.coverage >= MIN_COVERAGE and self.order >= MIN_ORDER and self.off_plan <= MAX_OFF_PLAN
+
+
+def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
+    """Maps every search query of a trajectory to the plan step it serves, or to none.
+
+    A query serves a step when it holds the words of the step's query. A query that names several steps serves the first
+    that is still open. Opening pages, files and the todo list are not counted as actions: they serve the step at hand.
+    """
+    queries = [
+        query
+        for message in trajectory.messages
+        for call in message.tool_calls
+        if call.name == "batch_web_surfer"
+        for query in call.arguments.get("queries", [])
+        if isinstance(query, str)
+    ]
+    if not plan:
+        return Alignment(1.0, 1.0, 0.0)
+    taken: list[int] = []
+    off = 0
+    for query in queries:
+        serving = [index for index, step in enumerate(plan) if _serves(query, step.query)]
+        if not serving:
+            off += 1
+            continue
+        open_steps = [index for index in serving if index not in taken]
+        if open_steps:  # a step searched for again is no stray
+            taken.append(open_steps[0])
+    return Alignment(
+        coverage=len(set(taken)) / len(plan),
+        order=_longest_increasing(taken) / len(plan),
+        off_plan=off / max(len(queries), 1),
+    )
+
+
+def _serves(query: str, wanted: str) -> bool:
+    parts = [part for part in wanted.replace("{0}", " ").split() if part]
+    return all(contains(query, part) for part in parts)
+
+
+def _longest_increasing(sequence: list[int]) -> int:
+    best = [1] * len(sequence)
+    for end in range(len(sequence)):
+        for start in range(end):
+            if sequence[start] < sequence[end]:
+                best[end] = max(best[end], best[start] + 1)
+    return max(best, default=0)

@@ -1,0 +1,85 @@
+"""Brief reports: several facts about one subject, with a title and one cited sentence per fact (paper section 3.4).
+
+The request is reverse-engineered from a finished page (`planning`), so its plan is known and the report can be held to
+it.
+"""
+
+import random
+
+from stepdr_jax.records import Task, content_id
+from stepdr_jax.synthesis import deep_search, planning, sentences
+from stepdr_jax.synthesis.knowledge import Knowledge
+from stepdr_jax.synthesis.rubrics import Brief
+
+ASK = {
+    "en": (
+        "Write a brief on {subject}: {points}.",
+        "Write a short report on {subject}: {points}.",
+        "Brief me on {subject}: {points}.",
+        "Prepare a report on {subject}: {points}.",
+    ),
+    "zh": (
+        "写一份关于{subject}的简报：{points}。",
+        "写一份关于{subject}的简短报告：{points}。",
+        "请介绍{subject}：{points}。",
+    ),
+}
+RELATIONS = ("capital", "currency", "language", "region", "calling_code", "population", "area")
+
+
+def report_task(
+    knowledge: Knowledge, country: str, lang: str, rng: random.Random, as_of: str
+) -> tuple[Task, Brief] | None:
+    """A request for a brief of two or three facts (two in Chinese, whose characters cost more tokens)."""
+    subject = knowledge.countries[country].name(lang)
+    short = [
+        relation
+        for relation in knowledge.relations(country, lang)
+        if relation in RELATIONS and len(knowledge.facts[country, relation, lang].values) <= 2
+    ]
+    pages = knowledge.pages.get((country, lang), ())
+    if len(short) < 2 or not pages:
+        return None
+    size = 2 if lang == "zh" else rng.choice((2, 2, 3))
+    project = planning.reverse_engineer(pages[0], rng, subject=subject, relations=short, size=size)
+    if len(project.relations) < 2:
+        return None
+    words = [sentences.word(relation, lang) for relation in project.relations]
+    points = ("、" if lang == "zh" else ", ").join(words)
+    asks = rng.random() < deep_search.ASK_SOURCES_SHARE
+    query = rng.choice(ASK[lang]).format(subject=subject, points=points) + (deep_search.CITE[lang] if asks else "")
+    facts = [knowledge.facts[country, relation, lang] for relation in project.relations]
+    task = Task(
+        id=content_id("task_", "report", lang, query),
+        kind="report",
+        lang=lang,
+        query=query,
+        plan=list(project.plan),
+        facts=[deep_search.triple(fact) for fact in facts],
+        split=knowledge.split(country),
+        as_of=as_of,
+        entity=country,
+        metadata={"relations": list(project.relations), "subject": subject},
+    )
+    brief = Brief(
+        kind="report",
+        lang=lang,
+        points=tuple(deep_search.point(knowledge, fact) for fact in facts),
+        summary="; ".join(f"{step.goal}: {fact.value}" for step, fact in zip(project.plan, facts, strict=True)),
+        asks_sources=asks,
+    )
+    return task, brief
+
+
+def title(subject: str) -> str:
+    """First line of a report."""
+    return f"# {subject}"
+
+
+def follows_plan(answer: str, task: Task) -> bool:
+    """Whether a report has the title and then, in plan order, one sentence per step that states its relation."""
+    lines = [line for line in answer.strip().splitlines() if line.strip()]
+    if not lines or lines[0].strip() != title(task.metadata["subject"]):
+        return False
+    stated = [statement.relation for line in lines[1:] if (statement := sentences.parse(line))]
+    return stated == task.metadata["relations"]
