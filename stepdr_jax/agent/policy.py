@@ -95,12 +95,14 @@ class EngineSession:
 
         params = SampleParams(temperature=self.policy.temperature, max_tokens=max_tokens, seed=self.seed)
         generation = await self.policy.engine.generate(self.episode_id, self._unfed, params)
+        if not generation.ids:  # full: the engine has not taken the new ids either
+            return Turn("", generation.finish, ())
         self.log.given(self._unfed)
         self.log.sampled(generation.ids, generation.logprobs, generation.version)
         self._unfed = []
         self.context_tokens += len(generation.ids)
         tokenizer = self.policy.tokenizer
-        self._closed = bool(generation.ids) and generation.ids[-1] == tokenizer.im_end
+        self._closed = generation.ids[-1] == tokenizer.im_end
         return Turn(tokenizer.decode(generation.ids), generation.finish, tuple(generation.ids))
 
     async def observe(self, texts: list[str], *, tail: str = "") -> None:

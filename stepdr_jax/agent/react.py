@@ -145,6 +145,8 @@ async def _run(state, task, policy, tools, prompt, as_of, seed, episode_id, emit
         if room <= 0:
             return Finish.MAX_TOKENS
         turn = await state.policy.act(room)
+        if turn.finish == "full" and not turn.text:
+            return Finish.MAX_TOKENS
         number = account.turns
         account.turns += 1
         parsed = chat.parse_assistant(turn.text, turn=number)
