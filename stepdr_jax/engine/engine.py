@@ -1,0 +1,265 @@
+"""The sampler that episodes talk to: sessions that are extended, generated from and closed, by any number of coroutines.
+
+    generation = await engine.generate("episode 7", new_ids, SampleParams(max_tokens=96, seed=11))
+
+A session keeps its K/V between turns, so a turn prefills only what is new. Sampled ids are a function of the weights, the
+session's ids and (seed, token index) alone: not of the order or the company in which requests arrive.
+"""
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+
+from stepdr_jax.engine import programs
+from stepdr_jax.engine.scheduler import Shard
+from stepdr_jax.engine.slots import Request, Session
+from stepdr_jax.models.qwen2 import Qwen2Config
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleParams:
+    """How one turn is sampled.
+
+    The key of a token is fold_in(fold_in(PRNGKey(0), seed), index of the token in the session). Temperature 0 takes the
+    most probable token. There is no top-p: log-probabilities must be those the trainer computes.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One turn. `finish`: "stop" a stop id was sampled (it is the last of `ids`), "length" max_tokens, "full" max_len.
+
+    `logprobs` are natural logs, float32, of log_softmax(logits / temperature); `version` is that of the weights.
+    """
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str
+    version: int
+
+
+class Engine(Protocol):
+    """Anything that can sample turns for sessions; `JaxEngine` and `fake.FakeEngine` are two."""
+
+    async def generate(self, session: str, new_ids: Sequence[int], params: SampleParams) -> Generation: ...
+
+    async def close(self, session: str) -> None: ...
+
+    async def update_weights(self, params: dict, version: int) -> None: ...
+
+    def stats(self) -> dict[str, float]: ...
+
+
+class EngineError(Exception):
+    """The engine cannot serve: its weights give no finite probabilities, or it was used against its contract."""
+
+
+class JaxEngine:
+    """Continuous batching in JAX.
+
+    Args:
+        params: tree of `qwen2.param_shapes(config)`; copied.
+        config: model shape.
+        slots: sequences whose K/V is on the device; more sessions may be open, the least recently used are moved out.
+        max_len: tokens of a sequence, prompt and observations included.
+        stop_ids: ids that end a generation.
+        version: of the weights, recorded with every generation.
+        shards: independent caches of slots / shards sequences, each driven by its own thread; results do not depend on
+            it. On CPU one per core: a cache that fits a core's share of the last-level cache is faster, too.
+        rows, chunk: sequences and tokens of one prefill call.
+        steps: tokens of one decode call.
+        host_bytes: host memory for the K/V of sessions that lost their slot.
+    """
+
+    def __init__(
+        self,
+        params: dict,
+        config: Qwen2Config,
+        *,
+        slots: int,
+        max_len: int,
+        stop_ids: Sequence[int],
+        version: int = 0,
+        shards: int = 1,
+        rows: int = 4,
+        chunk: int = 32,
+        steps: int = 16,
+        host_bytes: int = 2 << 30,
+    ):
+        if slots < 1 or shards < 1 or slots % shards:
+            raise ValueError(f"expected slots to be a positive multiple of shards, got {slots} and {shards}")
+        self.config, self.max_len, self.version = config, max_len, version
+        self._prepare = jax.jit(programs.prepare, static_argnames="config")
+        self._weights = self._prepare(params, config)
+        self._shards = [
+            Shard(
+                config,
+                slots=slots // shards,
+                max_len=max_len,
+                rows=rows,
+                chunk=chunk,
+                steps=steps,
+                stop_ids=tuple(stop_ids),
+                host_bytes=host_bytes // shards,
+            )
+            for _ in range(shards)
+        ]
+        self._sessions: dict[str, tuple[Session, Shard]] = {}
+        self._closing: dict[str, tuple[Session, Shard]] = {}
+        self._workers: dict[int, asyncio.Task] = {}
+        # One thread a shard: its steps follow each other even if an event loop dies in the middle of one.
+        self._threads = {
+            id(shard): concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") for shard in self._shards
+        }
+        self._update: asyncio.Future | None = None  # set while a weight update waits for running requests
+        self._updates = 0
+
+    async def generate(self, session: str, new_ids: Sequence[int], params: SampleParams) -> Generation:
+        """Appends `new_ids` to the session (made at its first use) and samples until a stop id, max_tokens or max_len.
+
+        A session that has no room for new_ids and one more token stays as it is and answers with no ids, "full".
+        Cancelling the call leaves the session to be closed by its owner. Raises ValueError for requests that make no
+        sense (nothing to continue, a second request while one runs), EngineError when probabilities are not finite.
+        """
+        while self._update is not None:
+            await asyncio.shield(self._update)
+        entry, shard = self._entry(session)
+        if entry.busy:
+            raise ValueError(f"session {session!r} already has a request running")
+        if params.max_tokens < 1 or params.temperature < 0:
+            raise ValueError(f"expected max_tokens >= 1 and temperature >= 0, got {params}")
+        if not entry.ids and not len(new_ids):
+            raise ValueError(f"session {session!r} is empty: expected new_ids to start from")
+        room = self.max_len - len(entry.ids) - len(new_ids)
+        if room < 1:
+            return Generation((), (), "full", self.version)
+        limit = min(params.max_tokens, room)
+        future = asyncio.get_running_loop().create_future()
+        request = Request(params.temperature, params.seed, limit, limit < params.max_tokens, future)
+        shard.submit(entry, [int(id_) for id_ in new_ids], request)
+        entry.busy = True
+        self._wake(shard)
+        return await future
+
+    async def close(self, session: str) -> None:
+        """Forgets a session; unknown names are fine."""
+        found = self._sessions.pop(session, None)
+        if found is None:
+            return
+        entry, shard = found
+        if self._running(shard):  # its thread may be reading this session: dropped when the step ends
+            self._closing[session] = found
+        else:
+            shard.drop(entry)
+
+    async def update_weights(self, params: dict, version: int) -> None:
+        """Waits for running requests to end, holds new ones back, takes the new weights, forgets every cached K/V.
+
+        Open sessions stay open: their ids are prefilled again at their next turn.
+        """
+        while self._update is not None:
+            await asyncio.shield(self._update)
+        self._update = asyncio.get_running_loop().create_future()
+        try:
+            while any(shard.has_work() for shard in self._shards):
+                await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
+            self._weights = self._prepare(params, self.config)
+            jax.block_until_ready(self._weights)
+            self.version = version
+            self._updates += 1
+            for shard in self._shards:
+                shard.forget()
+        finally:
+            done, self._update = self._update, None
+            done.set_result(None)
+
+    def stats(self) -> dict[str, float]:
+        """Totals since the engine was made, and what is held now."""
+        totals: dict[str, float] = {}
+        for shard in self._shards:
+            for name, value in dataclasses.asdict(shard.counts).items():
+                totals[name] = totals.get(name, 0) + value
+        return totals | {
+            "sessions": len(self._sessions),
+            "slots_in_use": sum(s is not None for shard in self._shards for s in shard.slots.owner),
+            "version": self.version,
+            "weight_updates": self._updates,
+        }
+
+    def _entry(self, name: str) -> tuple[Session, Shard]:
+        if name in self._closing:
+            raise ValueError(f"session {name!r} was just closed; use a new name")
+        if name not in self._sessions:
+            load = dict.fromkeys(range(len(self._shards)), 0)
+            for _, shard in self._sessions.values():
+                load[self._shards.index(shard)] += 1
+            lightest = min(load, key=load.get)
+            self._sessions[name] = (Session(name), self._shards[lightest])
+        return self._sessions[name]
+
+    def _running(self, shard: Shard) -> bool:
+        worker = self._workers.get(id(shard))
+        return worker is not None and not worker.done()
+
+    def _wake(self, shard: Shard) -> None:
+        """Starts the shard's loop if it is not running; it ends when there is nothing to do."""
+        if not self._running(shard):
+            self._workers[id(shard)] = asyncio.get_running_loop().create_task(self._drive(shard))
+
+    async def _drive(self, shard: Shard) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(0)  # requests that are made together start together
+        while shard.has_work():
+            shard.collect()
+            try:
+                ended = await loop.run_in_executor(self._threads[id(shard)], shard.step, self._weights)
+            except Exception as error:
+                self._fail(shard, error)
+            else:
+                for session in ended:
+                    self._finish(session, shard)
+            self._sweep(shard)
+            await asyncio.sleep(0)
+        self._sweep(shard)
+
+    def _finish(self, session: Session, shard: Shard) -> None:
+        request, session.request, session.busy = session.request, None, False
+        if request.future.done():  # the caller was cancelled
+            return
+        if not all(map(math.isfinite, request.logprobs)):
+            request.future.set_exception(
+                EngineError(f"weights of version {self.version} give non-finite probabilities")
+            )
+            return
+        stopped = request.ids[-1] in shard.stops
+        finish = "stop" if stopped else "full" if request.full else "length"
+        request.future.set_result(Generation(tuple(request.ids), tuple(request.logprobs), finish, self.version))
+
+    def _sweep(self, shard: Shard) -> None:
+        """Drops closed sessions, and requests that nobody waits for any more."""
+        for name in [name for name, (_, where) in self._closing.items() if where is shard]:
+            shard.drop(self._closing.pop(name)[0])
+        for session in [*shard.slots.with_request(), *shard.waiting]:
+            if session.request.future.cancelled():
+                session.request, session.busy = None, False
+        shard.waiting = [session for session in shard.waiting if session.request is not None]
+
+    def _fail(self, shard: Shard, error: Exception) -> None:
+        """A program failed: the donated cache is gone, so every session here loses its K/V and its request."""
+        shard.forget()
+        config, slots = self.config, len(shard.slots.owner)
+        shard.cache = programs.init_cache(config, slots, self.max_len)
+        for session in [*shard.slots.with_request(), *shard.waiting]:
+            request, session.request, session.busy = session.request, None, False
+            if not request.future.done():
+                request.future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
+        shard.waiting.clear()

@@ -1,0 +1,307 @@
+"""What a session samples depends on its own ids, its seed and the weights; on nothing else."""
+
+import asyncio
+import dataclasses
+import functools
+import random
+
+import jax
+import numpy as np
+import pytest
+
+from stepdr_jax.engine.engine import EngineError, JaxEngine, SampleParams
+from stepdr_jax.models import qwen2
+from stepdr_jax.ops.vocab_loss import token_stats
+
+CONFIG = qwen2.Qwen2Config(
+    vocab_size=100,  # not a multiple of the sampler's block
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+)
+STOPS = (3, 7)
+MAX_LEN = 64
+# Far from uniform logits, so that a wrong cache entry changes samples.
+PARAMS = jax.tree.map(lambda w: 6 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(0)))
+OTHER = jax.tree.map(lambda w: 5 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(1)))
+
+
+def make_engine(**overrides):
+    settings = dict(slots=4, max_len=MAX_LEN, stop_ids=STOPS, rows=2, chunk=8, steps=4) | overrides
+    return JaxEngine(PARAMS, CONFIG, **settings)
+
+
+def prompt(number: int) -> list[int]:
+    return np.random.default_rng(number).integers(10, 100, 3 + number % 11).tolist()
+
+
+def observation(number: int, turn: int) -> list[int]:
+    return np.random.default_rng([number, turn]).integers(10, 100, 1 + (number + turn) % 13).tolist()
+
+
+async def episode(engine, number: int, turns: int = 3, close: bool = True):
+    """Turns of a session: prompt, sampled, observation, sampled ..."""
+    done = []
+    for turn in range(turns):
+        new = prompt(number) if turn == 0 else observation(number, turn)
+        done.append(await engine.generate(f"s{number}", new, SampleParams(max_tokens=9, seed=number)))
+        await asyncio.sleep(0)
+    if close:
+        await engine.close(f"s{number}")
+    return done
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def trainer_hidden(tokens_1T, config):
+    places_1T = jax.numpy.arange(tokens_1T.shape[1])[None]
+    return qwen2.hidden_states(PARAMS, tokens_1T, places_1T, jax.numpy.ones_like(tokens_1T), config)[0]
+
+
+def hidden(ids) -> np.ndarray:
+    """What the trainer's forward pass gives; padded behind, which causal attention cannot see."""
+    tokens_1T = np.zeros((1, MAX_LEN), np.int32)
+    tokens_1T[0, : len(ids)] = ids
+    return np.asarray(trainer_hidden(tokens_1T, CONFIG))[: len(ids)]
+
+
+def one_by_one(engine, numbers):
+    async def run():
+        return {number: await episode(engine, number) for number in numbers}
+
+    return asyncio.run(run())
+
+
+def together(engine, numbers):
+    async def run():
+        return dict(zip(numbers, await asyncio.gather(*(episode(engine, n) for n in numbers)), strict=True))
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return one_by_one(make_engine(), range(16))
+
+
+def test_concurrent_sessions_in_any_order_sample_what_each_samples_alone_bit_for_bit(reference):
+    for order in range(3):
+        numbers = list(range(16))
+        random.Random(order).shuffle(numbers)
+        assert together(make_engine(), numbers) == reference
+
+
+def test_shards_do_not_change_samples(reference):
+    assert together(make_engine(slots=4, shards=2, rows=2), range(16)) == {
+        number: [dataclasses.replace(g, logprobs=pytest.approx(g.logprobs, abs=1e-5)) for g in turns]
+        for number, turns in reference.items()
+    }
+
+
+def test_the_reference_exercises_every_kind_of_turn(reference):
+    kinds = {generation.finish for turns in reference.values() for generation in turns}
+    assert {"stop", "length"} <= kinds
+    assert all(generation.ids for generation in reference[0])
+
+
+def test_eviction_to_the_host_is_exact(reference):
+    """More open sessions than slots: every turn of each finds its slot taken by another."""
+
+    async def run(engine):
+        opened = [[] for _ in range(6)]
+        for turn in range(3):
+            for number in range(6):
+                new = prompt(number) if turn == 0 else observation(number, turn)
+                params = SampleParams(max_tokens=9, seed=number)
+                opened[number].append(await engine.generate(f"s{number}", new, params))
+        return opened
+
+    engine = make_engine(slots=4)
+    assert asyncio.run(run(engine)) == [reference[number] for number in range(6)]
+    assert engine.stats()["evictions"] > 6
+    assert engine.stats()["sessions"] == 6
+
+
+def test_eviction_without_host_memory_prefills_again(reference):
+    async def run(engine):
+        first = [await episode(engine, number, turns=2, close=False) for number in range(6)]
+        third = [
+            await engine.generate(f"s{number}", observation(number, 2), SampleParams(max_tokens=9, seed=number))
+            for number in range(6)
+        ]
+        return [[*turns, last] for turns, last in zip(first, third, strict=True)]
+
+    engine = make_engine(host_bytes=0)
+    for number, turns in enumerate(asyncio.run(run(engine))):
+        for got, wanted in zip(turns, reference[number], strict=True):
+            assert got.ids == wanted.ids
+            np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=1e-4)
+    assert engine.stats()["replayed_tokens"] > 0
+
+
+def test_a_resumed_session_prefills_only_what_is_new():
+    engine = make_engine()
+
+    async def run():
+        first = await engine.generate("a", prompt(5), SampleParams(max_tokens=6, seed=1))
+        before = engine.stats()["prefilled_tokens"]
+        await engine.generate("a", [11, 12, 13], SampleParams(max_tokens=2, seed=1))
+        return first, before
+
+    _, before = asyncio.run(run())
+    assert before == len(prompt(5)) - 1
+    # the last sampled token, whose K/V was not written yet, and the observation but for its last token
+    assert engine.stats()["prefilled_tokens"] - before == 3
+
+
+def test_log_probabilities_are_the_trainers(reference):
+    """Over several turns: sampled tokens in the middle of given ones, all in one forward pass of the trainer."""
+    for number, temperature in ((0, 1.0), (5, 0.7)):
+        engine = make_engine()
+
+        async def run(engine=engine, number=number, temperature=temperature):
+            ids, positions, logprobs = [], [], []
+            for turn in range(3):
+                new = prompt(number) if turn == 0 else observation(number, turn)
+                params = SampleParams(max_tokens=9, seed=3, temperature=temperature)
+                generation = await engine.generate("s", new, params)
+                ids += new
+                positions += range(len(ids), len(ids) + len(generation.ids))
+                ids += generation.ids
+                logprobs += generation.logprobs
+            return ids, positions, logprobs
+
+        ids, positions, logprobs = asyncio.run(run())
+        at = np.asarray(positions)
+        logprob_N, _, _ = token_stats(
+            hidden(ids)[at - 1],
+            qwen2.unembedding(PARAMS, CONFIG),
+            np.asarray(ids)[at],
+            chunk=64,
+            temperature=temperature,
+        )
+        np.testing.assert_allclose(logprobs, logprob_N, atol=2e-4)
+
+
+def test_greedy_takes_the_most_probable_token():
+    engine = make_engine()
+
+    async def run():
+        return await engine.generate("s", prompt(4), SampleParams(max_tokens=5, seed=0, temperature=0.0))
+
+    generation = asyncio.run(run())
+    ids = [*prompt(4), *generation.ids]
+    logits_TV = hidden(ids) @ qwen2.unembedding(PARAMS, CONFIG)
+    assert generation.ids == tuple(np.argmax(logits_TV, -1)[len(prompt(4)) - 1 : len(ids) - 1].tolist())
+
+
+def test_a_stop_inside_a_decode_call_ends_the_turn_there(reference):
+    stopped = [g for turns in reference.values() for g in turns if g.finish == "stop"]
+    assert any(len(g.ids) % 4 for g in stopped), "no stop fell inside a call of 4 steps"
+    assert all(g.ids[-1] in STOPS and not set(g.ids[:-1]) & set(STOPS) for g in stopped)
+
+
+def test_the_end_of_the_cache_is_full_and_the_session_stays_usable_by_its_owner():
+    engine = make_engine(stop_ids=(-5,))
+
+    async def run():
+        long = list(range(10, 10 + MAX_LEN - 4))
+        first = await engine.generate("s", long, SampleParams(max_tokens=20, seed=0))
+        second = await engine.generate("s", [11], SampleParams(max_tokens=20, seed=0))
+        await engine.close("s")
+        return first, second
+
+    first, second = asyncio.run(run())
+    assert (first.finish, len(first.ids)) == ("full", 4)
+    assert (second.finish, second.ids) == ("full", ())
+    assert engine.stats()["sessions"] == 0
+
+
+def test_new_weights_invalidate_what_was_cached():
+    async def run(engine, update):
+        await engine.generate("s", prompt(1), SampleParams(max_tokens=5, seed=1))
+        if update:
+            await engine.update_weights(OTHER, 7)
+        return engine._sessions["s"][0].ids, engine
+
+    async def continued(engine, new):
+        return await engine.generate("s", new, SampleParams(max_tokens=5, seed=1))
+
+    engine = make_engine()
+
+    async def both():
+        ids, _ = await run(engine, update=True)
+        known = list(ids)
+        return known, await continued(engine, [20, 21])
+
+    known, got = asyncio.run(both())
+    fresh = JaxEngine(OTHER, CONFIG, slots=4, max_len=MAX_LEN, stop_ids=STOPS, rows=2, chunk=8, steps=4)
+    wanted = asyncio.run(continued(fresh, [*known, 20, 21]))
+    assert (got.ids, got.logprobs, got.version) == (wanted.ids, wanted.logprobs, 7)
+
+
+def test_a_weight_update_waits_for_running_requests_and_holds_back_new_ones():
+    engine = make_engine()
+
+    async def run():
+        running = asyncio.create_task(engine.generate("a", prompt(1), SampleParams(max_tokens=9, seed=1)))
+        await asyncio.sleep(0)
+        update = asyncio.create_task(engine.update_weights(OTHER, 1))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(engine.generate("b", prompt(2), SampleParams(max_tokens=9, seed=1)))
+        return await running, await update, await late
+
+    running, _, late = asyncio.run(run())
+    assert (running.version, late.version) == (0, 1)
+
+
+def test_a_cancelled_request_frees_its_slot_and_the_name_can_be_closed():
+    engine = make_engine(slots=1, rows=1, stop_ids=(-5,))
+
+    async def run():
+        victim = asyncio.create_task(engine.generate("a", prompt(1), SampleParams(max_tokens=40, seed=1)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        victim.cancel()
+        await asyncio.gather(victim, return_exceptions=True)
+        await engine.close("a")
+        return await engine.generate("b", prompt(2), SampleParams(max_tokens=4, seed=2))
+
+    assert len(asyncio.run(run()).ids) == 4
+    assert engine.stats()["slots_in_use"] == 1  # b, still open
+
+
+def test_slots_do_not_leak():
+    engine = make_engine()
+    together(engine, range(16))
+    assert (engine.stats()["sessions"], engine.stats()["slots_in_use"]) == (0, 0)
+
+
+def test_weights_that_are_not_numbers_are_an_error_not_a_sample():
+    engine = JaxEngine(
+        jax.tree.map(lambda w: w * np.nan, PARAMS),
+        CONFIG,
+        slots=4,
+        max_len=MAX_LEN,
+        stop_ids=STOPS,
+        rows=2,
+        chunk=8,
+        steps=4,
+    )
+    with pytest.raises(EngineError, match="non-finite"):
+        asyncio.run(engine.generate("s", [10, 11], SampleParams(max_tokens=2, seed=0)))
+
+
+def test_misuse_is_named():
+    engine = make_engine()
+    with pytest.raises(ValueError, match="empty"):
+        asyncio.run(engine.generate("s", [], SampleParams(max_tokens=2, seed=0)))
+    with pytest.raises(ValueError, match="max_tokens"):
+        asyncio.run(engine.generate("s", [1], SampleParams(max_tokens=0, seed=0)))
+    with pytest.raises(ValueError, match="multiple of shards"):
+        make_engine(slots=3, shards=2)
