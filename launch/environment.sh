@@ -46,7 +46,8 @@ pip_install() { # what, number of packages, pip arguments...
   local what=$1 total=$2
   shift 2
   echo "installing $what into .venv (log: .venv/install.log)"
-  if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" 2>&1 |
+  # --no-compile: most of TensorFlow's modules are never imported; the others are compiled at their first import.
+  if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-compile --progress-bar off "$@" 2>&1 |
     tee -a .venv/install.log | show_pip "$total"; then
     fail "installing $what failed: $(tail -n 1 .venv/install.log); the log is .venv/install.log; check the network and the disk, then run the same command"
   fi
@@ -84,6 +85,6 @@ prepare_environment() {
 
 prepare_torch() {
   if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '$TORCH_VERSION')" 2>/dev/null; then
-    pip_install "torch $TORCH_VERSION for the reference tests" 1 "torch==$TORCH_VERSION"
+    pip_install "torch $TORCH_VERSION for the reference tests" 1 "torch==$TORCH_VERSION" networkx==3.6.1 sympy==1.14.0 mpmath==1.3.0
   fi
 }
