@@ -10,12 +10,13 @@ import dataclasses
 import ipaddress
 import socket
 from collections.abc import Collection
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
 
 from tools_env.errors import ToolError
+from tools_env.search.citations import canonical_url
 
 TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain", "text/markdown", "application/pdf"})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -23,7 +24,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 @dataclasses.dataclass(frozen=True)
 class Fetched:
-    url: str  # after redirects, without fragment
+    url: str  # after redirects, canonical
     media_type: str  # one of TYPES
     charset: str | None  # as the header says
     body: bytes
@@ -118,7 +119,8 @@ class Fetcher:
         return b"".join(parts)
 
     def _checked(self, url: str) -> str:
-        """Returns `url` without its fragment if a request to it is allowed."""
+        """Returns the canonical form of `url` if a request to it is allowed."""
+        url = canonical_url(url)
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ToolError("not an http address")
@@ -134,7 +136,7 @@ class Fetcher:
                     raise ToolError("unknown host")
             except ValueError:
                 pass
-        return urlunsplit(parts._replace(fragment=""))
+        return url
 
     async def close(self) -> None:
         await self._client.close()

@@ -227,8 +227,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Settings, str | None, bo
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 2 means that the message on stderr names what to change."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings, port_file, stop_with_stdin = parse_flags(argv)
     try:
+        settings, port_file, stop_with_stdin = parse_flags(argv)
         run(settings, port_file=port_file, stop_with_stdin=stop_with_stdin)
     except ToolHostError as error:
         print(f"tool host: {error}", file=sys.stderr)

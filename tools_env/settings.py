@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from tools_env.errors import ToolHostError
+
 
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
@@ -43,3 +45,12 @@ class Settings:
     max_file_chars: int = _field(200_000, "characters of one workspace file")
     max_files: int = _field(200, "files of one workspace")
     drain: float = _field(5.0, "seconds that calls in flight get when the host stops")
+
+    def __post_init__(self):
+        """Raises ToolHostError for a size or duration that is not positive."""
+        may_be_zero = ("port", "queue", "drain", "max_redirects")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if value < 0 or (value == 0 and field.name not in may_be_zero):
+                    raise ToolHostError(f"expected {field.name} above 0 ({field.metadata['help']}), got {value}")

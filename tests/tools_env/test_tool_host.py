@@ -69,6 +69,11 @@ def test_world_that_is_missing_is_named(tmp_path):
         ToolHost(tmp_path / "none", web_port=9, log_path=tmp_path / "log").start()
 
 
+def test_setting_that_cannot_work_is_named(tmp_path):
+    with pytest.raises(ToolHostError, match="expected concurrency above 0 .*, got 0"):
+        ToolHost(tmp_path, concurrency=0)
+
+
 def test_sigterm_drains_the_call_in_flight_and_ends_cleanly(world, tmp_path):
     """A page whose reply is held back until after the signal still reaches the caller."""
     port_file = tmp_path / "port"

@@ -7,7 +7,7 @@ import pytest
 
 from tools_env.errors import ToolHostError
 from tools_env.search import text
-from tools_env.search.citations import Citations
+from tools_env.search.citations import Citations, canonical_url
 from tools_env.search.index import PassageIndex
 
 
@@ -96,6 +96,22 @@ def test_citation_id_is_four_syllables_and_depends_on_url_and_text_only():
     one, two = Citations().id("http://a.test/", "x"), Citations().id("http://a.test/", "x")
     assert one == two and re.fullmatch(r"web_([bdfghjklmnprstvz][aeiou]){4}", one)
     assert Citations().id("http://b.test/", "x") != one
+
+
+def test_spellings_of_an_address_give_one_citation_id():
+    spellings = ("http://a.test/zh/奥地利", "http://A.test:80/zh/%E5%A5%A5%E5%9C%B0%E5%88%A9#top")
+    assert len({Citations().id(url, "x") for url in spellings}) == 1
+    assert canonical_url("http://a.test/x%2Fy?q=a%26b") == "http://a.test/x%2Fy?q=a%26b"
+
+
+def test_damaged_index_is_rebuilt(tmp_path, world):
+    for name in ("documents.jsonl", "sites.json"):
+        (tmp_path / name).write_bytes((world / name).read_bytes())
+    PassageIndex(tmp_path)
+    (tmp_path / "index" / "passages.jsonl").write_text('{"id": "web_')
+    for part in (tmp_path / "index" / "tantivy").iterdir():
+        part.write_bytes(b"damaged")
+    assert found(PassageIndex(tmp_path), "capital of Austria")[0][0] == "The capital of Austria is Vienna."
 
 
 def test_colliding_citations_get_different_stable_ids():

@@ -86,8 +86,9 @@ def test_failure_is_not_cached(running):
 def test_redirect_leads_to_the_final_address_without_fragment(running):
     async def main():
         async with running() as it:
-            result = await opened(it, "http://atlas.test/old")
-            assert {s.url for s in result.sources} == {"http://atlas.test/en/austria"}
+            for spelling in ("http://atlas.test/old", "atlas.test/old#x", " HTTP://ATLAS.test:80/old "):
+                result = await opened(it, spelling)
+                assert {s.url for s in result.sources} == {"http://atlas.test/en/austria"}
 
     asyncio.run(main())
 

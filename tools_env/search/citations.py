@@ -7,12 +7,27 @@ which makes that choice stable.
 
 import hashlib
 import re
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 _CONSONANTS = "bdfghjklmnprstvz"
 _VOWELS = "aeiou"
 _SYLLABLES = tuple(c + v for c in _CONSONANTS for v in _VOWELS)
 PATTERN = re.compile(r"web_(?:[bdfghjklmnprstvz][aeiou]){4}")
 CITED = re.compile(r"\\cite\{(web_[a-z]+)\}")
+
+
+_ESCAPED_LETTERS = re.compile(r"(?:%[89A-Fa-f][0-9A-Fa-f])+")
+
+
+def canonical_url(url: str) -> str:
+    """Returns one spelling for the spellings of an address: no fragment, host in lower case, letters unescaped.
+
+    Raises ValueError for what is no address.
+    """
+    parts = urlsplit(url.strip())
+    host = parts.netloc.lower().removesuffix(":80" if parts.scheme == "http" else ":443")
+    path, query = (_ESCAPED_LETTERS.sub(lambda match: unquote(match.group()), part) for part in parts[2:4])
+    return urlunsplit((parts.scheme, host, path or ("/" if host else ""), query, ""))
 
 
 def syllables(digest: bytes, count: int) -> str:
@@ -32,7 +47,7 @@ class Citations:
         self._owner: dict[str, bytes] = {}  # id -> digest of the passage that has it
 
     def id(self, url: str, text: str) -> str:
-        key = f"{url}\n{text}".encode()
+        key = f"{canonical_url(url)}\n{text}".encode()
         owner = hashlib.sha256(key).digest()
         digest = owner
         for salt in range(1, 1000):

@@ -138,7 +138,14 @@ class PassageIndex:
 
     def __init__(self, world_dir: str | os.PathLike):
         """Builds the index if needed and opens it. Raises ToolHostError."""
-        path = build(world_dir)
+        try:
+            self._open(build(world_dir))
+        except (ValueError, OSError, TypeError):
+            # A damaged index is rebuilt from the documents; if those are the fault, the second try says so.
+            shutil.rmtree(Path(world_dir) / "index", ignore_errors=True)
+            self._open(build(world_dir))
+
+    def _open(self, path: Path) -> None:
         self.fingerprint = _current(path)
         with open(path / "passages.jsonl", encoding="utf-8") as lines:
             self.passages = [Passage(**json.loads(line)) for line in lines]

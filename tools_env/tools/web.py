@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from tools_env.tools.base import Call, Output, Tool
 
 MAX_ITEMS = 10
 REPLY_MARGIN = 0.05  # seconds kept for formatting and sending when a call's deadline is near
+_NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(/|$)")
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -131,11 +133,14 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
 
 
 def _address(call: Call, wanted: str) -> str:
+    wanted = wanted.strip()
     if PATTERN.fullmatch(wanted):
         if wanted not in call.known:
             raise ToolError("not a citation shown in this session")
         return call.known[wanted].url
-    return wanted.strip()
+    if _NO_SCHEME.match(wanted):
+        return f"http://{wanted}"
+    return wanted
 
 
 def _head(title: str, place: str, published_at: str | None) -> str:
