@@ -42,7 +42,7 @@ class _Rows:
         return row | dict(source=np.int32(self._source))
 
     def _damaged(self, reason) -> UserError:
-        short = str(reason).splitlines()[0][:160]
+        short = (str(reason) or repr(reason)).splitlines()[0][:160]
         return UserError(f"{self._path} is damaged ({short}); delete it and run launch.build_data again")
 
 

@@ -58,11 +58,11 @@ class BpeVocabulary(seqio.Vocabulary):
         return self.tokenizer.decode(ids)
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        ids = tf.numpy_function(lambda text: np.asarray(self._encode(text.decode()), np.int32), [s], tf.int32)
+        ids = tf.py_function(lambda text: np.asarray(self._encode(text.numpy().decode()), np.int32), [s], tf.int32)
         return tf.ensure_shape(ids, [None])
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.numpy_function(lambda array: self._decode(array.tolist()).encode(), [ids], tf.string)
+        return tf.py_function(lambda array: self._decode(array.numpy().tolist()), [ids], tf.string)
 
 
 def task_name(stage: str, component: str) -> str:

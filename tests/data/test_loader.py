@@ -1,0 +1,137 @@
+"""Facts about the loader: batches as a function of the step, exact rates, epochs, and errors that name the file."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepdr_jax.data import cache
+from stepdr_jax.data.loader import Loader
+from stepdr_jax.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+MIXTURE = {"long": 0.75, "short": 0.25, "off": 0.0}
+
+
+def write(folder: Path, component: str, rows: int, start: int, context: int = 4) -> None:
+    """Rows of one example each, whose first token tells the row."""
+    examples = [
+        (np.full(context, start + i, np.int32), np.ones(context, bool), False, b"c", b"en") for i in range(rows)
+    ]
+    inputs = dict(stage="sft", component=component, context=context, seed=0, tokenizer="tok")
+    cache._build_component(folder / "sft" / f"{component}.arecord", iter(examples), inputs)
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    write(tmp_path, "long", 30, 100)
+    write(tmp_path, "short", 5, 200)
+    return tmp_path
+
+
+def loader(data: Path, seed: int = 0, batch: int = 8) -> Loader:
+    return Loader(data, "sft", MIXTURE, batch, seed, "tok")
+
+
+def test_a_batch_depends_on_seed_and_step_alone(data):
+    one, two = loader(data), loader(data)
+    forwards = [one.batch(step) for step in range(6)]
+    for step in (5, 0, 3):
+        again = two.batch(step)
+        assert all(np.array_equal(forwards[step][key], again[key]) for key in again)
+    other = loader(data, seed=1)
+    assert any(not np.array_equal(forwards[step]["tokens"], other.batch(step)["tokens"]) for step in range(6))
+
+
+def test_a_batch_has_the_promised_arrays(data):
+    batch = loader(data).batch(0)
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dict(
+        tokens=((8, 4), np.int32),
+        loss_mask=((8, 4), bool),
+        segment_ids=((8, 4), np.int32),
+        positions=((8, 4), np.int32),
+        source=((8,), np.int32),
+    )
+
+
+def test_components_come_at_their_rates_exactly(data):
+    subject = loader(data)
+    assert subject.sources == ["long", "short"] and subject.rows == {"long": 30, "short": 5} and subject.context == 4
+    for step in range(20):
+        assert Counter(subject.batch(step)["source"].tolist()) == {0: 6, 1: 2}
+        assert np.array_equal(subject.batch(step)["tokens"][:, 0] >= 200, subject.batch(step)["source"] == 1)
+
+
+def test_every_epoch_has_every_row_once_in_another_order(data):
+    seen = np.concatenate([loader(data).batch(step)["tokens"][:, 0] for step in range(10)])
+    long = [token for token in seen.tolist() if token < 200]
+    first, second = long[:30], long[30:60]
+    assert sorted(first) == sorted(second) == list(range(100, 130))
+    assert first != second
+
+
+def test_the_fingerprint_tells_runs_apart_that_see_other_batches(data):
+    assert loader(data).fingerprint == loader(data).fingerprint
+    assert len({loader(data).fingerprint, loader(data, seed=1).fingerprint, loader(data, batch=4).fingerprint}) == 3
+
+
+def test_tensorflow_is_not_imported(data):
+    code = (
+        "import sys; from stepdr_jax.data.loader import Loader\n"
+        f"Loader({str(data)!r}, 'sft', {MIXTURE!r}, 8, 0, 'tok').batch(0)\n"
+        "sys.exit('tensorflow' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_an_absent_component_names_the_file_and_the_fix(data):
+    (data / "sft" / "short.arecord").unlink()
+    with pytest.raises(UserError, match=r"short\.arecord.*run launch\.build_data"):
+        loader(data)
+
+
+def test_data_of_another_tokenizer_is_refused(data):
+    with pytest.raises(UserError, match="built with tokenizer tok, this run has new"):
+        Loader(data, "sft", MIXTURE, 8, 0, "new")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_file_is_named(data, damage):
+    path = data / "sft" / "long.arecord"
+    content = path.read_bytes()
+    path.write_bytes(dict(cut=content[: len(content) // 2], empty=b"", noise=os.urandom(len(content)))[damage])
+    with pytest.raises(UserError, match=r"long\.arecord is damaged .* delete it and run launch\.build_data again"):
+        subject = loader(data)
+        for step in range(10):
+            subject.batch(step)
+
+
+def test_a_damaged_row_is_named_when_it_is_read(data):
+    write(data, "long", 3000, 100_000, context=64)
+    write(data, "short", 5, 200, context=64)
+    path = data / "sft" / "long.arecord"
+    content = bytearray(path.read_bytes())
+    content[70_000:75_000] = os.urandom(5000)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"long\.arecord is damaged"):
+        subject = loader(data, batch=64)
+        for step in range(70):
+            subject.batch(step)
+
+
+def test_a_side_file_that_promises_more_rows_is_damage(data):
+    side = data / "sft" / "long.json"
+    side.write_text(json.dumps(json.loads(side.read_text()) | {"rows": 31}))
+    with pytest.raises(UserError, match="expected 31 rows, got 30"):
+        loader(data)
+
+
+def test_a_mixture_without_rates_is_refused(data):
+    with pytest.raises(UserError, match="at least one positive rate"):
+        Loader(data, "sft", {"long": 0.0}, 8, 0, "tok")
