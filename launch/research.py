@@ -19,8 +19,6 @@ from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import ask
-from tools_env.process import ToolHost
-from tools_env.world.build import build_world
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("stage", "", "checkpoint that answers: midtrain1, midtrain2, sft or ppo; default the last finished")
@@ -69,6 +67,10 @@ def main(config) -> None:
     if config.tools.address:
         trajectory = run(config.tools.address)
     else:
+        # Here: a person who asks through a running tool host needs none of its packages.
+        from tools_env.process import ToolHost
+        from tools_env.world.build import build_world
+
         world = Path(config.run_dir) / "world"
         build_world(world, seed=config.data_seed, documents=config.world.documents)
         with ToolHost(

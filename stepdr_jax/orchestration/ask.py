@@ -113,7 +113,7 @@ async def ask(
     """Runs the episode against the tool host at `address` and closes every connection."""
     tools = ToolsClient(address, call_timeout=call_timeout)
     try:
-        await tools.wait_ready(30.0)
+        await tools.wait_ready(min(call_timeout, 5.0))  # one of ours is healthy by now, a stranger's should be
         episode = await react.run_episode(
             asked, answerer, tools, limits, prompt=prompt, as_of=asked.as_of, seed=seed, on_event=on_event
         )
