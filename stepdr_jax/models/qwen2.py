@@ -147,6 +147,7 @@ def hidden_states(
             key_positions_BS=positions_BT,
             query_segments_BT=segment_ids_BT,
             key_segments_BS=segment_ids_BT,
+            in_order=True,
             backend=attention_backend,
         )
         x_BTD = x_BTD + _output(o_BTHK, w)

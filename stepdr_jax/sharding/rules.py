@@ -1,0 +1,85 @@
+"""Which dimension of which array is split over which mesh axis; the model's mathematics knows nothing of it.
+
+Read beside models/qwen2.py: one field per parameter, with its shape. A dimension that its axis does not divide stays
+whole (small models on large meshes), so every rule is safe for every size.
+"""
+
+import dataclasses
+import functools
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Axis = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Logical placement; each entry names the mesh axis of one dimension."""
+
+    embedding: tuple[Axis, ...] = ("tensor", "fsdp")  # V D
+    unembedding: tuple[Axis, ...] = ("fsdp", "tensor")  # D V
+    final_norm: tuple[Axis, ...] = (None,)  # D
+    attention_norm: tuple[Axis, ...] = (None, None)  # L D
+    q_kernel: tuple[Axis, ...] = (None, "fsdp", "tensor")  # L D H*K
+    q_bias: tuple[Axis, ...] = (None, "tensor")  # L H*K
+    k_kernel: tuple[Axis, ...] = (None, "fsdp", "tensor")  # L D N*K
+    k_bias: tuple[Axis, ...] = (None, "tensor")  # L N*K
+    v_kernel: tuple[Axis, ...] = (None, "fsdp", "tensor")  # L D N*K
+    v_bias: tuple[Axis, ...] = (None, "tensor")  # L N*K
+    output_kernel: tuple[Axis, ...] = (None, "tensor", "fsdp")  # L H*K D
+    mlp_norm: tuple[Axis, ...] = (None, None)  # L D
+    gate_kernel: tuple[Axis, ...] = (None, "fsdp", "tensor")  # L D F
+    up_kernel: tuple[Axis, ...] = (None, "fsdp", "tensor")  # L D F
+    down_kernel: tuple[Axis, ...] = (None, "tensor", "fsdp")  # L F D
+    value_kernel: tuple[Axis, ...] = (None,)  # D
+    value_bias: tuple[Axis, ...] = ()
+    batch: tuple[Axis, ...] = (("data", "fsdp"), "context")  # B T
+    rows: tuple[Axis, ...] = (("data", "fsdp"),)  # B
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            used = [a for axis in getattr(self, field.name) for a in ((axis,) if isinstance(axis, str) else axis or ())]
+            if len(used) != len(set(used)):
+                raise ValueError(f"expected each mesh axis once in rule {field.name}, got {getattr(self, field.name)}")
+
+
+def _fit(spec: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    def size(axis):
+        names = (axis,) if isinstance(axis, str) else axis or ()
+        total = 1
+        for name in names:
+            total *= mesh.shape[name]
+        return total
+
+    return PartitionSpec(*(axis if dim % size(axis) == 0 else None for axis, dim in zip(spec, shape, strict=True)))
+
+
+def param_shardings(params, mesh: Mesh, rules: ShardingRules = ShardingRules()):
+    """NamedSharding for each leaf of `params` (arrays or ShapeDtypeStruct), by the last key of its path.
+
+    Works for anything that mirrors the parameter tree, such as Adam's moments; a scalar is replicated.
+
+    Raises:
+        KeyError: when a leaf with dimensions has no rule.
+    """
+
+    def leaf(path, value):
+        if value.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if not names or not hasattr(rules, names[-1]):
+            raise KeyError(f"no sharding rule for parameter {jax.tree_util.keystr(path)}; add a field to ShardingRules")
+        return NamedSharding(mesh, _fit(getattr(rules, names[-1]), value.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+@functools.lru_cache
+def batch_sharding(mesh: Mesh, rules: ShardingRules = ShardingRules(), *, ndim: int = 2) -> NamedSharding:
+    """Placement of a batch array: [B, T] when ndim is 2, [B] when it is 1."""
+    return NamedSharding(mesh, PartitionSpec(*(rules.batch if ndim == 2 else rules.rows)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
