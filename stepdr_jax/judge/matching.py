@@ -11,6 +11,7 @@ from collections.abc import Iterable
 CITATION = re.compile(r"\\cite\{([^{}]*)\}")
 CITATION_ID = re.compile(r"web_[a-z]{8}\b")
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_LETTER = r"[^\W\u3400-\u4dbf\u4e00-\u9fff]"
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
 
@@ -38,9 +39,10 @@ def _pattern(needle: str) -> re.Pattern:
     body = re.escape(needle)
     if HAN.search(needle):  # Chinese has no spaces: a substring is a mention
         return re.compile(body)
+    # a letter or digit beside it makes it another word, a Chinese character does not: "人口是8527230。"
     # a number inside a longer one ("3" in "0.3" or "3.5") is another number
-    before = r"(?<!\w)(?<!\d[.,])" if needle[:1].isdigit() else r"(?<!\w)"
-    after = r"(?!\w)(?![.,]\d)" if needle[-1:].isdigit() else r"(?!\w)"
+    before = rf"(?<!{_LETTER})(?<!\d[.,])" if needle[:1].isdigit() else rf"(?<!{_LETTER})"
+    after = rf"(?!{_LETTER})(?![.,]\d)" if needle[-1:].isdigit() else rf"(?!{_LETTER})"
     return re.compile(before + body + after)
 
 

@@ -9,9 +9,11 @@ import collections
 import dataclasses
 import random
 
+import numpy as np
+
 from stepdr_jax.judge.matching import contains, normalise
 from stepdr_jax.records import Answer, Document, PlanStep, Task, Triple, content_id
-from stepdr_jax.synthesis import sentences
+from stepdr_jax.synthesis import graph, sentences
 from stepdr_jax.synthesis.knowledge import Fact, Knowledge
 from stepdr_jax.synthesis.rubrics import Brief, Point
 
@@ -156,6 +158,32 @@ def search_query(fact: Fact, knowledge: Knowledge) -> str:
     return sentences.topic(fact.relation, knowledge.countries[fact.country].name(fact.lang), fact.lang)
 
 
+def subgraph_relations(
+    knowledge: Knowledge,
+    triples: list[Triple],
+    *,
+    seed_degree: tuple[int, int],
+    nodes: tuple[int, int],
+    super_node_degree: int,
+    seed: int,
+) -> dict[str, set[str]]:
+    """Samples a subgraph around every seed entity; returns country -> relations of its facts inside some subgraph.
+
+    A question may only use edges of a sampled subgraph (paper section 3.2.1).
+    """
+    whole = graph.from_triples(triples)
+    rng = np.random.default_rng([seed, 0x5EED])
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for start in whole.seeds(seed_degree):
+        sampled = graph.sample(whole, int(start), rng, nodes=nodes, super_node_degree=super_node_degree)
+        if sampled is None:
+            continue
+        for inside in graph.triples_within(whole, sampled, triples):
+            if inside.head in knowledge.countries:
+                found[inside.head].add(inside.relation)
+    return dict(found)
+
+
 # -------------------------------------------------------------------------------------------------------------- walks
 
 
@@ -169,40 +197,30 @@ class Walk:
     fact: Fact
 
 
-def walks(knowledge: Knowledge, documents: list[Document], rng: random.Random) -> dict[str, list[Walk]]:
+def walks(knowledge: Knowledge, documents: list[Document], seed: int) -> dict[str, list[Walk]]:
     """Walks the links between country pages without a goal; returns last country -> walks that end there.
 
-    A walk starts at a random page, takes one or two links, never returns to a page, and stays within one split.
+    One or two links are followed, within one language and one split.
     """
     home = {page.url: (country, lang) for (country, lang), pages in knowledge.pages.items() for page in pages[:1]}
+    groups = {url: (lang, knowledge.split(country)) for url, (country, lang) in home.items()}
     links = {
-        document.url: list(
-            dict.fromkeys(link.url for link in document.links if link.url in home and link.url != document.url)
-        )
-        for document in documents
-        if document.url in home
+        url: [target for target in targets if groups.get(target) == groups[url]]
+        for url, targets in graph.hyperlinks(documents).items()
+        if url in home
     }
-    found = collections.defaultdict(list)
+    rng = np.random.default_rng([seed, 0x3A1C])
+    found: dict[str, list[Walk]] = collections.defaultdict(list)
     for start in sorted(links):
-        path = [start]
-        for _ in range(rng.choice((1, 1, 2))):
-            country, lang = home[path[-1]]
-            onward = [
-                url
-                for url in links.get(path[-1], [])
-                if url not in path
-                and home[url][1] == lang
-                and knowledge.split(home[url][0]) == knowledge.split(country)
-            ]
-            if not onward:
-                break
-            path.append(rng.choice(onward))
-        country, lang = home[path[-1]]
-        relations = [r for r in knowledge.relations(country, lang) if r in ASKED]
-        if len(path) < 2 or not relations:
+        path = graph.walk(links, start, rng, max_hops=int(rng.integers(1, 3)), min_pages=2)
+        if path is None:
             continue
-        names = tuple(knowledge.countries[home[url][0]].name(lang) for url in path)
-        found[country].append(Walk(lang, tuple(path), names, knowledge.facts[country, rng.choice(relations), lang]))
+        country, lang = home[path[-1]]
+        relations = [relation for relation in knowledge.relations(country, lang) if relation in ASKED]
+        if relations:
+            names = tuple(knowledge.countries[home[url][0]].name(lang) for url in path)
+            fact = knowledge.facts[country, relations[int(rng.integers(len(relations)))], lang]
+            found[country].append(Walk(lang, tuple(path), names, fact))
     return dict(found)
 
 

@@ -11,10 +11,9 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from stepdr_jax import files
 from stepdr_jax.judge.matching import normalise
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import sentences
+from stepdr_jax.synthesis import corpora, sentences
 from stepdr_jax.synthesis.renaming import Renamer
 
 LANGS = ("en", "zh")
@@ -103,23 +102,25 @@ def split_entities(ids: Iterable[str], share: float, seed: int) -> frozenset[str
 
 def load(world_dir: str | Path, *, heldout_share: float, seed: int) -> Knowledge:
     """Reads `documents.jsonl` and `entities.jsonl` of a built world. Raises UserError when one is absent or broken."""
-    documents = [Document.model_validate(row) for row in files.read_jsonl(Path(world_dir) / "documents.jsonl")]
     return from_pages(
-        documents, files.read_jsonl(Path(world_dir) / "entities.jsonl"), heldout_share=heldout_share, seed=seed
+        corpora.documents(world_dir), corpora.entities(world_dir).values(), heldout_share=heldout_share, seed=seed
     )
 
 
-def from_pages(documents: list[Document], entities: list[dict], *, heldout_share: float, seed: int) -> Knowledge:
+def from_pages(
+    documents: list[Document], entities: Iterable[corpora.Entity], *, heldout_share: float, seed: int
+) -> Knowledge:
     """Reads the facts out of the pages.
 
     Args:
         documents: pages; those with authority 2 are believed, where two of them differ the later one.
-        entities: rows with id, kind, en, zh.
+        entities: what the pages are about.
     """
+    entities = sorted(entities, key=lambda entity: entity.id)
     countries = {
-        row["id"]: Country(row["id"], row["en"], row["zh"])
-        for row in sorted(entities, key=lambda row: row["id"])
-        if row["kind"] == "country" and row["en"] and row["zh"]
+        entity.id: Country(entity.id, entity.en, entity.zh)
+        for entity in entities
+        if entity.kind == "country" and entity.en and entity.zh
     }
     ids = {normalise(country.name(lang)): country.id for country in countries.values() for lang in LANGS}
     facts: dict[tuple[str, str, str], Fact] = {}
@@ -129,13 +130,14 @@ def from_pages(documents: list[Document], entities: list[dict], *, heldout_share
     for document in documents:
         subjects = collections.Counter()
         for line in document.text.splitlines():
+            line = sentences.plain(line)
             statement = sentences.parse(line)
             country = ids.get(normalise(statement.subject)) if statement else None
             if country is None or statement.lang != document.lang:
                 continue
             subjects[country] += 1
             key = (country, statement.relation, document.lang)
-            fact = Fact(*key, statement.value, statement.values, line.strip(), document.url, document.authority)
+            fact = Fact(*key, statement.value, statement.values, line, document.url, document.authority)
             if document.authority < 2:
                 claims[key].append(fact)
             elif key not in facts or (document.published_at or "") > believed[key]:
@@ -155,7 +157,7 @@ def from_pages(documents: list[Document], entities: list[dict], *, heldout_share
         if different:
             wrong[key] = tuple(different.values())
     heldout = split_entities(countries, heldout_share, seed)
-    kinds = {name: row["kind"] for row in entities for name in (row.get("en"), row.get("zh")) if name}
+    kinds = {name: entity.kind for entity in entities for name in (entity.en, entity.zh) if name}
     for (_, relation, _), fact in facts.items():
         if relation in ("capital", "demonym", "currency", "language", "region"):
             for value in fact.values:

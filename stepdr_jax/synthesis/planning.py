@@ -38,7 +38,9 @@ def reverse_engineer(
         relations: relations that may be asked for.
         size: number of points; fewer when the page covers fewer.
     """
-    statements = [statement for line in document.text.splitlines() if (statement := sentences.parse(line))]
+    statements = [
+        statement for line in document.text.splitlines() if (statement := sentences.parse(sentences.plain(line)))
+    ]
     covered = list(
         dict.fromkeys(
             statement.relation
@@ -74,10 +76,12 @@ def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
 
     A query serves a step when it holds the words of the step's query. A query that names several steps serves the first
     that is still open. Opening pages, files and the todo list are not counted as actions: they serve the step at hand.
+    Slips that are kept out of the loss are not counted either.
     """
     queries = [
         query
         for message in trajectory.messages
+        if message.train
         for call in message.tool_calls
         if call.name == "batch_web_surfer"
         for query in call.arguments.get("queries", [])

@@ -83,7 +83,8 @@ def merge(earlier: Trajectory, later: Trajectory, lang: str) -> Trajectory:
     *before, wrong = earlier.messages
     first = next(index for index, message in enumerate(later.messages) if message.role == "assistant")
     answer = _ANSWER.search(wrong.content)
-    doubt = DOUBT[lang].format(answer=strip_citations(answer.group(1) if answer else "").strip())
+    lines = strip_citations(answer.group(1) if answer else "").strip().splitlines()
+    doubt = DOUBT[lang].format(answer=" ".join(line for line in lines if not line.startswith("#")))
     messages = [*before, *(message.model_copy() for message in later.messages[first:])]
     turn = messages[len(before)]
     cleaned = remove_induction(turn.content)

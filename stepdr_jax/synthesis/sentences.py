@@ -37,6 +37,7 @@ ZH = {
 }
 UNITS = {"en": {"area": " square kilometres"}, "zh": {"area": "平方公里"}}
 
+_MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)\s]*\)|\*\*|__|`")
 _WORDS_EN = {**{word: relation for relation, word in EN.items()}, **{word: r for r, word in PLURAL.items()}}
 _WORDS_ZH = {word: relation for relation, word in ZH.items()}
 _SENTENCE_EN = re.compile(rf"The ({'|'.join(sorted(_WORDS_EN, key=len, reverse=True))}) of (.+?) (?:is|are) (.+)\.")
@@ -84,6 +85,11 @@ def sentence(relation: str, subject: str, values: tuple[str, ...] | list[str], l
         value = "the " + value
     verb = "are" if len(values) > 1 and relation in PLURAL else "is"
     return f"The {word(relation, lang, len(values))} of {subject} {verb} {value}."
+
+
+def plain(text: str) -> str:
+    """Text without Markdown links, emphasis and code marks, as search results show it."""
+    return _MARKUP.sub(lambda match: match.group(1) or "", text).strip()
 
 
 def parse(text: str) -> Statement | None:

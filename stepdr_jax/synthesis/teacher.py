@@ -123,7 +123,7 @@ class Expert:
         authority: host -> 0, 1 or 2.
         style: see `Style`.
         seed: of misspellings.
-        bad_urls: URLs that cannot be read, by slip ("dead_link", "unavailable").
+        bad_urls: an address that cannot be read, by slip ("dead_link", "unavailable").
     """
 
     name = "expert"
@@ -135,7 +135,7 @@ class Expert:
         style: Style,
         *,
         seed: int = 0,
-        bad_urls: Mapping[str, list[str]] | None = None,
+        bad_urls: Mapping[str, str] | None = None,
     ) -> None:
         self.task, self.style = task, style
         self.mistakes: set[int] = set()  # numbers of the turns that are slips: kept out of the loss
@@ -145,9 +145,11 @@ class Expert:
         self._rng = random.Random(f"expert {task.id} {seed}")
         self._say = SAY[task.lang]
         self._turns = 0
+        self._history: list[str] = []
 
     def start(self, messages: list[Message], *, episode_id: str, seed: int) -> "ExpertSession":
         self._turns = 0
+        self._history = [message.content for message in messages[2:]]  # of an earlier attempt, when there was one
         self.mistakes.clear()
         script = {
             "fact": self._fact,
@@ -222,6 +224,8 @@ class Expert:
     def _slips_first(self, topic: str, subject: str) -> Generator[str, list[str], str]:
         """Makes the style's mistake, if it is one of the first turn; returns how to go on thinking."""
         slip = self.style.slip
+        if slip == "misspelt" and subject.isdigit():  # another number is no misspelling
+            slip = "empty_query"
         if slip == "misspelt":
             wrong = misspell(subject, self._rng)
             self.misspelt[wrong] = subject
@@ -231,9 +235,8 @@ class Expert:
         if slip == "empty_query":
             yield self._slip(self._search("search", [""], topic=topic))
             return "again"
-        if slip in ("dead_link", "unavailable") and self._bad_urls.get(slip):
-            url = self._rng.choice(self._bad_urls[slip])
-            yield self._slip(self._turn("open", "batch_web_surfer", {"urls": [url]}))
+        if slip in self._bad_urls:
+            yield self._slip(self._turn("open", "batch_web_surfer", {"urls": [self._bad_urls[slip]]}))
             return "failed"
         return ""
 
@@ -254,9 +257,12 @@ class Expert:
         relation, subject = self.task.metadata["relations"][-1], self.task.metadata["subject"]
         topic = sentences.topic(relation, subject, self.task.lang)
         thought = (yield from self._slips_first(topic, subject)) or first_thought
-        if self.style.check_again or self.style.slip == "hasty":
-            observed = yield self._search("check" if self.style.check_again else thought, [topic], 4, topic=topic)
+        if self.style.slip == "hasty":
+            observed = yield self._search(thought, [topic], 4, topic=topic)
             found = self._find(observed, relation, subject)
+        elif self.style.check_again:
+            observed = yield self._search("check", [topic], topic=topic)
+            found = self._find([*observed, *self._history], relation, subject)
         else:
             found = yield from self._look_up(relation, subject, thought)
         if self.style.open_page and found:
@@ -393,20 +399,20 @@ class ExpertSession:
 Teacher = Callable[[Task, Style, int], Policy]
 
 
-def make(config: ConfigDict, authority: Mapping[str, int], bad_urls: Mapping[str, list[str]]) -> Teacher:
+def make(config: ConfigDict, authority: Mapping[str, int], bad_urls: Callable[[Task], Mapping[str, str]]) -> Teacher:
     """Returns who acts: (task, style, seed) -> policy.
 
     Args:
         config: `teacher.endpoint`, `teacher.model`, `teacher.api_key_env`.
         authority: host -> authority, for the offline expert.
-        bad_urls: see `Expert`.
+        bad_urls: task -> addresses that cannot be read, see `Expert`.
 
     Raises:
         UserError: an endpoint without a model name.
     """
     teacher = config.teacher
     if not teacher.endpoint:
-        return lambda task, style, seed: Expert(task, authority, style, seed=seed, bad_urls=bad_urls)
+        return lambda task, style, seed: Expert(task, authority, style, seed=seed, bad_urls=bad_urls(task))
     if not teacher.model:
         raise UserError(
             f"teacher.model: expected the model's name at {teacher.endpoint}, got an empty string; "

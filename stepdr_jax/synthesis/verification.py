@@ -58,9 +58,9 @@ def extract(document: Document) -> list[VerificationPoint]:
     """Splits a page into verification points; sentences that state nothing checkable are left out."""
     points = []
     for line in document.text.splitlines():
-        statement = sentences.parse(line)
+        statement = sentences.parse(sentences.plain(line))
         if statement:
-            points.append(VerificationPoint(POINT_TYPES[statement.relation], line.strip(), statement, 2))
+            points.append(VerificationPoint(POINT_TYPES[statement.relation], sentences.plain(line), statement, 2))
         elif _CAUSAL.search(line):
             points.append(VerificationPoint("causal", line.strip(), None, 1))
         elif _TIME.search(line) and not line.startswith("#"):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import knowledge
+from stepdr_jax.synthesis import corpora, knowledge
 
 FACTS = {
     "aut": (
@@ -168,7 +168,8 @@ def triples() -> list[dict]:
 
 
 def known(heldout_share: float = 0.0) -> knowledge.Knowledge:
-    return knowledge.from_pages(documents(), entities(), heldout_share=heldout_share, seed=0)
+    things = [corpora.Entity(**row) for row in entities()]
+    return knowledge.from_pages(documents(), things, heldout_share=heldout_share, seed=0)
 
 
 def write(world_dir: Path) -> None:

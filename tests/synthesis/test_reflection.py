@@ -38,7 +38,15 @@ def test_the_history_is_kept_and_only_told_to_be_wrong():
 
 def test_a_corrected_episode_looks_spontaneous():
     merged = reflection.merge(first(), second(), "en")
-    assert [m.role for m in merged.messages] == ["system", "user", "assistant", "tool", "assistant", "tool", "assistant"]
+    assert [m.role for m in merged.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert merged.messages[4].content.startswith(
         "<think>The capital of Austria is Budapest. Is that right? I check the capital of Austria.</think>\n<tool_call>"
     )
