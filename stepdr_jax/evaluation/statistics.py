@@ -8,6 +8,7 @@ A missing value is None or NaN and is left out of numerator and denominator alik
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
@@ -98,17 +99,23 @@ def ratio(
     mean = numerator_TS.sum() / denominator_TS.sum()
     if tasks < 2:
         return Interval(mean, math.nan, math.nan, count, tasks)
-    random = np.random.default_rng(seed)
-    weights_RT = random.multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples)
-    if resample_seeds and seeds > 1:
-        weights_RS = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
-    else:
-        weights_RS = np.ones((1, seeds))
+    weights_RT, weights_RS = _weights(tasks, seeds if resample_seeds else 1, resamples, seed)
     numerator_R = ((weights_RT @ numerator_TS) * weights_RS).sum(axis=1)
     denominator_R = ((weights_RT @ denominator_TS) * weights_RS).sum(axis=1)
     drawn_R = numerator_R[denominator_R > 0] / denominator_R[denominator_R > 0]
     low, high = np.quantile(drawn_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(mean), float(low), float(high), count, tasks)
+
+
+@functools.lru_cache(maxsize=16)  # a report asks for the same draw many times; 10 MB each at 120 tasks
+def _weights(tasks: int, seeds: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each task and each seed is drawn: float64 [resamples, tasks] and [resamples, seeds] ([1, 1] for one seed)."""
+    random = np.random.default_rng(seed)
+    weights_RT = random.multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples).astype(np.float64)
+    if seeds == 1:
+        return weights_RT, np.ones((1, 1))
+    weights_RS = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
+    return weights_RT, weights_RS
 
 
 Values = Mapping[str, Mapping[str, Sequence[float | None]]]  # seed -> task -> one value per episode
@@ -133,9 +140,18 @@ def mean(values: Values, **settings) -> Interval:
     return ratio(*_cells(values, _tasks(values)), **settings)
 
 
+def sums_ratio(numerators: Values, denominators: Values, **settings) -> Interval:
+    """A share as sum of numerators over sum of denominators, both given for the same episodes; see `share` for its edges."""
+    tasks = _tasks(numerators, denominators)
+    return _edged(ratio(_cells(numerators, tasks)[0], _cells(denominators, tasks)[0], **settings))
+
+
 def share(values: Values, **settings) -> Interval:
     """As `mean`, for 0/1 values. When all are equal every resample is too; then Wilson's interval over tasks is given."""
-    interval = mean(values, **settings)
+    return _edged(mean(values, **settings))
+
+
+def _edged(interval: Interval) -> Interval:
     if interval.clusters and interval.mean in (0.0, 1.0):
         bound = wilson(round(interval.mean * interval.clusters), interval.clusters)
         return dataclasses.replace(interval, low=bound.low, high=bound.high)

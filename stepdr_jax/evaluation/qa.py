@@ -1,0 +1,354 @@
+"""Held-out tasks through the one episode loop: the same tasks, budgets and judge for every stage and seed.
+
+An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a killed
+evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke is tried
+once more and then reported as missing, never as 0.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ml_collections import ConfigDict
+
+from stepdr_jax import files, records
+from stepdr_jax.agent import react
+from stepdr_jax.agent.budget import Limits
+from stepdr_jax.agent.policy import EnginePolicy, Policy
+from stepdr_jax.errors import UserError
+from stepdr_jax.evaluation import cost
+from stepdr_jax.evaluation.results import STAGES, Result
+from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
+from stepdr_jax.progress import Progress
+from stepdr_jax.records import RubricSet, Task, Verdict
+from tools_env.client import ToolsClient
+
+ATTEMPTS = 2
+SAMPLES_PER_TASK = 1000  # sampling seeds set aside for one task, so that more samples later keep the earlier ones
+
+
+def select_tasks(tasks: Iterable[Task], count: int) -> list[Task]:
+    """The held-out tasks to evaluate: `count` of them in the proportions of (kind, language), in a stable order.
+
+    The choice depends on the tasks' ids only, not on their order in the file; within a stratum the order is that of a
+    hash, so a stratum's head is not one corner of the alphabet. A smaller count takes a prefix of each stratum.
+    """
+    heldout = [task for task in tasks if task.split == "heldout"]
+    if count < 1:
+        raise UserError(f"eval.tasks: expected at least 1, got {count}; change it in the config")
+    strata: dict[tuple[str, str], list[Task]] = {}
+    for task in heldout:
+        strata.setdefault((task.kind, task.lang), []).append(task)
+    for members in strata.values():
+        members.sort(key=lambda task: hashlib.sha256(task.id.encode()).digest())
+    share = min(1.0, count / len(heldout)) if heldout else 0.0
+    quota = {key: int(len(members) * share) for key, members in strata.items()}
+    remainders = sorted(strata, key=lambda key: (quota[key] - len(strata[key]) * share, key))
+    for key in remainders[: min(count, len(heldout)) - sum(quota.values())]:
+        quota[key] += 1
+    return [task for key in sorted(strata) for task in strata[key][: quota[key]]]
+
+
+def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, RubricSet]]:
+    """The selected held-out tasks and their rubric sets by task id."""
+    corpus = Path(config.run_dir) / "corpus"
+    tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), config.eval.tasks)
+    if not tasks:
+        raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
+    lacking = [task.id for task in tasks if task.id not in rubric_sets]
+    if lacking:
+        raise UserError(
+            f"{corpus / 'rubrics.jsonl'} has no rubrics for held-out task {lacking[0]} ({len(lacking)} lack them); "
+            "run python -m launch.synthesize again"
+        )
+    return tasks, {task.id: rubric_sets[task.id] for task in tasks}
+
+
+def sampling_seed(task_index: int, sample: int) -> int:
+    """The seed of an episode's sampling: the same for every stage and training seed."""
+    return task_index * SAMPLES_PER_TASK + sample
+
+
+async def run_tasks(
+    tasks: Sequence[Task],
+    rubric_sets: dict[str, RubricSet],
+    policy: Policy,
+    tools: Callable[[], Awaitable[ToolsClient]],
+    judge: Judge,
+    limits: Limits,
+    *,
+    stage: str,
+    seed: int,
+    fingerprint: str = "",
+    samples: int = 1,
+    concurrency: int = 16,
+    price: float = 1.0,
+    prompt: str = "compact",
+    as_of: str = "",
+    finished: Iterable[Result] = (),
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Runs every (task, sample) that `finished` lacks, up to `concurrency` at once.
+
+    Args:
+        tools: returns a client of a healthy tool host; called before every attempt, so it may restart a dead host.
+        on_result: called with each new row, in the order in which episodes end.
+
+    Returns:
+        All rows, finished ones included, in index order.
+    """
+    rows = {result.index: result for result in finished}
+    jobs = [(t, s) for t in range(len(tasks)) for s in range(samples) if t * samples + s not in rows]
+    gate = asyncio.Semaphore(concurrency)
+
+    async def one(task_index: int, sample: int) -> None:
+        task, episode_seed = tasks[task_index], sampling_seed(task_index, sample)
+        async with gate:
+            attempt = 0
+            while attempt < ATTEMPTS:
+                attempt += 1
+                episode = await react.run_episode(
+                    task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=episode_seed
+                )
+                trajectory = episode.trajectory
+                verdict = await _judge(judge, task, rubric_sets[task.id], trajectory)
+                if verdict.reward is not None or trajectory.finish == records.Finish.CANCELLED:
+                    break
+        if trajectory.finish == records.Finish.CANCELLED:
+            raise asyncio.CancelledError
+        identity = dict(
+            index=task_index * samples + sample,
+            task_index=task_index,
+            sample=sample,
+            stage=stage,
+            seed=seed,
+            sampling_seed=episode_seed,
+            fingerprint=fingerprint,
+            attempts=attempt,
+        )
+        result = _row(identity, task, trajectory, verdict, price)
+        rows[result.index] = result
+        on_result(result)
+
+    async with asyncio.TaskGroup() as group:
+        for job in jobs:
+            group.create_task(one(*job))
+    return [rows[index] for index in sorted(rows)]
+
+
+async def _judge(judge: Judge, task: Task, rubric_set: RubricSet, trajectory: records.Trajectory) -> Verdict:
+    try:
+        return await judge.judge(task, rubric_set, trajectory)
+    except Exception as error:  # a judge that breaks must not take the other episodes with it, nor count as a score
+        trajectory.metadata = trajectory.metadata | {"cause": f"judge: {type(error).__name__}: {error}"}
+        trajectory.finish = records.Finish.JUDGE_FAILED
+        return Verdict(reward=None, judgments=[])
+
+
+def _row(identity: dict, task: Task, trajectory: records.Trajectory, verdict: Verdict, price: float) -> Result:
+    stats, missing = trajectory.stats, None
+    if verdict.reward is None:
+        cause = trajectory.metadata.get("cause", "too many rubrics could not be judged")
+        missing = f"{trajectory.finish}: {cause}"
+    return Result(
+        **identity,
+        task_id=task.id,
+        kind=task.kind,
+        lang=task.lang,
+        query=task.query,
+        trajectory=trajectory,
+        verdict=verdict,
+        finish=str(trajectory.finish),
+        reward=verdict.reward,
+        correct=verdict.correct,
+        cited=verdict.cited,
+        turns=int(stats.get("turns", 0)),
+        tool_calls=int(stats.get("tool_calls", 0)),
+        errors=int(stats.get("tool_errors", 0) + stats.get("format_errors", 0)),
+        recovered=int(stats.get("recovered", 0)),
+        tokens=cost.episode_tokens(stats),
+        cost=cost.episode_cost(stats, price),
+        wall_seconds=stats.get("wall_seconds", 0.0),
+        missing=missing,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- one stage
+
+
+def result_path(config: ConfigDict, stage: str, seed: int | None = None) -> Path:
+    return Path(config.run_dir) / f"seed{config.seed if seed is None else seed}" / "eval" / f"{stage}.jsonl"
+
+
+def trained_stages(config: ConfigDict) -> list[str]:
+    """`init` and every stage of this seed that is finished, in the recipe's order."""
+    home = Path(config.run_dir) / f"seed{config.seed}"
+    return [stage for stage in STAGES if stage == "init" or (home / stage / "done.json").exists()]
+
+
+def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
+    """What the rows of a stage depend on: checkpoint, tasks, budgets and sampling, as 16 hex digits."""
+    run_dir = Path(config.run_dir)
+    done = run_dir / f"seed{config.seed}" / stage / "done.json"
+    tokenizer = run_dir / "tokenizer" / "tokenizer.json"
+    parts = [
+        stage,
+        config.seed,
+        hashlib.sha256(done.read_bytes()).hexdigest() if done.exists() else "",
+        hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "",
+        json.loads(config.model.to_json_best_effort()),
+        json.loads(config.agent.to_json_best_effort()),
+        json.loads(config.tools.to_json_best_effort()),
+        [config.eval.temperature, config.eval.samples, config.world.as_of],
+        [task.model_dump(mode="json") for task in tasks],
+    ]
+    return records.content_id("", *parts)
+
+
+class Host(Protocol):
+    """A running tool host (tools_env.process.ToolHost, or RemoteHost)."""
+
+    address: str
+
+    def alive(self) -> bool: ...
+
+    def restart(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteHost:
+    """A tool host that someone else runs: it can be waited for, not restarted."""
+
+    address: str
+
+    def alive(self) -> bool:
+        return True
+
+    def restart(self) -> str:
+        return self.address
+
+
+def finished(config: ConfigDict, stage: str) -> Path | None:
+    """The path of a stage's rows when all of them are there and belong to the checkpoint and settings at hand."""
+    tasks, _ = load_tasks(config)
+    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    if not path.exists():
+        return None
+    rows = [row for row in files.read_jsonl(path) if row.get("fingerprint") == mark]
+    return path if len(rows) == len(tasks) * config.eval.samples else None
+
+
+def evaluate(config: ConfigDict, stage: str, host: Host) -> Path:
+    """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
+
+    Raises:
+        UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
+    """
+    if stage not in STAGES:
+        raise UserError(f"expected a stage among {', '.join(STAGES)}, got {stage!r}; change --stages")
+    if path := finished(config, stage):
+        return path
+    tasks, rubric_sets = load_tasks(config)
+    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    total = len(tasks) * config.eval.samples
+    partial = path.with_name(f"{stage}.partial.jsonl")
+    kept = _kept(partial, mark)
+    files.write_jsonl(partial, (_as_row(row) for row in kept))  # drops rows of other settings and torn lines
+
+    progress = Progress(f"evaluate {stage} seed {config.seed}", total, "episodes", start=len(kept))
+    seen = [row.reward for row in kept]
+
+    def on_result(result: Result) -> None:
+        files.append_jsonl(partial, _as_row(result))
+        if result.reward is not None:
+            seen.append(result.reward)
+        progress.update(1, reward=sum(seen) / max(len(seen), 1), missing=progress.done + 1 - len(seen))
+
+    rows = asyncio.run(_evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result))
+    measured = [row for row in rows if row.missing is None]
+    if not measured:
+        raise UserError(
+            f"evaluation of {stage}: none of {total} episodes could be measured; first cause: {rows[0].missing}"
+        )
+    files.write_jsonl(path, (_as_row(row) for row in rows))
+    partial.unlink()
+    return path
+
+
+def _as_row(result: Result) -> dict:
+    return result.model_dump(mode="json", exclude_defaults=True)
+
+
+def _kept(partial: Path, mark: str) -> list[Result]:
+    """Rows of an interrupted evaluation that still count; missing ones are tried again."""
+    rows = files.read_jsonl(partial) if partial.exists() else []
+    return [Result.model_validate(row) for row in rows if row.get("fingerprint") == mark and not row.get("missing")]
+
+
+async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
+    from stepdr_jax.engine.engine import JaxEngine  # here, so that selecting and reading work without jax
+    from stepdr_jax.models.qwen2 import Qwen2Config
+    from stepdr_jax.tokens.tokenizer import Tokenizer
+    from stepdr_jax.training import state
+
+    run_dir = Path(config.run_dir)
+    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
+    engine = JaxEngine(
+        state.load_params(config, config.seed, stage),
+        Qwen2Config.from_config(config.model, tokenizer.vocab_size),
+        slots=config.ppo.slots,
+        max_len=config.agent.max_episode_tokens,
+        stop_ids=(tokenizer.im_end, tokenizer.endoftext),
+    )
+    policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
+    tools = HealthyTools(host, call_timeout=config.tools.call_timeout)
+    try:
+        return await run_tasks(
+            tasks,
+            rubric_sets,
+            policy,
+            tools.client,
+            ProgrammaticJudge(entity_names(run_dir)),
+            Limits.from_config(config.agent),
+            stage=stage,
+            seed=config.seed,
+            fingerprint=mark,
+            samples=config.eval.samples,
+            concurrency=config.ppo.slots,
+            price=config.eval.price_per_million_tokens,
+            prompt=config.agent.prompt,
+            as_of=config.world.as_of,
+            finished=kept,
+            on_result=on_result,
+        )
+    finally:
+        await tools.close()
+
+
+class HealthyTools:
+    """A client of a tool host that is restarted when it has died."""
+
+    def __init__(self, host: Host, *, call_timeout: float):
+        self._host, self._lock = host, asyncio.Lock()
+        self._tools = ToolsClient(host.address, call_timeout=call_timeout)
+
+    async def client(self) -> ToolsClient:
+        async with self._lock:  # one restart, however many episodes found it dead
+            if not self._host.alive():
+                await asyncio.to_thread(self._host.restart)
+        return self._tools
+
+    async def close(self) -> None:
+        await self._tools.close()
+
+
+def entity_names(run_dir: Path) -> list[str]:
+    """Names of everything the world knows, so that the judge does not find "Guinea" inside "Equatorial Guinea"."""
+    path = run_dir / "world" / "entities.jsonl"
+    rows = files.read_jsonl(path) if path.exists() else []
+    return sorted({row[lang] for row in rows for lang in ("en", "zh") if row.get(lang)})

@@ -1,0 +1,217 @@
+"""Reads a run directory into plain data for the report: whatever exists so far, nothing invented for what does not.
+
+A part that is absent is None or empty; the report then names the command that makes it. A file that is there but damaged is a
+UserError, as everywhere.
+"""
+
+import collections
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stepdr_jax import files
+from stepdr_jax.evaluation import results
+from stepdr_jax.evaluation.results import Result
+
+TRAINED = ("midtrain1", "midtrain2", "sft")
+TITLES = {
+    "init": "Untrained",
+    "midtrain1": "Mid-training I",
+    "midtrain2": "Mid-training II",
+    "sft": "SFT",
+    "ppo": "PPO",
+}
+STEP_KEYS = ("step", "iteration")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """metrics.jsonl of one stage and seed: x positions and one list per metric (NaN where a row lacks it)."""
+
+    x: list[float]
+    values: dict[str, list[float]]
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything the report reads. Keys of nested dicts: seed, then stage."""
+
+    path: Path
+    seeds: list[int]
+    curves: dict[int, dict[str, Curves]]
+    done: dict[int, dict[str, dict[str, Any]]]
+    evaluated: dict[str, list[Result]]  # stage -> rows of all seeds
+    data: dict[str, Any]
+    iterations: dict[int, list[Path]]  # ppo episode files in order
+    ledger: dict[str, dict[str, Any]]  # the quickstart's: "world" or "seed0.sft" -> seconds, peak_bytes
+    taught: list[dict[str, Any]]  # the teacher's trajectories, renamed copies left out
+
+    @property
+    def first_seed(self) -> int:
+        return self.seeds[0] if self.seeds else 0
+
+
+def collect(run_dir: str | os.PathLike) -> Run:
+    """Reads everything under `run_dir`, which may still be empty."""
+    path = Path(run_dir)
+    seeds = sorted(int(home.name[4:]) for home in path.glob("seed*") if home.is_dir() and home.name[4:].isdigit())
+    ledger = files.read_json(path / "stages.json") if (path / "stages.json").exists() else {}
+    taught = teacher_episodes(path)
+    run = Run(path, seeds, {}, {}, {}, data(path, taught), {}, ledger, taught)
+    for seed in seeds:
+        home = path / f"seed{seed}"
+        run.curves[seed] = {
+            stage: curves(files.read_jsonl(home / stage / "metrics.jsonl"))
+            for stage in (*TRAINED, "ppo")
+            if (home / stage / "metrics.jsonl").exists()
+        }
+        run.done[seed] = {
+            stage: files.read_json(home / stage / "done.json")
+            for stage in (*TRAINED, "ppo")
+            if (home / stage / "done.json").exists()
+        }
+        for stage in results.STAGES:
+            rows = home / "eval" / f"{stage}.jsonl"
+            if rows.exists():
+                run.evaluated.setdefault(stage, []).extend(results.read(rows))
+        run.iterations[seed] = sorted((home / "ppo" / "iterations").glob("[0-9]*.jsonl"))
+    run.evaluated = {stage: run.evaluated[stage] for stage in results.STAGES if stage in run.evaluated}
+    return run
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """Numbers of a row under slash-joined names; anything else is left out."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{prefix}{key}/")
+        elif isinstance(value, bool | int | float):
+            out[prefix + key] = float(value)
+        elif value is None:
+            out[prefix + key] = math.nan
+    return out
+
+
+def curves(rows: Iterable[dict[str, Any]]) -> Curves:
+    """Turns rows into curves over `step` or `iteration`; of rows with the same x the last counts (a resumed stage)."""
+    by_x: dict[float, dict[str, float]] = {}
+    for index, row in enumerate(rows):
+        flat = flatten(row)
+        x = next((flat.pop(key) for key in STEP_KEYS if key in flat), float(index))
+        by_x[x] = by_x.get(x, {}) | flat
+    xs = sorted(by_x)
+    names = list(dict.fromkeys(name for x in xs for name in by_x[x]))
+    return Curves(xs, {name: [by_x[x].get(name, math.nan) for x in xs] for name in names})
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def teacher_episodes(run_dir: Path) -> list[dict[str, Any]]:
+    """Trajectories that the teacher ran, kept and dropped; their renamed copies are left out."""
+    path = run_dir / "corpus" / "trajectories.jsonl"
+    return [row for row in _rows(path) if "copy_of" not in row.get("metadata", {})] if path.exists() else []
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a large JSONL file, one at a time; the corpus is written whole or not at all."""
+    with open(path) as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def data(run_dir: Path, taught: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the corpus, the prepared rows and the tokenizer; a key is absent when its file is."""
+    out: dict[str, Any] = {}
+    corpus = run_dir / "corpus"
+    if (corpus / "card.json").exists():
+        out["card"] = files.read_json(corpus / "card.json")
+    if (corpus / "tasks.jsonl").exists():
+        rows = files.read_jsonl(corpus / "tasks.jsonl")
+        out["tasks"] = _count((row["kind"], row["lang"], row.get("split", "train")) for row in rows)
+    if taught:
+        kept = [row for row in taught if row.get("kept", True)]
+        out["trajectories"] = {
+            "kept": len(kept),
+            "dropped": len(taught) - len(kept),
+            "kept_by_capability": dict(collections.Counter(row.get("capability") or "other" for row in kept)),
+            "dropped_by_reason": dict(
+                collections.Counter(
+                    _reason(row.get("drop_reason")) for row in taught if not row.get("kept", True)
+                ).most_common()
+            ),
+        }
+    if out.get("card", {}).get("reading"):
+        out["reading"] = out["card"]["reading"]
+    elif (corpus / "reading.jsonl").exists():
+        out["reading"] = dict(collections.Counter(row["component"] for row in _rows(corpus / "reading.jsonl")))
+    if (corpus / "documents.jsonl").exists():
+        with open(corpus / "documents.jsonl", "rb") as lines:
+            out["documents"] = sum(1 for _ in lines)
+    if (run_dir / "tokenizer" / "tokenizer.json").exists():
+        spec = files.read_json(run_dir / "tokenizer" / "tokenizer.json")
+        out["tokenizer"] = len(spec.get("model", {}).get("vocab", {})) + len(spec.get("added_tokens", []))
+    if (run_dir / "data" / "card.json").exists():
+        out["prepared"] = files.read_json(run_dir / "data" / "card.json")
+    return out
+
+
+def _reason(text: str | None) -> str:
+    """A drop reason without its particulars: text before a colon or a number."""
+    return re.split(r"[:(\d]", text or "no reason given")[0].strip() or "other"
+
+
+def _count(keys: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
+    counts = collections.Counter(keys)
+    return [dict(kind=k, lang=lang, split=split, count=n) for (k, lang, split), n in sorted(counts.items())]
+
+
+# ---------------------------------------------------------------------------------------------------------- machine
+
+
+def machine() -> dict[str, str]:
+    """Where this process runs, and with which versions; unknown things are left out."""
+    out = {"system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        names = re.findall(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        out["processor"] = names[0].strip() if names else platform.processor()
+        memory = re.search(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())
+        if memory:
+            out["memory"] = f"{int(memory[1]) / 2**20:.0f} GiB"
+    except OSError:
+        out["processor"] = platform.processor()
+    out["cores"] = str(len(os.sched_getaffinity(0)))
+    for package in ("jax", "flax", "optax", "numpy"):
+        try:
+            out[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    if commit:
+        out["commit"] = commit + (
+            " with local changes" if _git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    return out
+
+
+def _git(*arguments: str) -> str:
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

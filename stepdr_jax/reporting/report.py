@@ -1,0 +1,389 @@
+"""The run report: one self-contained HTML file, and its numbers as JSON.
+
+It renders with whatever stages exist. Everything is inline, a content security policy forbids requests, and text from
+episodes reaches the page as escaped data only, so the file can be mailed and opened offline.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+from ml_collections import ConfigDict
+
+from stepdr_jax import files, records
+from stepdr_jax.evaluation import results
+from stepdr_jax.progress import clock
+from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.reporting import collect, sections, viewer
+from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
+from stepdr_jax.tokens.tokenizer import Tokenizer
+
+TEMPLATES = Path(__file__).parent / "templates"
+CONTENTS = (
+    ("result", "Result"),
+    ("data", "The data"),
+    ("training", "Training"),
+    ("ppo", "PPO"),
+    ("evaluation", "Held-out evaluation"),
+    ("episodes", "Episodes"),
+    ("limits", "What this does not show"),
+    ("reproduce", "How to reproduce"),
+)
+STAGE_COMMANDS = {  # stage -> module and flags
+    "world": "launch.world",
+    "synthesize": "launch.synthesize",
+    "build_data": "launch.build_data",
+    "midtrain1": "launch.midtrain --stage=midtrain1",
+    "midtrain2": "launch.midtrain --stage=midtrain2",
+    "sft": "launch.sft",
+    "ppo": "launch.ppo",
+    "evaluate": "launch.evaluate",
+    "report": "launch.report",
+}
+PPO_ITERATIONS = 6  # iterations of which the viewer shows episodes, spread over training
+TASKS_IN_VIEWER = 40  # evaluated tasks, the same for every stage
+TEACHER_EPISODES = 60
+EPISODES_PER_ITERATION = 12
+
+
+def write(config: ConfigDict, config_flags: str = "") -> Path:
+    """Writes run_dir/report.html and run_dir/report.json; returns the path of the page.
+
+    Args:
+        config: its run_dir is read; nothing else in it decides what the report says.
+        config_flags: the --config flags of the command line, repeated in the commands that the page names.
+    """
+    run = collect.collect(config.run_dir)
+    page, numbers = render(run, config, config_flags)
+    run.path.mkdir(parents=True, exist_ok=True)
+    files.write_json(run.path / "report.json", numbers)
+    path = run.path / "report.html"
+    files.write_atomic(path, page)
+    return path
+
+
+def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, dict[str, Any]]:
+    """Returns the page and its numbers."""
+
+    def command(stage: str) -> str:
+        return " ".join(f"python -m {STAGE_COMMANDS[stage]} {config_flags}".split())
+
+    machine, written = collect.machine(), collect.now()
+    summaries = {stage: results.summary(rows) for stage, rows in run.evaluated.items()}
+    breakdowns = {
+        stage: {field: results.breakdown(rows, field) for field in ("kind", "lang")}
+        for stage, rows in run.evaluated.items()
+    }
+    differences = sections.differences(run)
+    verdict = sections.result_sentences(run, differences)
+    seconds = stage_seconds(run)
+    total = sum(value for key, value in seconds.items() if key != "report")
+    episodes = episodes_for_viewer(run)
+    context = dict(
+        title=_title(config),
+        meta=_meta(run, written, total),
+        contents=CONTENTS,
+        verdict=verdict,
+        tiles=sections.tiles(run, summaries, total or None),
+        overview=sections.overview(run, summaries),
+        timing=_timing(run, seconds),
+        machine=_machine_sentence(machine),
+        data=sections.data(run),
+        training=sections.training(run, command),
+        ppo=sections.ppo(run),
+        evaluation=sections.evaluation(run, summaries, differences, breakdowns),
+        viewer=dict(
+            count=len(episodes),
+            first=_first(episodes),
+            json=viewer.embed(episodes),
+            sentence=_viewer_sentence(run, episodes),
+        ),
+        limits=sections.LIMITS,
+        run_dir=str(config.run_dir),
+        commands=["bash launch/quickstart.sh", "", *(command(stage) for stage in STAGE_COMMANDS)],
+        config_text=json.dumps(_plain(config), indent=1, ensure_ascii=False),
+        versions=sections.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
+        command=command,
+        css=_asset("style.css") + _asset("viewer.css"),
+        script=_asset("page.js") + _asset("viewer.js"),
+    )
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.j2").render(context).lstrip()
+    numbers = dict(
+        name=config.name,
+        written=written,
+        machine=machine,
+        seeds=run.seeds,
+        result=verdict["sentences"],
+        improved=verdict["tone"] == "good",
+        stage_seconds=seconds,
+        data={name: value for name, value in run.data.items() if name != "card"},
+        done={str(seed): stages for seed, stages in run.done.items()},
+        evaluation={
+            stage: dict(
+                summary=summaries[stage],
+                by=breakdowns[stage],
+                episodes=len(rows),
+                missing=results.missing_causes(rows),
+            )
+            for stage, rows in run.evaluated.items()
+        },
+        differences={f"{after}-{before}": by_metric for (before, after), by_metric in differences.items()},
+        config=_plain(config),
+    )
+    return page, _json_safe(numbers)
+
+
+def _asset(name: str) -> markupsafe.Markup:
+    return markupsafe.Markup((TEMPLATES / name).read_text())
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+    return json.loads(config.to_json_best_effort())
+
+
+def _json_safe(value: Any) -> Any:
+    """Dataclasses as dicts, keys as text, NaN as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _json_safe(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------- head
+
+
+def _title(config: ConfigDict) -> str:
+    return (
+        "Deep research, the whole recipe in miniature"
+        if config.name == "miniature"
+        else f"Deep research: {config.name}"
+    )
+
+
+def _meta(run: Run, written: str, total: float) -> str:
+    parts = [f"Written {written}"]
+    if run.seeds:
+        parts.append(f"training {'seeds' if len(run.seeds) > 1 else 'seed'} {', '.join(map(str, run.seeds))}")
+    if total:
+        parts.append(f"{clock(total)} for all stages" + (f" of {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""))
+    return " · ".join(parts)
+
+
+def _machine_sentence(machine: Mapping[str, str]) -> str:
+    parts = [machine.get("processor", ""), f"{machine['cores']} cores", machine.get("memory", ""), machine["system"]]
+    parts += [f"Python {machine['python']}"] + [
+        f"{name} {machine[name]}" for name in ("jax", "flax") if name in machine
+    ]
+    if "commit" in machine:
+        parts.append(f"commit {machine['commit']}")
+    return "Machine that wrote this report: " + ", ".join(part for part in parts if part) + "."
+
+
+SHARED_STAGES = {"world": "World", "synthesize": "Synthesis", "build_data": "Data preparation"}
+SEED_STAGES = {stage: TITLES[stage] for stage in (*TRAINED, "ppo")} | {"evaluate": "Evaluation"}
+
+
+def stage_seconds(run: Run) -> dict[str, float]:
+    """Seconds by ledger key ("world", "seed0.sft", ...): the quickstart's ledger, else what a stage's done.json says."""
+    out = {}
+    for seed, stages in run.done.items():
+        for stage, done in stages.items():
+            value = next(
+                (done[key] for key in ("seconds", "wall_seconds") if isinstance(done.get(key), int | float)), None
+            )
+            if value is not None:
+                out[f"seed{seed}.{stage}"] = float(value)
+    return out | {key: float(entry["seconds"]) for key, entry in run.ledger.items() if entry.get("seconds")}
+
+
+def _timing(run: Run, seconds: Mapping[str, float]) -> dict[str, Any]:
+    several = len(run.seeds) > 1
+    head = ["Stage", *((f"seed {seed}" for seed in run.seeds) if several else ["Time"]), "Peak memory", "What it made"]
+    rows = []
+    for stage, title in (SHARED_STAGES | SEED_STAGES).items():
+        keys = [stage] if stage in SHARED_STAGES else [f"seed{seed}.{stage}" for seed in run.seeds] or [stage]
+        cells = [clock(seconds[key]) if key in seconds else _state(run, key) for key in keys]
+        cells += [""] * (max(len(run.seeds), 1) - len(cells))
+        peak = max((run.ledger.get(key, {}).get("peak_bytes", 0) for key in keys), default=0)
+        rows.append([title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _made(run, stage)])
+    return sections.table(head, rows, numeric=False)
+
+
+def _state(run: Run, key: str) -> str:
+    """What is known of a stage without a time."""
+    seed, _, stage = key.rpartition(".")
+    if not seed:
+        found = {"world": "documents", "synthesize": "tasks", "build_data": "prepared"}.get(stage)
+        return "done" if found in run.data else "not run"
+    number = int(seed.removeprefix("seed"))
+    if stage == "evaluate":
+        evaluated = [name for name, rows in run.evaluated.items() if any(row.seed == number for row in rows)]
+        return "done" if "ppo" in evaluated else "in part" if evaluated else "not run"
+    if stage in run.done.get(number, {}):
+        return "done"
+    return "in part" if stage in run.curves.get(number, {}) else "not run"
+
+
+def _made(run: Run, stage: str) -> str:
+    data = run.data
+    if stage == "world" and data.get("documents"):
+        return sections.counted(data["documents"], "page")
+    if stage == "synthesize" and data.get("tasks"):
+        kept = data.get("trajectories", {}).get("kept", 0)
+        return f"{sections.counted(sum(row['count'] for row in data['tasks']), 'task')}, {sections.counted(kept, 'trajectory', 'trajectories')}"
+    if stage == "build_data" and data.get("prepared"):
+        return f"{data['prepared']['tokens']:,} tokens"
+    if stage == "evaluate" and run.evaluated:
+        return sections.counted(sum(map(len, run.evaluated.values())), "episode")
+    curves = run.curves.get(run.first_seed, {}).get(stage)
+    if curves and curves.x:
+        unit = "iteration" if stage == "ppo" else "step"
+        return sections.made(curves, unit)
+    return "–"
+
+
+# --------------------------------------------------------------------------------------------------------- episodes
+
+
+def episodes_for_viewer(run: Run, max_bytes: int = viewer.MAX_BYTES) -> list[dict[str, Any]]:
+    """A bounded sample: the same held-out tasks at every stage, PPO episodes with token detail, and the teacher's."""
+    tasks = _by(run.path / "corpus" / "tasks.jsonl", Task, "id")
+    rubrics = _by(run.path / "corpus" / "rubrics.jsonl", RubricSet, "task_id")
+    groups = [*_evaluated(run, tasks, rubrics), *_practised(run, tasks, rubrics), _taught(run, tasks)]
+    return viewer.choose([group for group in groups if group], max_bytes)
+
+
+def _by(path: Path, kind: type, field: str) -> dict[str, Any]:
+    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+
+
+def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
+    if not run.evaluated:
+        return []
+    last = [row for row in run.evaluated[list(run.evaluated)[-1]] if row.sample == 0 and row.seed == run.first_seed]
+    order = viewer.spread(
+        last, lambda row: (row.kind, row.lang, row.correct, row.reward is not None and row.reward >= 1)
+    )
+    wanted = {row.task_id: rank for rank, row in enumerate(order[:TASKS_IN_VIEWER])}
+    groups = []
+    for stage, rows in reversed(run.evaluated.items()):
+        for seed in run.seeds:
+            chosen = [row for row in rows if row.seed == seed and row.sample == 0 and row.task_id in wanted]
+            chosen.sort(key=lambda row: wanted[row.task_id])
+            groups.append(
+                [
+                    viewer.from_result(
+                        row, tasks.get(row.task_id), rubrics.get(row.task_id), f"held out, {TITLES[stage]}"
+                    )
+                    for row in (chosen if seed == run.first_seed else chosen[:8])
+                ]
+            )
+    return groups
+
+
+def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
+    """PPO episodes of some iterations, with values and advantages per token."""
+    path = run.path / "tokenizer" / "tokenizer.json"
+    tokenizer = Tokenizer.load(path) if path.exists() else None
+    groups = []
+    for seed in run.seeds:
+        paths = run.iterations.get(seed, [])
+        count = min(len(paths), PPO_ITERATIONS if seed == run.first_seed else 2)
+        picked = [paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(count)]
+        for file in dict.fromkeys(reversed(picked)):
+            rows = viewer.spread(files.read_jsonl(file), _practice_stratum)
+            where = f"PPO, iteration {int(file.stem)}"
+            groups.append(
+                [_practice(row, where, seed, tasks, rubrics, tokenizer) for row in rows[:EPISODES_PER_ITERATION]]
+            )
+    return groups
+
+
+def _practice_stratum(row: Mapping[str, Any]) -> tuple:
+    reward = (row.get("verdict") or {}).get("reward")
+    return (
+        row["trajectory"]["finish"],
+        reward is None,
+        reward is not None and reward >= 1,
+        reward is not None and reward > 0.5,
+    )
+
+
+def _practice(row: Mapping[str, Any], where: str, seed: int, tasks, rubrics, tokenizer) -> dict[str, Any]:
+    trajectory = Trajectory.model_validate(row["trajectory"])
+    verdict = Verdict.model_validate(row["verdict"]) if row.get("verdict") else None
+    log = row.get("log") or row
+    detail = None
+    if tokenizer is not None and log.get("tokens"):
+        detail = viewer.token_detail(
+            log["tokens"],
+            log["sampled"],
+            lambda ids: tokenizer.decode(ids, special=True),
+            {"advantage": log.get("advantages"), "value": log.get("values"), "logprob": log.get("logprobs")},
+        )
+    missing = None
+    if not trajectory.finish.is_policy_outcome or verdict is None or verdict.reward is None:
+        missing = str(trajectory.metadata.get("cause", trajectory.finish))
+    return viewer.episode(
+        trajectory,
+        verdict,
+        where=where,
+        seed=seed,
+        task=tasks.get(trajectory.task_id),
+        rubric_set=rubrics.get(trajectory.task_id),
+        tokens=detail,
+        missing=missing,
+    )
+
+
+def _taught(run: Run, tasks) -> list[dict[str, Any]]:
+    rows = viewer.spread(
+        run.taught, lambda row: (row.get("capability"), row.get("kept", True), str(row.get("drop_reason"))[:24])
+    )
+    return [
+        viewer.episode(Trajectory.model_validate(row), None, where="teacher", seed=None, task=tasks.get(row["task_id"]))
+        for row in rows[:TEACHER_EPISODES]
+    ]
+
+
+def _first(episodes: list[dict[str, Any]]) -> int:
+    """The episode to open with: of the last stage, good, and with the longest way to it."""
+
+    def rank(index: int) -> tuple:
+        row = episodes[index]
+        good = row["outcome"] in ("correct", "full reward") and row.get("reward") == 1
+        return (row["where"] == episodes[0]["where"], good, len(row["steps"]))
+
+    return max(range(len(episodes)), key=rank, default=0)
+
+
+def _viewer_sentence(run: Run, episodes: list[dict[str, Any]]) -> str:
+    places = len({row["where"] for row in episodes})
+    detailed = sum("tokens" in row for row in episodes)
+    sentence = (
+        f"{sections.counted(len(episodes), 'episode')} from {sections.counted(places, 'place')} in the recipe, a sample that keeps "
+        f"this file small; the others are in {run.path}. Citations lead to the passage that the episode observed."
+    )
+    if detailed:
+        sentence += (
+            " Episodes of PPO iterations also show, for every sampled token, the critic's value, the advantage and the "
+            "log-probability; choose one under “where”."
+        )
+    return sentence

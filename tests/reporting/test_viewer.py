@@ -1,0 +1,86 @@
+"""What the viewer embeds: segments, citations, tokens, bounds, and text that cannot break out."""
+
+import json
+
+import pytest
+
+from stepdr_jax.records import Task
+from stepdr_jax.reporting import viewer
+from stepdr_jax.tokens.tokenizer import Tokenizer
+from tests.reporting import synthetic_run
+
+
+def test_segments_of_a_turn():
+    turn = "<think>I look.</think>\n<tool_call>\n{}\n</tool_call>\n<answer>Yes.</answer> tail"
+    assert viewer.segments(turn) == [("thought", "I look."), ("call", "{}"), ("answer", "Yes."), ("text", "tail")]
+
+
+def test_segments_of_a_cut_turn_run_to_the_end():
+    assert viewer.segments("so <answer>The capital") == [("text", "so"), ("answer", "The capital")]
+
+
+def test_cited_ids_in_order_once():
+    assert viewer.cited("a \\cite{web_b} b \\cite{web_a, web_b} \\cite{}") == ["web_b", "web_a"]
+
+
+@pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--", "]]>", "\u2028 & <"])
+def test_embedded_json_cannot_end_its_element_and_reads_back(text):
+    embedded = viewer.embed({"text": text})
+    assert not set("<>&\u2028\u2029") & set(embedded)
+    assert json.loads(embedded) == {"text": text}
+
+
+def test_token_texts_put_a_split_character_at_its_last_token():
+    tokenizer = Tokenizer.train(["plain words only"], 300)
+    ids = tokenizer.encode("a 奥 b")
+    texts = viewer.token_texts(ids, tokenizer.decode)
+    assert "".join(texts) == "a 奥 b" and "\ufffd" not in "".join(texts)
+    assert texts.count("") == 2
+
+
+def test_token_texts_of_bytes_that_never_become_text():
+    tokenizer = Tokenizer.train(["plain words only"], 300)
+    ids = tokenizer.encode("奥")[:1] * 6
+    assert len(viewer.token_texts(ids, tokenizer.decode)) == 6
+
+
+def test_token_detail_keeps_numbers_of_sampled_tokens_only():
+    detail = viewer.token_detail(
+        [97, 98, 99],
+        [False, True, True],
+        lambda ids: "x" * len(ids),
+        {"value": [9.0, 1.0, float("nan")], "logprob": [1.0]},
+    )
+    assert detail == {"text": ["x", "x", "x"], "sampled": "011", "value": [1.0, None]}
+
+
+def test_episode_outcomes():
+    task = synthetic_run.make_tasks(1)[0]
+    good = viewer.episode(*synthetic_run.make_episode(task, True), where="w", seed=0, task=task)
+    bad = viewer.episode(*synthetic_run.make_episode(task, False), where="w", seed=0, task=task)
+    masked = viewer.episode(*synthetic_run.failed_episode(task), where="w", seed=0, task=task, missing="gone")
+    assert (good["outcome"], bad["outcome"], masked["outcome"]) == ("correct", "wrong", "masked")
+    assert list(good["sources"]) == ["web_bakotefi"]
+
+
+def test_rubric_criteria_stand_beside_their_verdicts():
+    task = Task(id="task000", kind="fact", lang="en", query="?")
+    row = viewer.episode(
+        *synthetic_run.make_episode(task, True),
+        where="w",
+        seed=0,
+        task=task,
+        rubric_set=synthetic_run.rubric_set(task),
+    )
+    assert row["rubrics"][0][:5] == ["a", "States the capital.", 3.0, "explicit", "satisfied"]
+
+
+def test_choose_is_fair_between_groups_and_bounded():
+    groups = [[{"t": "x" * 100}] * 50, [{"t": "y" * 100}] * 2]
+    chosen = viewer.choose(groups, max_bytes=1200)
+    assert sum(row["t"][0] == "y" for row in chosen) == 2
+    assert len(json.dumps(chosen)) <= 1300
+
+
+def test_spread_shows_every_kind_first():
+    assert viewer.spread(["a1", "a2", "a3", "b1", "c1"], lambda row: row[0])[:3] == ["a1", "b1", "c1"]
