@@ -1,12 +1,15 @@
 """The tokenizer of a run: the config's file, or one trained on the corpus as the model will read it."""
 
-import hashlib
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.files import read_jsonl
 from stepdr_jax.tokens.tokenizer import Tokenizer
+
+CITATION_ID = re.compile(r"\bweb_[a-z]{8}\b")
 
 
 def ensure_tokenizer(config) -> Tokenizer:
@@ -31,22 +34,21 @@ def ensure_tokenizer(config) -> Tokenizer:
 
 
 def corpus_texts(corpus: Path, limit: int = 4_000_000) -> list[str]:
-    """Returns distinct texts of the corpus: reading rows, documents, and messages inside their chat frame.
+    """Returns texts of the corpus as often as they occur: reading rows, documents, messages inside their chat frame.
 
-    Distinct, because copies of a page would spend merges on its citation ids; framed, so that the merges cover the
-    format that every episode repeats. Above `limit` characters (seconds of training) a fixed random part is returned.
+    Frames and system prompts are part of every episode, so the merges should cover them first. Citation ids are drawn
+    anew at each place, so merges learn their syllables and not the ids of popular passages. Above `limit` characters
+    (seconds of training) a random part is returned. The same corpus gives the same texts.
     """
-    distinct = list(dict.fromkeys(_all_texts(corpus)))
-    size = sum(map(len, distinct))
-    if size <= limit:
-        return distinct
-    threshold = int(limit / size * 2**64)
-    return [text for text in distinct if _draw(text) < threshold]
+    rng = random.Random(0)
+    texts = list(_all_texts(corpus))
+    share = limit / max(sum(map(len, texts)), 1)
+    kept = [text for text in texts if share >= 1 or rng.random() < share]
+    return [CITATION_ID.sub(lambda match: _citation_id(rng), text) for text in kept]
 
 
-def _draw(text: str) -> int:
-    """A number in [0, 2^64) that depends on the text alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
+def _citation_id(rng: random.Random) -> str:
+    return "web_" + "".join(rng.choice("bdfghjklmnprstvz") + rng.choice("aeiou") for _ in range(4))
 
 
 def _all_texts(corpus: Path) -> Iterator[str]:

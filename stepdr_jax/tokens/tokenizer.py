@@ -51,6 +51,9 @@ NOT_SPECIAL = (
     "<|file_sep|>",
 )
 ADDED = SPECIAL + NOT_SPECIAL
+# Bytes in a learned token. Chinese has no spaces, so without a limit a small corpus turns whole phrases, the answer
+# included, into one token; 12 bytes are four characters, or an English word.
+LONGEST = 12
 SHORT = 256  # characters up to which `encode` remembers a text
 
 
@@ -109,6 +112,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - len(ADDED),
             min_frequency=2,
+            max_token_length=LONGEST,
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )

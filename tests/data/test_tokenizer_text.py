@@ -1,5 +1,7 @@
 """Facts about how a run gets its tokenizer."""
 
+import re
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -23,10 +25,17 @@ def config(tmp_path) -> ConfigDict:
     return ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300)))
 
 
-def test_texts_are_distinct_and_framed(config, tmp_path):
+def test_every_text_is_there_in_its_frame(config, tmp_path):
     texts = corpus_texts(tmp_path / "corpus")
-    assert len(texts) == len(set(texts)) == 7 + 2 + 3 + 1
+    assert len(texts) == 50 + 2 + 3 + 1
     assert "user\n<tool_response>\nThere.\n</tool_response>" in texts and "Land\nPage." in texts
+
+
+def test_citation_ids_are_drawn_anew_at_each_place(tmp_path):
+    files.write_jsonl(tmp_path / "reading.jsonl", [dict(text="See \\cite{web_bakotefi}, web_bakotefi.")] * 2)
+    files.write_jsonl(tmp_path / "trajectories.jsonl", [])
+    found = re.findall(r"web_(?:[bdfghjklmnprstvz][aeiou]){4}\b", " ".join(corpus_texts(tmp_path)))
+    assert len(set(found)) == 4
 
 
 def test_a_large_corpus_gives_a_fixed_part(tmp_path):

@@ -56,6 +56,13 @@ def test_enough_text_fills_the_vocabulary_exactly():
     assert Tokenizer.train([Path(__file__).read_text()], 300).vocab_size == 300
 
 
+def test_a_repeated_phrase_without_spaces_stays_in_parts():
+    phrase = "布达佩斯的首都是布达佩斯"
+    tok = Tokenizer.train([phrase] * 50, 400)
+    pieces = [len(tok._bytes_of[id_]) for id_ in tok.encode(phrase)]
+    assert sum(pieces) == 36 and 6 <= max(pieces) <= 12
+
+
 def test_training_twice_gives_the_same_tokenizer(small):
     assert Tokenizer.train(iter(TEXTS), 400).fingerprint() == small.fingerprint()
     assert Tokenizer.train([*TEXTS, "zebra zebra zebra"] * 2, 400).fingerprint() != small.fingerprint()
