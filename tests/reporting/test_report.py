@@ -74,7 +74,7 @@ def test_every_section_is_in_the_contents(finished):
 
 
 def test_headline_says_that_ppo_improved_with_its_interval(finished):
-    assert re.search(r"PPO raised the mean held-out reward from .* 95\s% interval \+0\.\d+ to \+0\.\d+", finished[1])
+    assert re.search(r"PPO raised the mean held-out reward from .* 95\s% interval \+\d\.\d+ to \+\d\.\d+", finished[1])
 
 
 def test_headline_says_plainly_when_ppo_did_not_improve(tmp_path):

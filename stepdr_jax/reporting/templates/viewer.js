@@ -18,6 +18,8 @@
   const tone = (value, good) => value === null || value === undefined ? "" : good ? " good" : " bad";
 
   // ---- filters and list
+  const seeds = new Set(episodes.map((e) => e.seed).filter((seed) => seed !== null)).size;
+  const short = (e) => e.where.replace("held out, ", "").replace("PPO, iteration", "iteration");
   const fields = { where: "where", seed: "seed", kind: "kind", lang: "language", outcome: "outcome" };
   const selects = {};
   for (const name of Object.keys(fields)) {
@@ -35,7 +37,7 @@
     count.textContent = `${visible.length} of ${episodes.length} episodes`;
     list.replaceChildren(...visible.map((e) => {
       const reward = e.reward === undefined ? "" : e.reward === null ? "" : shown(e.reward);
-      const button = el("button", "", e.query, el("span", "sub", el("span", "", e.where + (e.seed === null ? "" : " · seed " + e.seed)), el("span", "", [e.outcome, reward].filter(Boolean).join(" · "))));
+      const button = el("button", "", e.query, el("span", "sub", el("span", "", short(e) + (seeds < 2 || e.seed === null ? "" : " · seed " + e.seed)), el("span", "", [e.outcome, reward].filter(Boolean).join(" · "))));
       button.type = "button";
       button.addEventListener("click", () => show(e));
       return el("li", "", button);
@@ -212,7 +214,7 @@
     if (others.length) {
       row.append("Same task at ");
       for (const other of others.slice(0, 8)) {
-        const b = el("button", "chip" + tone(other.reward, other.reward >= 0.999), other.where.replace("held out, ", "") + (other.reward === undefined || other.reward === null ? "" : " " + shown(other.reward)));
+        const b = el("button", "chip" + tone(other.reward, other.reward >= 0.999), short(other) + (other.reward === undefined || other.reward === null ? "" : " " + shown(other.reward)));
         b.type = "button";
         b.addEventListener("click", () => { for (const s of Object.values(selects)) s.value = ""; refresh(other); });
         row.append(b);
