@@ -1,0 +1,19 @@
+"""Fine-tunes the mid-trained model on research trajectories; only what the assistant wrote is learnt.
+
+Continues where it stopped; a finished stage returns at once. Writes run_dir/seed<k>/sft/.
+"""
+
+import sys
+
+from launch import entry
+
+
+def main(config) -> None:
+    from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
+
+    done = loop.train(config, "sft")
+    print(f"sft  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    entry.run(main, __doc__)
