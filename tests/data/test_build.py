@@ -190,8 +190,9 @@ def test_long_reading_is_split_and_nothing_of_it_is_lost(run, tok):
 
 
 def test_a_completion_is_predicted_and_its_prompt_is_not(run, tok):
-    predicted = "".join(text for _, text in examples(run, "midtrain1", "quoting", tok))
-    assert predicted.count(HOSTILE + "<|endoftext|>") == 4 and "Vienna" not in predicted
+    predicted = [text for _, text in examples(run, "midtrain1", "quoting", tok)]
+    assert sum(map(len, predicted)) == 4 * len(HOSTILE + "<|endoftext|>")
+    assert not any("Vienna" in text for text in predicted) and any("<|endoftext|>" in text for text in predicted)
 
 
 def test_chat_rows_take_the_chat_format(run, tok):
