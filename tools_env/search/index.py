@@ -165,6 +165,14 @@ class PassageIndex:
     def _weight(self, token: str) -> float:
         return self._idf(token, "body") or self._idf(token, "title")
 
+    def _title_idf(self, token: str) -> float:
+        return self._idf(token, "title")
+
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019
+    def _features(self, ordinal: int) -> ranking.Features:
+        passage = self.passages[ordinal]
+        return ranking.features(text.tokens(passage.text), text.tokens(passage.title), self._title_idf)
+
     def search(self, query: str, topk: int) -> list[int]:
         """Returns the ordinals of at most `topk` passages, best first; a text that several pages share is shown once."""
         asked = text.tokens(query)[:64]
@@ -187,17 +195,11 @@ class PassageIndex:
         best = hits[0][0] or 1.0
         ranked = []
         for (score, _), ordinal in zip(hits, ordinals, strict=True):
-            passage = self.passages[ordinal]
             value = ranking.relevance(
-                asked,
-                weight,
-                text.tokens(passage.text),
-                text.tokens(passage.title),
-                lambda token: self._idf(token, "title"),
-                score / best,
-                self._unseen,
+                asked, weight, self._features(ordinal), self._title_idf, score / best, self._unseen
             )
             if value > 0.0:
+                passage = self.passages[ordinal]
                 # Rounding keeps the last bits of float sums from deciding; the id does.
                 ranked.append((-round(ranking.boosted(value, passage.authority), 6), passage.id, ordinal))
         ranked.sort(key=lambda row: row[:2])

@@ -5,6 +5,7 @@ Full-text scores alone confuse same-shaped passages ("The capital of Guinea ..."
 neighbours, and how much of the page's title the query names.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from tools_env.search.text import is_cjk
@@ -13,6 +14,9 @@ TITLE_ONLY = 0.5  # credit for a query token that stands in the page's title but
 ADJACENT = 0.2  # weight of the query's word pairs that stay together
 TITLE = 0.2  # weight of the title's share that the query names
 FULL_TEXT = 0.1  # weight of the engine's own score, which prefers the shorter of two passages
+LATE = (
+    0.002  # taken off for each word before the last such pair: "The capital of X is X" before "X is the capital of X"
+)
 AUTHORITY = 0.05  # a step of authority wins over at most this share of relevance
 MIN_COVERAGE = 0.4  # a passage that covers less of the query is about something else ...
 RARE = 0.5  # ... unless it has a query token whose weight is at least this share of an unseen token's
@@ -31,12 +35,30 @@ def weights(query: Sequence[str], idf: Callable[[str], float], unseen: float) ->
     return weight
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Features:
+    """What ranking needs to know of a passage, computed once."""
+
+    body: frozenset[str]  # tokens of the passage
+    title: frozenset[str]  # tokens of its page's title
+    title_weight: float  # their summed inverse document frequencies
+    pairs: dict[tuple[str, str], int]  # neighbouring tokens of the passage and where they first stand
+
+
+def features(body: Sequence[str], title: Sequence[str], title_idf: Callable[[str], float]) -> Features:
+    """Returns the features of a passage from its tokens and its title's, both in order."""
+    pairs: dict[tuple[str, str], int] = {}
+    for at, pair in enumerate(zip(body, body[1:], strict=False)):
+        pairs.setdefault(pair, at)
+    names = frozenset(title)
+    return Features(frozenset(body), names, sum(map(title_idf, sorted(names))) or 1.0, pairs)
+
+
 def relevance(
     query: Sequence[str],
     weight: dict[str, float],
-    body: Sequence[str],
-    title: Sequence[str],
-    title_weight: Callable[[str], float],
+    passage: Features,
+    title_idf: Callable[[str], float],
     full_text: float,
     unseen: float,
 ) -> float:
@@ -45,23 +67,27 @@ def relevance(
     Args:
       query: tokens of the query, in order.
       weight: each query token's weight.
-      body: tokens of the passage, in order.
-      title: tokens of its page's title.
-      title_weight: inverse document frequency of a title token.
+      passage: what `features` says of it.
+      title_idf: inverse document frequency of a title token.
       full_text: the engine's score divided by the best one's, in [0, 1].
       unseen: weight of a token that no passage has.
     """
-    in_body, in_title = set(body), set(title)
-    total = sum(weight.values()) or 1.0
-    covered = sum(w if t in in_body else TITLE_ONLY * w if t in in_title else 0.0 for t, w in weight.items()) / total
-    if covered < MIN_COVERAGE and not any(w >= RARE * unseen and t in in_body for t, w in weight.items()):
+    in_body, in_title = passage.body, passage.title
+    covered, rare = 0.0, False
+    for token, value in weight.items():
+        if token in in_body:
+            covered += value
+            rare = rare or value >= RARE * unseen
+        elif token in in_title:
+            covered += TITLE_ONLY * value
+    covered /= sum(weight.values()) or 1.0
+    if covered < MIN_COVERAGE and not rare:
         return 0.0
-    pairs = [(a, b) for a, b in zip(query, query[1:], strict=False)]
-    kept = set(zip(body, body[1:], strict=False))
-    adjacent = sum(pair in kept for pair in pairs) / len(pairs) if pairs else 0.0
-    named = sum(title_weight(t) for t in in_title if t in weight)
-    title_share = named / (sum(title_weight(t) for t in in_title) or 1.0)
-    return covered + ADJACENT * adjacent + TITLE * title_share + FULL_TEXT * full_text
+    found = [passage.pairs[pair] for pair in zip(query, query[1:], strict=False) if pair in passage.pairs]
+    adjacent = len(found) / (len(query) - 1) if found else 0.0
+    late = min(max(found), 10) if found else 0
+    named = sum(title_idf(token) for token in weight if token in in_title)
+    return covered + ADJACENT * adjacent + TITLE * named / passage.title_weight + FULL_TEXT * full_text - LATE * late
 
 
 def boosted(relevance: float, authority: int) -> float:

@@ -54,7 +54,7 @@ def _fold(word: str) -> str:
     return word
 
 
-@functools.lru_cache(maxsize=1 << 16)
+@functools.lru_cache(maxsize=1 << 12)
 def tokens(text: str) -> tuple[str, ...]:
     """Returns search tokens in order: folded words, and character pairs of CJK runs (a lone character stays)."""
     found = []
