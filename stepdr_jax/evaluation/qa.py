@@ -196,10 +196,11 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     run_dir = Path(config.run_dir)
     done = run_dir / f"seed{config.seed}" / stage / "done.json"
     tokenizer = run_dir / "tokenizer" / "tokenizer.json"
+    trained = files.read_json(done) if done.exists() else {}
     parts = [
         stage,
         config.seed,
-        hashlib.sha256(done.read_bytes()).hexdigest() if done.exists() else "",
+        trained.get("params_sha256", trained),  # a stage that was run again and came out the same is the same
         hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.exists() else "",
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),

@@ -9,6 +9,7 @@ import dataclasses
 import html
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 520, 250
@@ -177,21 +178,26 @@ def bar_chart(
     if top <= 0:
         return nothing(title, "nothing to show")
     thick = 14 if max(len(values) for _, values in rows) == 1 else 9
-    left = 16 + 6.6 * max(len(name) for name, _ in rows)
-    steps = [thick * len(values) + 9 for _, values in rows]
+    wrapped = [textwrap.wrap(name, 30) or [""] for name, _ in rows]
+    left = 16 + 6.4 * max(len(line) for lines in wrapped for line in lines)
+    steps = [max(thick * len(values), 13 * len(lines)) + 9 for (_, values), lines in zip(rows, wrapped, strict=True)]
     height = TOP + sum(steps) + BOTTOM
     axis = Axis.of(0, top, left, WIDTH - RIGHT - 44)
     parts = [_x_axis(axis, height - BOTTOM, x_label, TOP)]
     y = TOP + 4.5
-    for (name, values), step in zip(rows, steps, strict=True):
-        parts.append(
-            f'<text class="name" x="{left - 10:.1f}" y="{y + thick * len(values) / 2 + 4:.1f}" text-anchor="end">{_text(name)}</text>'
-        )
+    for (_, values), lines, step in zip(rows, wrapped, steps, strict=True):
+        middle = y + (step - 9) / 2
+        for index, line in enumerate(lines):
+            base = middle + 4 + 13 * (index - (len(lines) - 1) / 2)
+            parts.append(
+                f'<text class="name" x="{left - 10:.1f}" y="{base:.1f}" text-anchor="end">{_text(line)}</text>'
+            )
+        bars = middle - thick * len(values) / 2
         for index, value in enumerate(values):
             if not math.isfinite(value):
                 continue
             width = max(axis(value) - left, 0.5)
-            top_edge = y + index * thick
+            top_edge = bars + index * thick
             parts.append(
                 f'<rect class="f{index}" x="{left:.1f}" y="{top_edge:.1f}" width="{width:.1f}" height="{thick - 1.5}" rx="1.5"/>'
                 f'<text class="value" x="{left + width + 4:.1f}" y="{top_edge + thick / 2 + 3:.1f}">{number(value)}</text>'
@@ -228,7 +234,8 @@ class Axis:
         if not fixed and not whole:
             pad = 0.04 * (high - low)
             low, high = (low - pad if low != 0 else low), high + pad
-        return cls(low, high, start, end, ticks(low, high, whole=whole))
+        room = max(1, min(5, int(abs(end - start) / 46)))  # a tick label needs about 46 units
+        return cls(low, high, start, end, ticks(low, high, count=room, whole=whole))
 
     def __call__(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)

@@ -75,8 +75,8 @@ def table(
 def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str, statistics.Paired]]) -> Section:
     """The main result in words. `tone` is good only when PPO's interval over SFT lies above zero."""
     if not run.evaluated:
-        return {"tone": "flat", "sentences": ["Nothing has been evaluated yet, so there is no result."]}
-    sentences, tone = [], "flat"
+        return {"tone": "open", "sentences": ["Nothing has been evaluated yet, so there is no result."]}
+    sentences, tone = [], "open"
     step = differences.get(("sft", "ppo"))
     if step:
         before = results.measure(run.evaluated["sft"], results.BY_NAME["reward"])
@@ -96,6 +96,7 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
             tone = "bad"
             sentences.append(f"PPO did not improve over SFT: it lowered the mean held-out reward {levels} ({span}).")
         else:
+            tone = "flat"
             sentences.append(
                 f"PPO did not measurably improve over SFT: the mean held-out reward went {levels}, and the interval of the "
                 f"difference includes zero ({span})."
@@ -245,15 +246,18 @@ def data(run: Run) -> Section:
             plots.bar_chart(rows, title="Tasks by kind, language and split", x_label="tasks", names=names)
         )
     if trajectories:
-        rows = [("kept: " + k.replace("_", " "), [v]) for k, v in sorted(trajectories["kept_by_capability"].items())]
-        rows += [("dropped: " + k.replace("_", " "), [v]) for k, v in trajectories["dropped_by_reason"].items()]
+        kept = sorted(trajectories["kept_by_capability"].items(), key=_most)
+        rows = [(name.replace("_", " "), [count]) for name, count in kept]
         section["figures"].append(
-            plots.bar_chart(
-                rows, title="Teacher episodes kept, by capability, and dropped, by reason", x_label="episodes"
-            )
+            plots.bar_chart(rows, title="Teacher episodes kept, by capability", x_label="episodes")
         )
+        if trajectories["dropped"]:
+            rows = [(name.replace("_", " "), [count]) for name, count in trajectories["dropped_by_reason"].items()]
+            section["figures"].append(
+                plots.bar_chart(rows, title="Teacher episodes dropped, by reason", x_label="episodes")
+            )
     if found.get("reading"):
-        rows = [(name.replace("_", " "), [count]) for name, count in found["reading"].items()]
+        rows = [(name.replace("_", " "), [count]) for name, count in sorted(found["reading"].items(), key=_most)]
         section["figures"].append(plots.bar_chart(rows, title="Reading rows by mixture component", x_label="rows"))
     for stage, card in found.get("prepared", {}).get("stages", {}).items():
         section["tables"].append(_mixture_table(stage, card))
@@ -266,6 +270,10 @@ def data(run: Run) -> Section:
             "disk. Fill: used positions of a packed row."
         )
     return section
+
+
+def _most(item: tuple[str, int]) -> int:
+    return -item[1]
 
 
 def _mixture_table(stage: str, card: Mapping[str, Any]) -> Section:
@@ -330,7 +338,7 @@ def matching(pattern: str, label: str | None = None) -> Callable[[str], str | No
     return pick
 
 
-HIDDEN = re.compile(r"(.*/)?(step|iteration|time|timestamp|wall_time|.*seconds.*|tokens_seen|.*_total)")
+HIDDEN = re.compile(r"(.*/)?(step|iteration|time|timestamp|wall_time|.*seconds.*|tokens|tokens_seen|.*_total)")
 
 
 def training(run: Run, command: Callable[[str], str]) -> list[Section]:
