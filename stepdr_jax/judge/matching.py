@@ -11,7 +11,8 @@ from collections.abc import Iterable
 CITATION = re.compile(r"\\cite\{([^{}]*)\}")
 CITATION_ID = re.compile(r"web_[a-z]{8}\b")
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
-_LETTER = r"[^\W\u3400-\u4dbf\u4e00-\u9fff]"
+# Between a Chinese character and a Latin letter or digit, where a word ends although \b sees none
+_SEAM = re.compile(r"(?<=[\u3400-\u4dbf\u4e00-\u9fff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u3400-\u4dbf\u4e00-\u9fff])")
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
 
@@ -28,10 +29,16 @@ def strip_citations(text: str) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
-    """NFKC, case-folded, one space between words, thousands separators inside numbers removed, plain quotes."""
+    """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold()
     text = _GROUPED.sub("", text)
     return " ".join(text.split())
+
+
+@functools.lru_cache(maxsize=65536)
+def _seamed(text: str) -> str:
+    """Normalised text in which words of different scripts are apart: "人口是8527230。" states a whole number."""
+    return _SEAM.sub("\x01", normalise(text))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -39,10 +46,9 @@ def _pattern(needle: str) -> re.Pattern:
     body = re.escape(needle)
     if HAN.search(needle):  # Chinese has no spaces: a substring is a mention
         return re.compile(body)
-    # a letter or digit beside it makes it another word, a Chinese character does not: "人口是8527230。"
     # a number inside a longer one ("3" in "0.3" or "3.5") is another number
-    before = rf"(?<!{_LETTER})(?<!\d[.,])" if needle[:1].isdigit() else rf"(?<!{_LETTER})"
-    after = rf"(?!{_LETTER})(?![.,]\d)" if needle[-1:].isdigit() else rf"(?!{_LETTER})"
+    before = r"(?<!\w)(?<!\d[.,])" if needle[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?![.,]\d)" if needle[-1:].isdigit() else r"(?!\w)"
     return re.compile(before + body + after)
 
 
@@ -55,12 +61,14 @@ def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool
         longer_names: names that may hold `value` inside them ("Equatorial Guinea" for "Guinea"); an occurrence inside
             one of them does not count.
     """
-    needle = normalise(value)
+    needle = _seamed(value)
     if not needle:
         return False
-    haystack = normalise(text)
+    haystack = _seamed(text)
+    if needle not in haystack:
+        return False
     for name in longer_names:
-        other = normalise(name)
+        other = _seamed(name)
         if other != needle and needle in other and other in haystack:
             haystack = _pattern(other).sub("\x00", haystack)
     return _pattern(needle).search(haystack) is not None

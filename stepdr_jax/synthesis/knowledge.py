@@ -17,6 +17,7 @@ from stepdr_jax.synthesis import corpora, sentences
 from stepdr_jax.synthesis.renaming import Renamer
 
 LANGS = ("en", "zh")
+MAX_VALUES = 4  # elements of a list that is asked for; an answer must fit into one turn of a small model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,12 @@ class Knowledge:
         return "heldout" if country in self.heldout else "train"
 
     def relations(self, country: str, lang: str) -> list[str]:
-        return [relation for relation in sentences.RELATIONS if (country, relation, lang) in self.facts]
+        """Relations worth asking for: stated, and with at most MAX_VALUES values."""
+        return [
+            relation
+            for relation in sentences.RELATIONS
+            if (fact := self.facts.get((country, relation, lang))) and len(fact.values) <= MAX_VALUES
+        ]
 
     @functools.cached_property
     def by_value(self) -> dict[tuple[str, str, str], tuple[str, ...]]:

@@ -204,10 +204,7 @@ def _hop_pairs(
             for lang in knowledge.LANGS
             for clue in deep_search.CLUES[lang]
             for asked in deep_search.ASKED
-            if clue != asked
-            and {clue, asked} <= relations
-            and (country, clue, lang) in known.facts
-            and (country, asked, lang) in known.facts
+            if clue != asked and {clue, asked} <= relations and {clue, asked} <= set(known.relations(country, lang))
         ]
     return pairs
 
@@ -394,7 +391,7 @@ def _authority(world_dir: Path) -> dict[str, int]:
 def _bad_urls(known: knowledge.Knowledge, task: Task) -> dict[str, str]:
     """Addresses that look right for a task and cannot be read: a page that does not exist, a host that does not answer."""
     url = known.pages[task.entity, task.lang][0].url
-    return {"dead_link": url.rstrip("/") + "-facts", "unavailable": f"http://{UNAVAILABLE_HOST}{urlsplit(url).path}"}
+    return {"dead_link": url.rstrip("/") + "/history", "unavailable": f"http://{UNAVAILABLE_HOST}{urlsplit(url).path}"}
 
 
 # ---------------------------------------------------------------------------------------------------------- cleaning
@@ -432,15 +429,18 @@ def _rows(
     for trajectory in trajectories:
         rng = random.Random(f"rename {seed} {trajectory.id}")
         row = trajectory.model_dump(mode="json", exclude_defaults=True)
-        masked = renamer.mask(row, rng, private)
-        counts["masked names of held-out entities"] += masked is not row
-        yield masked
+        names = renamer.names_in_row(row)
+        if hidden := [name for name in names if name in private]:
+            row = renamer.mask(row, rng, hidden)
+            counts["masked names of held-out entities"] += 1
+        yield row
         counts["kept" if trajectory.kept else "dropped"] += 1
         if not trajectory.kept:
             continue
-        names = renamer.names_in_row(masked)
+        if hidden:
+            names = renamer.names_in_row(row)
         for copy in range(copies):
-            renamed = renamer.rename_row(masked, rng, names=names)
+            renamed = renamer.rename_row(row, rng, names=names)
             renamed["id"] = f"{trajectory.id}.{copy + 1}"
             renamed["metadata"] = {**renamed["metadata"], "copy_of": trajectory.id}
             counts["renamed copies"] += 1

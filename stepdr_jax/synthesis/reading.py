@@ -9,9 +9,10 @@ Rows are JSON objects: id, component, capability, lang, loss and either text or 
 rows that are one user turn and one assistant turn.
 """
 
+import collections.abc
 import dataclasses
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from stepdr_jax.records import content_id
 from stepdr_jax.synthesis import deep_search, reports, sentences, verification
@@ -32,6 +33,7 @@ ROWS = {
 }
 HOSTS = ("atlas.test", "gazette.test", "travelnotes.test", "quickfacts.test", "mirror.test")
 RELIABLE = ("atlas.test", "gazette.test")
+BORROWED_SHARE = 0.2  # of an invented subject's values that are another real subject's
 CAPABILITY = {
     "active_reading": "deep_search",
     "quoting": "report",
@@ -51,7 +53,7 @@ class Card:
 
     subject: str
     lang: str
-    values: dict[str, tuple[str, ...]]
+    values: Mapping[str, tuple[str, ...]]
 
     def sentence(self, relation: str) -> str:
         return sentences.sentence(relation, self.subject, self.values[relation], self.lang)
@@ -78,21 +80,35 @@ def invented_value(relation: str, rng: random.Random, lang: str) -> str:
     return invented_name(rng, lang, capitalised=relation != "currency" or lang == "zh")
 
 
-def renamed_card(card: Card, rng: random.Random, swap: list[Card]) -> Card:
-    """The same kind of facts about an invented subject; a value may be borrowed from another real card."""
+class _Invented(collections.abc.Mapping):
+    """The values of an invented subject, made when they are looked at: a row shows few of them."""
 
-    def value(relation: str, old: tuple[str, ...]) -> tuple[str, ...]:
-        if rng.random() < 0.2:
-            other = rng.choice(swap)
-            if other.lang == card.lang and relation in other.values:
+    def __init__(self, model: Card, rng: random.Random, swap: list[Card]) -> None:
+        self._model, self._rng, self._swap = model, rng, swap
+        self._made: dict[str, tuple[str, ...]] = {}
+
+    def __getitem__(self, relation: str) -> tuple[str, ...]:
+        if relation not in self._made:
+            self._made[relation] = self._make(relation, self._model.values[relation])
+        return self._made[relation]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._model.values)
+
+    def __len__(self) -> int:
+        return len(self._model.values)
+
+    def _make(self, relation: str, old: tuple[str, ...]) -> tuple[str, ...]:
+        if self._rng.random() < BORROWED_SHARE:
+            other = self._rng.choice(self._swap)
+            if relation in other.values:
                 return other.values[relation]
-        return tuple(invented_value(relation, rng, card.lang) for _ in old[:3])
+        return tuple(invented_value(relation, self._rng, self._model.lang) for _ in old[:3])
 
-    return Card(
-        invented_name(rng, card.lang),
-        card.lang,
-        {relation: value(relation, old) for relation, old in card.values.items()},
-    )
+
+def renamed_card(card: Card, rng: random.Random, swap: list[Card]) -> Card:
+    """The same kind of facts about an invented subject; some values are borrowed from real cards of the language."""
+    return Card(invented_name(rng, card.lang), card.lang, _Invented(card, rng, swap))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -410,6 +426,7 @@ def rows(knowledge: Knowledge, *, copies: int, chinese_share: float, seed: int) 
     Held-out countries give no card, and no card mentions a name that only they have.
     """
     cards = {lang: _cards(knowledge, lang) for lang in ("en", "zh")}
+    pools = {lang: list(cards[lang].values()) for lang in cards}
     for country in knowledge.countries:
         if country in knowledge.heldout:
             continue
@@ -422,9 +439,8 @@ def rows(knowledge: Knowledge, *, copies: int, chinese_share: float, seed: int) 
                     lang = "zh" if rng.random() < chinese_share and country in cards["zh"] else "en"
                     if country not in cards[lang]:
                         continue
-                    pool = cards[lang]
-                    real = list(pool.values())
-                    card, others = pool[country], rng.sample(real, min(3, len(real)))
+                    real = pools[lang]
+                    card, others = cards[lang][country], rng.sample(real, min(2, len(real)))
                     others = [other for other in others if other is not card]
                     if invented:
                         card = renamed_card(card, rng, real)
@@ -451,7 +467,7 @@ def _cards(knowledge: Knowledge, lang: str) -> dict[str, Card]:
         kept = {
             relation: values
             for relation, values in card.values.items()
-            if len(values) <= 4 and not any(value in knowledge.private for value in values)
+            if not any(value in knowledge.private for value in values)
         }
         if len(kept) >= 3:
             cards[country] = dataclasses.replace(card, values=kept)

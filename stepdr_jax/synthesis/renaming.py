@@ -6,6 +6,7 @@ measure memorisation) leaves copying from the observation as the only thing that
 reading instead of recall. Citation ids, numbers and names are all drawn anew for every copy.
 """
 
+import functools
 import random
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,13 +18,18 @@ CONSONANTS = "bdfghjklmnprstvz"
 VOWELS = "aeiou"
 _ONSETS = (*"bcdfghjklmnprstvwz", "br", "dr", "gr", "kr", "pl", "st", "tr", "th", "sh", "ch", "kl", "sl", "")
 _NUCLEI = (*"aeiouaeiouaeiou", "ai", "ea", "ia", "ou", "y")
-_CODAS = ("", "", "", "", "n", "r", "l", "s", "m", "nd", "rt", "x", "k", "t")
+_CODAS = ("", "", "", "", "", "", "", "", "n", "r", "l", "s", "m", "nd", "rt", "x", "k", "t")
+# each as often as its parts are listed, so that open syllables with plain vowels are the common ones
+_SYLLABLES = tuple(onset + nucleus + coda for onset in _ONSETS for nucleus in _NUCLEI for coda in _CODAS)
 # Characters that Chinese transliterations of foreign names use: names made of them look like names.
 _HANZI = (
     "阿巴贝比伯布查达德迪多杜厄恩尔法菲佛弗福戈格古哈海赫亨霍基吉加杰卡凯科克肯库拉莱兰朗劳勒雷里利莉林卢鲁"
     "伦罗洛马玛麦曼梅蒙米莫姆穆纳内尼诺努欧帕佩皮普奇乔切瑞萨塞桑沙圣施斯苏索塔泰坦特提托图瓦威维温文沃乌西希"
     "夏谢辛雅亚耶伊因尤约扎泽赞詹珍"
 )
+_WORD = re.compile(r"[0-9A-Za-z_\u00c0-\u00ff]+")
+_HAN_PAIR = re.compile(r"[\u3400-\u9fff]{2}")
+_HAN_PAIRS = re.compile(r"(?=([\u3400-\u9fff]{2}))")  # overlapping
 _IDS = re.compile(r"web_[a-z]{8}")
 # Whole numbers of two digits or more; not dates, decimals, list numbers, HTTP codes or parts of a word.
 _NUMBERS = re.compile(r"(?<![\w.:-])(?<!HTTP )\d{2,}(?![\w:-])(?!\.\d)(?! characters)")
@@ -37,16 +43,19 @@ def citation_id(rng: random.Random) -> str:
 def invented_name(rng: random.Random, lang: str = "en", *, capitalised: bool = True) -> str:
     """A pronounceable name that means nothing: "Kelora", "Stani Brux", "莫塔里"."""
     if lang == "zh":
-        return "".join(rng.choice(_HANZI) for _ in range(rng.choice((2, 2, 3, 3, 4))))
-    words = []
-    for _ in range(2 if capitalised and rng.random() < 0.15 else 1):
-        syllables = rng.choice((1, 2, 2, 2, 3, 3)) if words else rng.choice((2, 2, 2, 3, 3))
-        word = "".join(
-            rng.choice(_ONSETS) + rng.choice(_NUCLEI) + (rng.choice(_CODAS) if rng.random() < 0.5 else "")
-            for _ in range(syllables)
-        )
-        words.append(word.capitalize() if capitalised else word)
-    return " ".join(words)
+        length = (2, 2, 3, 3, 4)[int(rng.random() * 5)]
+        return "".join([_HANZI[int(rng.random() * len(_HANZI))] for _ in range(length)])
+    name = _invented_word(rng)
+    if not capitalised:
+        return name
+    return f"{name.capitalize()} {_invented_word(rng).capitalize()}" if rng.random() < 0.15 else name.capitalize()
+
+
+def _invented_word(rng: random.Random) -> str:
+    word = _SYLLABLES[int(rng.random() * len(_SYLLABLES))]
+    for _ in range((1, 1, 1, 2, 2)[int(rng.random() * 5)]):
+        word += _SYLLABLES[int(rng.random() * len(_SYLLABLES))]
+    return word
 
 
 def invented_number(rng: random.Random, like: str) -> str:
@@ -84,17 +93,24 @@ class Renamer:
         self._kinds = {name: kind for name, kind in names.items() if len(name) > 1}
         self._swap = {key: tuple(values) for key, values in (swap or {}).items()}
         self._patterns: dict[str, re.Pattern] = {}
+        self._by_start: dict[str, list[str]] = {}  # first word, or first two Chinese characters -> names
+        for name in self._kinds:
+            start = _HAN_PAIR.match(name) or _WORD.search(name)
+            if start:
+                self._by_start.setdefault(start.group(), []).append(name)
 
     def names_in(self, text: str) -> list[str]:
         """Known names that occur in the text as whole words (anywhere, if Chinese)."""
+        starts = set(_WORD.findall(text)) | set(_HAN_PAIRS.findall(text))
         found = []
-        for name in self._kinds:
-            if name in text:
-                if name not in self._patterns:
-                    self._patterns[name] = _bounded([name])
-                if self._patterns[name].search(text):
-                    found.append(name)
-        return found
+        for start in starts:
+            for name in self._by_start.get(start, ()):
+                if name in text:
+                    if name not in self._patterns:
+                        self._patterns[name] = _bounded((name,))
+                    if self._patterns[name].search(text):
+                        found.append(name)
+        return sorted(found)
 
     def names_in_row(self, row: dict) -> list[str]:
         """Known names in the text fields of a serialised Trajectory or reading row."""
@@ -187,7 +203,7 @@ class Renamer:
 
 def replace(text: str, mapping: Mapping[str, str]) -> str:
     """Replaces all keys by their values in one pass, longest key first, whole words only unless Chinese."""
-    return _bounded(mapping).sub(lambda match: mapping[match.group()], text) if mapping else text
+    return _bounded(tuple(mapping)).sub(lambda match: mapping[match.group()], text) if mapping else text
 
 
 _FIELDS = ("messages", "answer", "text", "prompt", "completion")
@@ -213,7 +229,7 @@ def _strings(row: dict) -> Iterable[str]:
 
 
 def _renamed(row: dict, mapping: Mapping[str, str]) -> dict:
-    pattern = _bounded(mapping)
+    pattern = _bounded(tuple(mapping))
 
     def walk(value, key=""):
         if isinstance(value, str):
@@ -229,12 +245,15 @@ def _renamed(row: dict, mapping: Mapping[str, str]) -> dict:
     return {**row, **{field: walk(row[field]) for field in _FIELDS if field in row}}
 
 
-def _bounded(names: Iterable[str]) -> re.Pattern:
+@functools.lru_cache(maxsize=256)
+def _bounded(names: tuple[str, ...]) -> re.Pattern:
+    """Matches any of the names, the longest first; Latin ones as whole words, which a Chinese character ends too."""
     ordered = sorted(names, key=len, reverse=True)
     han = "|".join(re.escape(name) for name in ordered if HAN.search(name))
     rest = "|".join(re.escape(name) for name in ordered if not HAN.search(name))
-    # a Chinese character beside a Latin name ends the word
-    bounded = rf"(?<![^\W\u3400-\u9fff])(?:{rest})(?![^\W\u3400-\u9fff])" if rest else ""
+    # this set instead of \w: Chinese characters are outside, and large sets take milliseconds to compile
+    letter = r"[0-9A-Za-z_\u00c0-\u00ff]"
+    bounded = rf"(?<!{letter})(?:{rest})(?!{letter})" if rest else ""
     return re.compile("|".join(part for part in (han, bounded) if part) or r"(?!)")
 
 

@@ -78,11 +78,11 @@ def join(values: tuple[str, ...] | list[str], lang: str) -> str:
 
 def sentence(relation: str, subject: str, values: tuple[str, ...] | list[str], lang: str) -> str:
     """States a fact, as the pages of the built-in web do."""
+    if relation == "currency" and lang == "en":
+        values = ["the " + value for value in values]
     value = join(values, lang) + UNITS[lang].get(relation, "")
     if lang == "zh":
         return f"{subject}的{ZH[relation]}是{value}。"
-    if relation == "currency" and len(values) == 1:
-        value = "the " + value
     verb = "are" if len(values) > 1 and relation in PLURAL else "is"
     return f"The {word(relation, lang, len(values))} of {subject} {verb} {value}."
 
@@ -108,7 +108,10 @@ def _statement(relation: str, subject: str, value: str, lang: str) -> Statement:
     bare = value.removesuffix(UNITS[lang].get(relation, ""))
     if lang == "en":
         bare = bare.removeprefix("the ")
-    separator = r"、|和" if lang == "zh" else r", | and "
-    listed = relation in PLURAL and relation != "currency"
-    values = tuple(re.split(separator, bare)) if listed else (bare,)
+    if relation not in PLURAL:
+        values: tuple[str, ...] = (bare,)
+    elif lang == "zh":
+        values = tuple(re.split(r"、|和", bare))
+    else:
+        values = tuple(re.split(r"(?:, | and )the " if relation == "currency" else r", | and ", bare))
     return Statement(relation, subject, bare, values, lang)

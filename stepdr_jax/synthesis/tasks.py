@@ -119,7 +119,11 @@ def _claim(knowledge, country, relation, lang, rng, as_of) -> tuple[Task, Brief]
     fact = knowledge.facts[country, relation, lang]
     value = fact.value
     if rng.random() < 0.5:
-        said = [other.value for other in knowledge.wrong.get((country, relation, lang), ())]
+        said = [
+            other.value
+            for other in knowledge.wrong.get((country, relation, lang), ())
+            if country in knowledge.heldout or not any(value in knowledge.private for value in other.values)
+        ]
         # without a page that errs, another country's value makes the claim; never one of the other split
         others = [
             other.value

@@ -10,6 +10,7 @@ from stepdr_jax.synthesis import sentences
     [
         ("capital", "Austria", ("Vienna",), "en", "The capital of Austria is Vienna."),
         ("currency", "Austria", ("euro",), "en", "The currency of Austria is the euro."),
+        ("currency", "X", ("A", "B", "C"), "en", "The currencies of X are the A, the B and the C."),
         ("area", "Austria", ("83871",), "en", "The area of Austria is 83871 square kilometres."),
         ("language", "Aruba", ("Dutch", "Papiamento"), "en", "The languages of Aruba are Dutch and Papiamento."),
         ("language", "X", ("A", "B", "C"), "en", "The languages of X are A, B and C."),
