@@ -98,7 +98,7 @@ def build(world_dir: str | os.PathLike) -> Path:
         count = 0
         with open(temporary / "passages.jsonl", "w", encoding="utf-8") as out:
             for count, passage in enumerate(_read_passages(documents, Citations()), 1):
-                out.write(json.dumps(dataclasses.asdict(passage), ensure_ascii=False) + "\n")
+                out.write(json.dumps(vars(passage), ensure_ascii=False) + "\n")
                 writer.add_document(
                     tantivy.Document(
                         body=" ".join(text.tokens(passage.text)),
