@@ -85,6 +85,7 @@ def test_markdown_paragraphs_lists_tables_and_front_matter(library):
         "a picture nothing",
     ]
     assert "## Setext" in row["text"].splitlines()
+    assert row["text"].splitlines()[1] == text.passages(row["text"])[0], "links and marks are not in the text"
 
 
 def test_links_between_documents_form_a_graph(library):

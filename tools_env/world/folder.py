@@ -104,11 +104,12 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
         title, date, lines = page.title, page.published_at, page.passages
         if kind == "text/html":
             links = _html_links(decode(body, None))
-    lines = [piece for line in lines for piece in _pieces(line)]
+    # Links are kept beside the text; in it they would stand between a reader and its words.
+    lines = [piece for line in lines for piece in _pieces(line if line.startswith("#") else text.passage(line))]
     if not any(text.passage(line) for line in lines):
         raise ToolHostError(f"the document {path} has no text (a scan needs recognising first); convert or remove it")
     title = " ".join((title or path.stem.replace("_", " ")).split())[:120]
-    content = "\n".join(line for line in lines if line.lstrip("# ") != title or not line.startswith("#"))
+    content = "\n".join(line for line in lines if line and (line.lstrip("# ") != title or not line.startswith("#")))
     return {
         "id": f"{HOST}/{relative.as_posix()}",
         "url": url,
