@@ -303,6 +303,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
         state.load_params(config, config.seed, stage),
         Qwen2Config.from_config(config.model, tokenizer.vocab_size),
         slots=config.ppo.slots,
+        shards=config.ppo.shards,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(tokenizer.im_end, tokenizer.endoftext),
     )

@@ -234,7 +234,8 @@ class Axis:
         if not fixed and not whole:
             pad = 0.04 * (high - low)
             low, high = (low - pad if low != 0 else low), high + pad
-        room = max(1, min(5, int(abs(end - start) / 46)))  # a tick label needs about 46 units
+        label = 46 if end > start else 30  # units that a tick's text takes beside, or above, the next one
+        room = max(1, min(6, int(abs(end - start) / label)))
         return cls(low, high, start, end, ticks(low, high, count=room, whole=whole))
 
     def __call__(self, value: float) -> float:

@@ -309,6 +309,7 @@ def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
         picked = [paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(count)]
         for file in dict.fromkeys(reversed(picked)):
             rows = viewer.spread(files.read_jsonl(file), _practice_stratum)
+            rows.sort(key=lambda row: "tokens" not in row)  # few rows have token detail; those come first
             where = f"PPO, iteration {int(file.stem)}"
             groups.append(
                 [_practice(row, where, seed, tasks, rubrics, tokenizer) for row in rows[:EPISODES_PER_ITERATION]]
@@ -329,18 +330,17 @@ def _practice_stratum(row: Mapping[str, Any]) -> tuple:
 def _practice(row: Mapping[str, Any], where: str, seed: int, tasks, rubrics, tokenizer) -> dict[str, Any]:
     trajectory = Trajectory.model_validate(row["trajectory"])
     verdict = Verdict.model_validate(row["verdict"]) if row.get("verdict") else None
-    log = row.get("log") or row
     detail = None
-    if tokenizer is not None and log.get("tokens"):
+    if tokenizer is not None and row.get("tokens"):
         detail = viewer.token_detail(
-            log["tokens"],
-            log["sampled"],
+            row["tokens"],
+            row["sampled"],
             lambda ids: tokenizer.decode(ids, special=True),
-            {"advantage": log.get("advantages"), "value": log.get("values"), "logprob": log.get("logprobs")},
+            {"advantage": row.get("advantages"), "value": row.get("values"), "logprob": row.get("logprobs")},
         )
     missing = None
-    if not trajectory.finish.is_policy_outcome or verdict is None or verdict.reward is None:
-        missing = str(trajectory.metadata.get("cause", trajectory.finish))
+    if row.get("masked"):
+        missing = f"{row['masked']}: {trajectory.metadata.get('cause', 'no cause given')}"
     return viewer.episode(
         trajectory,
         verdict,

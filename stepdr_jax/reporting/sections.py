@@ -301,7 +301,10 @@ def _mixture_table(stage: str, card: Mapping[str, Any]) -> Section:
 
 
 def _several(run: Run, stage: str, pick: Callable[[str], str | None], **settings) -> tuple[str, set[str]]:
-    """A line chart of every metric that `pick` gives a label, over all seeds; and the metric names it used."""
+    """A line chart of every metric that `pick` gives a label, over all seeds; and the metric names it used.
+
+    Of several labels those that are 0 throughout are left out.
+    """
     found: list[tuple[str, int, Curves, str]] = []
     for seed in run.seeds:
         curves = run.curves.get(seed, {}).get(stage)
@@ -309,6 +312,16 @@ def _several(run: Run, stage: str, pick: Callable[[str], str | None], **settings
             label = pick(name)
             if label is not None:
                 found.append((label, seed, curves, name))
+    names = {name for *_, name in found}
+    labels = list(
+        dict.fromkeys(
+            label for label, _, curves, name in found if any(v and math.isfinite(v) for v in curves.values[name])
+        )
+    )
+    if len({label for label, *_ in found}) > 1:
+        if found and not labels:
+            return plots.nothing(settings["title"], "0 throughout"), names
+        found = [row for row in found if row[0] in labels]
     labels = list(dict.fromkeys(label for label, *_ in found))
     seeds = list(dict.fromkeys(seed for _, seed, *_ in found))
     lines = []
@@ -322,7 +335,7 @@ def _several(run: Run, stage: str, pick: Callable[[str], str | None], **settings
                 "" if by_seed or len(seeds) == 1 else f"seed {seed}",
             )
         )
-    return plots.line_chart(lines, **settings), {name for *_, name in found}
+    return plots.line_chart(lines, **settings), names
 
 
 def matching(pattern: str, label: str | None = None) -> Callable[[str], str | None]:
@@ -333,7 +346,7 @@ def matching(pattern: str, label: str | None = None) -> Callable[[str], str | No
         match = compiled.fullmatch(name)
         if not match:
             return None
-        return label or (match.group(1) if match.groups() else name).replace("_", " ")
+        return label or ((match.group(1) if match.groups() else "") or name).replace("_", " ")
 
     return pick
 
@@ -418,46 +431,25 @@ def _rest(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- ppo
 
 PPO_PANELS = (
-    (
-        "Reward of training episodes",
-        r"(?:rollout/)?reward(?:/mean|_mean)?",
-        "mean reward",
-        {"smooth": 5, "y_label": "reward"},
-    ),
-    (
-        "Success of training episodes",
-        r"(?:rollout/)?(success|correct|cited)(?:/mean|_share)?",
-        None,
-        {"smooth": 5, "y_label": "share"},
-    ),
-    (
-        "KL to the policy that sampled",
-        r"(?:actor/|train/)?(approx_kl|kl|kl_old|kl_to_reference|kl_reference)",
-        None,
-        {"y_label": "nats"},
-    ),
-    ("Entropy of the policy", r"(?:actor/|train/)?entropy(?:/mean)?", "entropy", {"y_label": "nats per token"}),
+    ("Reward of training episodes", r"reward", "mean reward", {"smooth": 5, "y_label": "reward"}),
+    ("Correct and cited training episodes", r"(success|correct|cited)", None, {"smooth": 5, "y_label": "share"}),
+    ("Reward by kind of task", r"reward/(.+)", None, {"smooth": 5, "y_label": "reward"}),
+    ("KL to the policy that sampled", r"kl(?:/(.+))?", None, {"y_label": "nats"}),
+    ("Entropy of the policy", r"entropy", "entropy", {"y_label": "nats per token"}),
     (
         "Explained variance of the critic",
-        r"(?:critic/)?explained_variance",
+        r"explained_variance",
         "explained variance",
         {"y_range": (-1, 1), "zero": True},
     ),
     ("Masked episodes by cause", r"masked/(.+)", None, {"y_label": "episodes"}),
-    (
-        "Log-probability gap, sampler against trainer",
-        r"(?:.*/)?logp(?:rob)?_(?:gap|diff|difference)(?:/(.+)|_(mean|max))?",
-        None,
-        {"y_label": "nats"},
-    ),
-    ("Turns per episode", r"(?:rollout/)?turns(?:/mean|_mean)?", "turns", {"smooth": 5}),
-    (
-        "Tokens per episode",
-        r"(?:rollout/)?((?:sampled_|given_)?tokens)(?:/mean|_mean|_per_episode)?",
-        None,
-        {"smooth": 5},
-    ),
+    ("Log-probability gap, sampler against trainer", r"logprob_gap/(.+)", None, {"y_label": "nats"}),
+    ("Turns and tool calls per episode", r"(turns|tool_calls)", None, {"smooth": 5}),
+    ("Tokens per episode", r"(sampled_tokens|given_tokens)", None, {"smooth": 5, "y_label": "tokens"}),
+    ("Tokens sampled, by how the episode ended", r"tokens_by_finish/(.+)", None, {"y_label": "tokens"}),
+    ("Seconds per iteration", r"seconds_(sampling|training)", None, {"y_label": "seconds"}),
 )
+FINISHES_AFTER = 1  # the panel of shares stands behind this many others
 
 
 def ppo(run: Run) -> Section:
@@ -466,7 +458,7 @@ def ppo(run: Run) -> Section:
         return section
     used: set[str] = set()
     for index, (title, pattern, label, settings) in enumerate(PPO_PANELS):
-        if index == 2:
+        if index == FINISHES_AFTER:
             figure, names = _finishes(run)
             if names:
                 section["figures"].append(figure)

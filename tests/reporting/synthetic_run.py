@@ -207,7 +207,7 @@ def write_prepared(run: Path) -> None:
 def write_training(run: Path, seed: int, steps: int = 200) -> None:
     noise = np.random.default_rng(seed)
     for stage, start, end in (("midtrain1", 6.0, 1.4), ("midtrain2", 2.0, 0.9), ("sft", 1.2, 0.5)):
-        for step in range(0, steps, 5):
+        for step in range(10, steps + 1, 10):
             loss = end + (start - end) * math.exp(-step / 40) + 0.02 * noise.normal()
             files.append_jsonl(
                 run / f"seed{seed}" / stage / "metrics.jsonl",
@@ -220,7 +220,10 @@ def write_training(run: Path, seed: int, steps: int = 200) -> None:
                     tokens_per_second=9000 + 100 * noise.normal(),
                 ),
             )
-        files.write_json(run / f"seed{seed}" / stage / "done.json", dict(step=steps, seconds=120.0))
+        files.write_json(
+            run / f"seed{seed}" / stage / "done.json",
+            dict(steps=steps, seconds=120.0, tokens=steps * 4096, params_sha256="0" * 64),
+        )
 
 
 def write_ppo(run: Path, seed: int, tasks: list[Task], iterations: int = 40) -> None:
@@ -233,6 +236,9 @@ def write_ppo(run: Path, seed: int, tasks: list[Task], iterations: int = 40) -> 
                 "iteration": i,
                 "reward": 0.4 + 0.3 * grown + 0.06 * noise.normal(),
                 "success": 0.5 + 0.2 * grown + 0.05 * noise.normal(),
+                "cited": 0.6 + 0.2 * grown + 0.05 * noise.normal(),
+                "reward/fact": 0.5 + 0.2 * grown + 0.05 * noise.normal(),
+                "reward/report": 0.3 + 0.3 * grown + 0.05 * noise.normal(),
                 "finish/answered": 0.8 + 0.15 * grown,
                 "finish/max_turns": 0.15 - 0.1 * grown,
                 "finish/format": 0.05 - 0.05 * grown,
@@ -244,7 +250,13 @@ def write_ppo(run: Path, seed: int, tasks: list[Task], iterations: int = 40) -> 
                 "logprob_gap/mean": 1e-6 * abs(noise.normal()),
                 "logprob_gap/max": 1e-5 * abs(noise.normal()),
                 "turns": 2.5 - 0.3 * grown,
+                "tool_calls": 1.5 - 0.3 * grown,
                 "sampled_tokens": 70.0 - 10 * grown,
+                "given_tokens": 170.0 - 10 * grown,
+                "tokens_by_finish/answered": 60.0 - 10 * grown,
+                "tokens_by_finish/max_turns": 90.0,
+                "seconds_sampling": 4.0 + 0.2 * noise.normal(),
+                "seconds_training": 1.5 + 0.1 * noise.normal(),
                 "value_loss": 0.1 - 0.05 * grown,
                 "clip_fraction": 0.1 + 0.02 * noise.normal(),
             },
@@ -259,19 +271,26 @@ def write_ppo(run: Path, seed: int, tasks: list[Task], iterations: int = 40) -> 
             log = chat.trajectory_tokens(tokenizer, trajectory).arrays()
             count = len(log["tokens"])
             ramp = np.linspace(0.2, 0.9, count)
-            rows.append(
-                dict(
-                    trajectory=trajectory.model_dump(mode="json", exclude_defaults=True),
-                    verdict=verdict.model_dump(mode="json"),
+            row = dict(
+                iteration=i,
+                index=n,
+                task_id=task.id,
+                reward=verdict.reward,
+                masked="infra_failed" if verdict.reward is None else None,
+                trajectory=trajectory.model_dump(mode="json", exclude_defaults=True),
+                verdict=None if verdict.reward is None else verdict.model_dump(mode="json"),
+            )
+            if n % 2 == 0:  # the others come without token detail
+                row |= dict(
                     tokens=log["tokens"].tolist(),
                     sampled=log["sampled"].tolist(),
                     logprobs=(-0.5 * noise.random(count)).tolist(),
                     values=ramp.tolist(),
                     advantages=((verdict.reward or 0) - ramp).tolist(),
                 )
-            )
+            rows.append(row)
         files.write_jsonl(run / f"seed{seed}" / "ppo" / "iterations" / f"{i:04d}.jsonl", rows)
-    files.write_json(run / f"seed{seed}" / "ppo" / "done.json", dict(iteration=iterations, seconds=500.0))
+    files.write_json(run / f"seed{seed}" / "ppo" / "done.json", dict(iterations=iterations, seconds=500.0))
 
 
 def write_eval(run: Path, seed: int, tasks: list[Task], skill: dict[str, float] = SKILL) -> None:
