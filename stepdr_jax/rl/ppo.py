@@ -1,0 +1,294 @@
+"""PPO on sampled tokens: losses, packing of episodes into rows, and the learner's compiled programs.
+
+A batch is a list of microbatches of fixed shape: R packed rows of T tokens for the two networks, and N sampled tokens
+("actions") gathered from them. Losses see the actions only. Their weights carry the whole normalisation, so gradients of
+microbatches add up to the gradient of the batch, however it was split.
+
+Alignment: action n is the token at flat index i of the rows; its log-probability and its value are read from the hidden
+state at i - 1, the state in which it was sampled. The first token of an episode is given, so i - 1 is of the same episode.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from stepdr_jax.models import qwen2, value_head
+from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.ops.vocab_loss import token_stats
+from stepdr_jax.rl.rollouts import EpisodeArrays
+
+AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+def policy_loss(logprob_N, old_logprob_N, advantage_N, weight_N, clip: float):
+    """Clipped surrogate, weighted sum over actions: (loss, clipped_N bool). Where clipped, no gradient flows."""
+    ratio_N = jnp.exp(logprob_N - old_logprob_N)
+    free_N = ratio_N * advantage_N
+    bound_N = jnp.clip(ratio_N, 1 - clip, 1 + clip) * advantage_N
+    return -jnp.sum(weight_N * jnp.minimum(free_N, bound_N)), bound_N < free_N
+
+
+def value_loss(value_N, old_value_N, return_N, weight_N, clip: float):
+    """Half squared error, the larger of the free and the clipped one (Open-Reasoner-Zero), weighted sum over actions."""
+    near_N = old_value_N + jnp.clip(value_N - old_value_N, -clip, clip)
+    error_N = jnp.maximum((value_N - return_N) ** 2, (near_N - return_N) ** 2)
+    return 0.5 * jnp.sum(weight_N * error_N)
+
+
+def kl_to_reference(logprob_N, reference_N):
+    """The k3 estimate of KL(policy || reference) per action: exp(d) - d - 1 with d = reference - policy; never negative."""
+    difference_N = reference_N - logprob_N
+    return jnp.exp(difference_N) - difference_N - 1
+
+
+def action_weights(action_mask_ET: np.ndarray, aggregation: str) -> np.ndarray:
+    """float32[E, T]: each action's share of the loss; all a batch's normalisation is here.
+
+    token_mean: every action alike. seq_mean: every episode alike, its actions sharing. seq_sum: every action as
+    token_mean does, but divided by episodes instead of tokens (the paper's equation 1: sums, no length normalisation).
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"expected loss_aggregation among {', '.join(AGGREGATIONS)}, got {aggregation!r}")
+    mask_ET = action_mask_ET.astype(np.float64)
+    tokens_E1 = mask_ET.sum(1, keepdims=True)
+    episodes = max(int((tokens_E1 > 0).sum()), 1)
+    if aggregation == "token_mean":
+        weights_ET = mask_ET / max(mask_ET.sum(), 1)
+    elif aggregation == "seq_mean":
+        weights_ET = mask_ET / np.maximum(tokens_E1, 1) / episodes
+    else:
+        weights_ET = mask_ET / episodes
+    return weights_ET.astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatch:
+    """Rows and actions of fixed shape, and where each action comes from.
+
+    rows: tokens, positions, segment_ids int32[R, T]; index int32[N], the action's flat index (1 where unused); used
+    bool[N]. episode_N, token_N: row and column of the action in the episode arrays (0 where unused).
+    """
+
+    rows: dict[str, np.ndarray]
+    episode_N: np.ndarray
+    token_N: np.ndarray
+
+    def gather(self, **values_ET: np.ndarray) -> dict[str, np.ndarray]:
+        """The named [E, T] arrays at the actions, 0 where unused."""
+        used_N = self.rows["used"]
+        return {
+            name: np.where(used_N, array[self.episode_N, self.token_N], 0).astype(np.float32)
+            for name, array in values_ET.items()
+        }
+
+    def scatter(self, values_N, out_ET: np.ndarray) -> None:
+        """Writes per-action values back into an [E, T] array."""
+        used_N = self.rows["used"]
+        out_ET[self.episode_N[used_N], self.token_N[used_N]] = np.asarray(values_N)[used_N]
+
+
+def pack(
+    episodes: EpisodeArrays, members: Sequence[int], *, rows: int, context: int, tight: bool = True
+) -> list[Microbatch]:
+    """Packs the unmasked episodes among `members` into microbatches of `rows` rows of `context` tokens.
+
+    First fit by decreasing length, ties by index: a function of the lengths alone. The width N of a microbatch is its
+    number of actions rounded up to half of its tokens, so that the vocabulary loss does little in vain and few
+    shapes are compiled; not `tight`, it is all tokens and one shape (for the critic, whose head costs nothing).
+    """
+    lengths = episodes.lengths_E
+    order = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))
+    packed: list[list[int]] = []
+    room: list[int] = []
+    for e in order:
+        place = next((r for r, left in enumerate(room) if left >= lengths[e]), None)
+        if place is None:
+            place = len(packed)
+            packed.append([])
+            room.append(context)
+        packed[place].append(e)
+        room[place] -= int(lengths[e])
+    groups = [packed[start : start + rows] for start in range(0, len(packed), rows)]
+    return [_microbatch(episodes, group, rows, context, tight) for group in groups]
+
+
+def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows: int, context: int, tight: bool) -> Microbatch:
+    actions = int(episodes.action_mask_ET[[e for row in group for e in row]].sum())
+    half = max(rows * context // 2, 1)
+    width = -(-actions // half) * half if tight else rows * context
+    shape = (rows, context)
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    index_N, used_N = np.ones(width, np.int32), np.zeros(width, bool)
+    episode_N, token_N = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    filled = 0
+    for row, members in enumerate(group):
+        start = 0
+        for segment, e in enumerate(members, 1):
+            length = int(episodes.lengths_E[e])
+            span = slice(start, start + length)
+            tokens[row, span] = episodes.tokens_ET[e, :length]
+            positions[row, span] = np.arange(length)
+            segments[row, span] = segment
+            at = np.flatnonzero(episodes.action_mask_ET[e])
+            here = slice(filled, filled + len(at))
+            index_N[here], used_N[here] = row * context + start + at, True
+            episode_N[here], token_N[here] = e, at
+            filled += len(at)
+            start += length
+    arrays = dict(tokens=tokens, positions=positions, segment_ids=segments, index=index_N, used=used_N)
+    return Microbatch(arrays, episode_N, token_N)
+
+
+def minibatches(count: int, parts: int, *, seed: int, iteration: int, purpose: int) -> Iterator[np.ndarray]:
+    """Splits episodes 0..count-1 into `parts` groups in an order that is a function of (seed, iteration, purpose)."""
+    order = np.random.default_rng([seed, iteration, purpose]).permutation(count)
+    yield from np.array_split(order, parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- learner
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the programs are compiled for. Values and their sources are in the config's `ppo` section."""
+
+    model: Qwen2Config
+    temperature: float
+    clip: float
+    value_clip: float
+    kl_coefficient: float
+    entropy_coefficient: float
+    remat: bool = False  # recompute layers in the backward pass
+    loss_chunk: int = 2048  # actions per slice of the vocabulary
+
+
+@functools.cache  # one object per setting: it is a static argument of `apply`
+def make_optimizer(
+    learning_rate: float, warmup_steps: int, beta2: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """Adam, b1 0.9 and no weight decay (Open-Reasoner-Zero); the rate rises linearly over the warm-up and stays."""
+
+    def rate(step):
+        return learning_rate * jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
+
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.scale_by_adam(b1=0.9, b2=beta2), optax.scale_by_learning_rate(rate)
+    )
+
+
+def _action_stats(params, rows, settings: Settings):
+    """(logprob_N, entropy_N) of the actions under the policy, at the sampling temperature."""
+    x_RTD = qwen2.hidden_states(
+        params, rows["tokens"], rows["positions"], rows["segment_ids"], settings.model, remat=settings.remat
+    )
+    state_ND = x_RTD.reshape(-1, x_RTD.shape[-1])[rows["index"] - 1]
+    target_N = rows["tokens"].reshape(-1)[rows["index"]]
+    logprob_N, entropy_N, _ = token_stats(
+        state_ND,
+        qwen2.unembedding(params, settings.model),
+        target_N,
+        chunk=settings.loss_chunk,
+        temperature=settings.temperature,
+    )
+    return logprob_N, entropy_N
+
+
+def _action_values(params, rows, settings: Settings):
+    v_RT = value_head.values(
+        params, rows["tokens"], rows["positions"], rows["segment_ids"], settings.model, remat=settings.remat
+    )
+    return v_RT.reshape(-1)[rows["index"] - 1]
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def logprobs(params, rows, *, settings: Settings):
+    """(logprob_N, entropy_N) float32 of a microbatch's actions."""
+    return _action_stats(params, rows, settings)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def values(params, rows, *, settings: Settings):
+    """value_N float32: the critic's value of the state in which each action was sampled."""
+    return _action_values(params, rows, settings)
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
+def actor_gradients(params, total, rows, actions, *, settings: Settings):
+    """Adds a microbatch's gradient of the policy loss to `total` (donated); returns (total, sums for metrics).
+
+    actions: weight, share (weight for metrics: one over the tokens), advantage, old_logprob float32[N];
+    reference_logprob too, used when kl_coefficient is not 0.
+    """
+
+    def loss(params):
+        logprob_N, entropy_N = _action_stats(params, rows, settings)
+        weight_N = actions["weight"]
+        surrogate, clipped_N = policy_loss(
+            logprob_N, actions["old_logprob"], actions["advantage"], weight_N, settings.clip
+        )
+        objective = surrogate - settings.entropy_coefficient * jnp.sum(weight_N * entropy_N)
+        log_ratio_N = logprob_N - actions["old_logprob"]
+        sums = {
+            "policy_loss": surrogate,
+            "clip_fraction": jnp.sum(actions["share"] * clipped_N),
+            "kl": jnp.sum(actions["share"] * (jnp.exp(log_ratio_N) - 1 - log_ratio_N)),
+        }
+        if settings.kl_coefficient:
+            kl = jnp.sum(weight_N * kl_to_reference(logprob_N, actions["reference_logprob"]))
+            objective = objective + settings.kl_coefficient * kl
+        return objective, sums
+
+    gradient, sums = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(jnp.add, total, gradient), sums
+
+
+@functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
+def critic_gradients(params, total, rows, actions, *, settings: Settings):
+    """Adds a microbatch's gradient of the value loss to `total` (donated); returns (total, sums for metrics).
+
+    actions: weight, old_value, return_ float32[N].
+    """
+
+    def loss(params):
+        value_N = _action_values(params, rows, settings)
+        total_loss = value_loss(
+            value_N, actions["old_value"], actions["return_"], actions["weight"], settings.value_clip
+        )
+        return total_loss, {"value_loss": total_loss}
+
+    gradient, sums = jax.grad(loss, has_aux=True)(params)
+    return jax.tree.map(jnp.add, total, gradient), sums
+
+
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "moments"))
+def apply(params, moments, gradient, *, optimizer: optax.GradientTransformation):
+    """One optimizer step (params and moments donated); returns (params, moments, norm of the gradient, skipped).
+
+    A gradient that is not finite changes nothing: neither parameters nor moments nor the step count.
+    """
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(norm)
+    update, after = optimizer.update(gradient, moments, params)
+    changed = optax.apply_updates(params, update)
+
+    def keep(new, old):
+        return jnp.where(finite, new, old)
+
+    return jax.tree.map(keep, changed, params), jax.tree.map(keep, after, moments), norm, ~finite
+
+
+@jax.jit
+def zeros_like(params):
+    """A gradient to add to."""
+    return jax.tree.map(jnp.zeros_like, params)

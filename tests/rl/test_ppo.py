@@ -1,0 +1,258 @@
+"""Losses and updates: what the objective is, and that neither packing nor splitting changes it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepdr_jax.models import qwen2, value_head
+from stepdr_jax.rl import learner, ppo
+from stepdr_jax.rl.rollouts import EpisodeArrays
+
+MODEL = qwen2.Qwen2Config(
+    vocab_size=70,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    rope_theta=1e4,
+    rms_norm_eps=1e-6,
+    tie_embeddings=True,
+)
+CONTEXT = 24
+CONFIG = learner.PPOConfig(
+    settings=ppo.Settings(MODEL, 1.0, 0.2, 0.2, 0.0, 0.0),
+    actor_optimizer=ppo.make_optimizer(1e-2, 1, 0.95, 1.0),
+    critic_optimizer=ppo.make_optimizer(1e-2, 1, 0.95, 1.0),
+    gamma=1.0,
+    gae_lambda=1.0,
+    actor_minibatches=1,
+    critic_minibatches=2,
+    critic_only_iterations=0,
+    loss_aggregation="token_mean",
+    whiten=True,
+    rows=2,
+    context=CONTEXT,
+    seed=0,
+)
+
+
+def make_state():
+    actor = jax.tree.map(lambda w: 5 * w, qwen2.init_params(MODEL, jax.random.PRNGKey(0)))
+    state = learner.init_state(actor, CONFIG, jax.random.PRNGKey(1))
+    head = jax.random.normal(jax.random.PRNGKey(2), (MODEL.hidden_size,)) * 0.3
+    return state | {"critic": state["critic"] | {"value_kernel": head}}
+
+
+def make_episodes(masked=()):
+    rng = np.random.default_rng(0)
+    E = 6
+    tokens = rng.integers(0, 70, (E, CONTEXT)).astype(np.int32)
+    lengths = np.array([11, 24, 9, 15, 13, 10], np.int32)
+    mask = np.zeros((E, CONTEXT), bool)
+    for e in range(E):
+        mask[e, 3:6] = True
+        mask[e, lengths[e] - 3 : lengths[e]] = True
+    kept = np.array([e not in masked for e in range(E)])
+    mask &= kept[:, None]
+    return EpisodeArrays(
+        tokens,
+        lengths,
+        mask,
+        np.where(mask, -3.0, 0).astype(np.float32),
+        rng.random(E).astype(np.float32) * kept,
+        kept,
+    )
+
+
+def leaves_close(a, b, atol=1e-6):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def test_at_ratio_one_the_gradient_is_the_policy_gradient():
+    logp, advantage, weight = jnp.array([-1.0, -2.0, -0.5]), jnp.array([1.0, -2.0, 0.0]), jnp.full(3, 1 / 3)
+    gradient = jax.grad(lambda x: ppo.policy_loss(x, logp, advantage, weight, 0.2)[0])(logp)
+    np.testing.assert_allclose(gradient, -weight * advantage, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "clipped"),
+    [(1.5, 1.0, True), (0.5, 1.0, False), (1.5, -1.0, False), (0.5, -1.0, True), (1.1, 1.0, False), (0.9, -1.0, False)],
+)
+def test_clipping_stops_the_gradient_only_where_moving_on_would_gain(ratio, advantage, clipped):
+    def loss(x):
+        return ppo.policy_loss(x, jnp.zeros(1), jnp.array([advantage]), jnp.ones(1), 0.2)
+
+    at = jnp.log(jnp.array([ratio]))
+    gradient, flag = jax.grad(loss, has_aux=True)(at)
+    assert bool(flag[0]) == clipped
+    np.testing.assert_allclose(gradient, [0.0 if clipped else -ratio * advantage], atol=1e-6)
+
+
+def test_value_loss_takes_the_larger_of_free_and_clipped_error():
+    old, returns, weight = jnp.zeros(3), jnp.array([1.0, 1.0, 0.1]), jnp.ones(3)
+    # clipped to 0.2: error 0.64 > 0.25; inside the clip: free; beyond the return: the free error is larger
+    value = jnp.array([0.5, 0.1, 0.9])
+    expected = 0.5 * ((0.2 - 1) ** 2 + (0.1 - 1) ** 2 + (0.9 - 0.1) ** 2)
+    np.testing.assert_allclose(ppo.value_loss(value, old, returns, weight, 0.2), expected, rtol=1e-6)
+
+
+def test_kl_estimate_is_zero_at_equality_and_positive_elsewhere():
+    logp = jnp.array([-1.0, -1.0, -1.0])
+    k3 = ppo.kl_to_reference(logp, jnp.array([-1.0, -2.0, -0.5]))
+    assert k3[0] == 0 and (k3[1:] > 0).all()
+
+
+def test_aggregation_decides_the_weight_of_an_episode():
+    mask = np.zeros((3, 10), bool)
+    mask[0, :2] = mask[1, :8] = True
+    token, mean, summed = (ppo.action_weights(mask, name) for name in ppo.AGGREGATIONS)
+    np.testing.assert_allclose(token.sum(1), [0.2, 0.8, 0], rtol=1e-6)
+    np.testing.assert_allclose(mean.sum(1), [0.5, 0.5, 0], rtol=1e-6)
+    np.testing.assert_allclose(summed.sum(1), [1, 4, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="loss_aggregation"):
+        ppo.action_weights(mask, "mean")
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+
+
+def test_packing_keeps_every_action_once_and_its_own_history():
+    episodes = make_episodes()
+    seen = np.zeros_like(episodes.action_mask_ET, int)
+    for micro in ppo.pack(episodes, range(6), rows=2, context=CONTEXT):
+        rows, used = micro.rows, micro.rows["used"]
+        for n in np.flatnonzero(used):
+            e, t = micro.episode_N[n], micro.token_N[n]
+            seen[e, t] += 1
+            row, column = divmod(int(rows["index"][n]), CONTEXT)
+            assert rows["positions"][row, column] == t
+            assert rows["segment_ids"][row, column - 1] == rows["segment_ids"][row, column] > 0
+            np.testing.assert_array_equal(rows["tokens"][row, column - t : column + 1], episodes.tokens_ET[e, : t + 1])
+    np.testing.assert_array_equal(seen, episodes.action_mask_ET)
+
+
+def test_minibatches_are_a_partition_by_arithmetic():
+    parts = list(ppo.minibatches(7, 3, seed=1, iteration=2, purpose=0))
+    assert sorted(np.concatenate(parts)) == list(range(7))
+    again = list(ppo.minibatches(7, 3, seed=1, iteration=2, purpose=0))
+    assert all((a == b).all() for a, b in zip(parts, again, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- updates
+
+
+@pytest.fixture(scope="module")
+def updated():
+    return learner.update(make_state(), make_episodes(), CONFIG, 0)
+
+
+def test_values_and_log_probabilities_are_read_before_the_token(updated):
+    """Alignment against a plain forward pass of one unpacked episode."""
+    episodes, state = make_episodes(), make_state()
+    _, _, details = updated
+    e, length = 1, 24
+    tokens = episodes.tokens_ET[e : e + 1, :length]
+    places, ones = np.arange(length, dtype=np.int32)[None], np.ones((1, length), np.int32)
+    v = np.asarray(value_head.values(state["critic"], tokens, places, ones, MODEL))[0]
+    x = qwen2.hidden_states(state["params"], tokens, places, ones, MODEL)[0]
+    logp = np.asarray(jax.nn.log_softmax(x @ qwen2.unembedding(state["params"], MODEL)))
+    for t in np.flatnonzero(episodes.action_mask_ET[e]):
+        np.testing.assert_allclose(details.values_ET[e, t], v[t - 1], atol=1e-5)
+        np.testing.assert_allclose(details.logprobs_ET[e, t], logp[t - 1, tokens[0, t]], atol=1e-4)
+
+
+def test_splitting_and_packing_do_not_change_the_update(updated):
+    for rows in (3,):
+        other = learner.update(make_state(), make_episodes(), dataclasses.replace(CONFIG, rows=rows), 0)
+        leaves_close(other[0]["params"], updated[0]["params"], atol=3e-5)
+        leaves_close(other[0]["critic"], updated[0]["critic"], atol=3e-5)
+
+
+def test_log_probabilities_and_padding_at_given_tokens_do_not_matter(updated):
+    episodes = make_episodes()
+    behind = np.arange(CONTEXT)[None] >= episodes.lengths_E[:, None]
+    disturbed = dataclasses.replace(
+        episodes,
+        logprobs_ET=np.where(episodes.action_mask_ET, episodes.logprobs_ET, 99).astype(np.float32),
+        tokens_ET=np.where(behind, 5, episodes.tokens_ET).astype(np.int32),
+    )
+    state, metrics, _ = learner.update(make_state(), disturbed, CONFIG, 0)
+    assert metrics == updated[1]
+    leaves_close(state["params"], updated[0]["params"], atol=0)
+    leaves_close(state["critic"], updated[0]["critic"], atol=0)
+
+
+def test_masked_episodes_leave_the_update_of_the_surviving_subset():
+    """Not a reward of 0, not part of whitening, not shown to the critic: as if they had never been sampled."""
+    config = dataclasses.replace(CONFIG, critic_minibatches=1)
+    masked = make_episodes(masked=(1, 4))
+    keep = [0, 2, 3, 5]
+    subset = EpisodeArrays(*(getattr(masked, field.name)[keep] for field in dataclasses.fields(EpisodeArrays)))
+    a, metrics_a, _ = learner.update(make_state(), masked, config, 0)
+    b, metrics_b, _ = learner.update(make_state(), subset, config, 0)
+    leaves_close(a["params"], b["params"], atol=1e-6)
+    leaves_close(a["critic"], b["critic"], atol=1e-6)
+    assert metrics_a == pytest.approx(metrics_b, abs=1e-5)
+    unmasked, _, _ = learner.update(make_state(), make_episodes(), config, 0)
+    assert any(
+        not np.allclose(x, y, atol=1e-4)
+        for x, y in zip(jax.tree.leaves(unmasked["params"]), jax.tree.leaves(a["params"]), strict=True)
+    )
+
+
+def test_on_policy_the_ratio_is_one_and_nothing_is_clipped(updated):
+    metrics = updated[1]
+    assert metrics["clip_fraction"] == 0.0
+    assert abs(metrics["kl"]) < 1e-6
+    assert metrics["logprob_gap/max"] > 0.01  # the sampler's log-probabilities here are made up
+    assert {"entropy", "explained_variance", "value_loss", "policy_loss", "actor_grad_norm", "critic_grad_norm"} <= set(
+        metrics
+    )
+
+
+def test_critic_only_iterations_leave_the_actor_alone():
+    before = make_state()
+    expected = jax.device_get(before["params"])
+    state, metrics, _ = learner.update(
+        before, make_episodes(), dataclasses.replace(CONFIG, critic_only_iterations=1), 0
+    )
+    leaves_close(state["params"], expected, atol=0)
+    assert "policy_loss" not in metrics and metrics["value_loss"] > 0
+
+
+def test_a_batch_without_episodes_changes_nothing():
+    before = make_state()
+    expected = jax.device_get(before)
+    state, metrics, _ = learner.update(before, make_episodes(masked=range(6)), CONFIG, 0)
+    leaves_close(state, expected, atol=0)
+    assert metrics == {"skipped_updates": 0.0}
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    state = make_state()
+    expected = jax.device_get((state["params"], state["params_moments"]))
+    gradient = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), state["params"])
+    params, moments, _, skipped = ppo.apply(
+        state["params"], state["params_moments"], gradient, optimizer=CONFIG.actor_optimizer
+    )
+    assert bool(skipped)
+    leaves_close((params, moments), expected, atol=0)
+
+
+def test_the_reference_pulls_back_when_asked():
+    settings = dataclasses.replace(CONFIG.settings, kl_coefficient=1.0)
+    config = dataclasses.replace(CONFIG, settings=settings)
+    reference = qwen2.init_params(MODEL, jax.random.PRNGKey(5))
+    with_kl, metrics, _ = learner.update(make_state(), make_episodes(), config, 0, reference)
+    without, plain, _ = learner.update(make_state(), make_episodes(), CONFIG, 0)
+    assert metrics["policy_loss"] == pytest.approx(plain["policy_loss"], abs=1e-5)
+    assert not np.allclose(with_kl["params"]["embedding"], without["params"]["embedding"], atol=1e-4)
