@@ -282,11 +282,14 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to terminate this process when its parent dies, so that a killed quickstart leaves no stage behind."""
+    """Asks Linux to kill this process when its parent dies, so that a killed quickstart leaves no stage that writes.
+
+    SIGKILL, because a handler would wait for the end of a compilation; every stage survives it (and so do its files).
+    """
     parent = os.environ.pop(DIE_WITH_PARENT, "")
     if not parent or not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != int(parent):  # it died before the request took effect
         sys.exit(128 + signal.SIGTERM)

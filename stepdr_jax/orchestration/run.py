@@ -26,6 +26,7 @@ ENTRIES = re.compile(
     r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config\.json|\..*|.*\.log)$"
 )
 LEFT = re.compile(r", (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)? left$")
+DONE = re.compile(r"  (\d+)/(\d+) ")
 
 
 def run(
@@ -118,8 +119,13 @@ def _empty(run_dir: Path) -> None:
 
 
 def seconds_left(line: str) -> float | None:
-    """Reads the time left off a progress line (stepdr_jax.progress); None when it has none."""
-    match = LEFT.search(line)
+    """Reads the time left off a progress line (stepdr_jax.progress); None when it has none.
+
+    The first tenth of a stage is not believed either: its rate includes compilation.
+    """
+    match, done = LEFT.search(line), DONE.search(line)
+    if done and int(done[1]) * 10 < int(done[2]):
+        return None
     if not match or not any(match.groups()):
         return None
     hours, minutes, seconds = (int(part or 0) for part in match.groups())
@@ -150,7 +156,7 @@ class _View:
 
     def line(self, line: str) -> None:
         left = seconds_left(line)
-        if left is None:
+        if left is None and not DONE.search(line):
             self._print(f"    {line}")
         else:
             self._print(f"    {line}  |  {self._overall(left)}", overwrite=True)

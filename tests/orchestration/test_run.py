@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def test_fresh_deletes_a_run_and_refuses_a_folder_with_other_things(small_run, m
         ("x, 3m04s left", 184),
         ("x, 1h02m left", 3720),
         ("x, ? left", None),
+        ("sft  1/20 steps  28s gone, 8m53s left", None),
         ("nothing is left", None),
     ],
 )
@@ -185,3 +187,12 @@ def test_a_killed_parent_takes_the_stage_with_it(tmp_path):
         if "Z" in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1][:3]:
             break
     assert time.monotonic() < deadline
+
+
+def test_every_stage_is_a_script_that_has_its_flags():
+    config = miniature.get_config()
+    for stage in stages.plan(config, config):
+        source = (ROOT / (stage.module.replace(".", "/") + ".py")).read_text()
+        for argument in stage.arguments:
+            name = argument.removeprefix("--").partition("=")[0]
+            assert name.startswith("config.") or re.search(rf'DEFINE_\w+\(\s*"{name}"', source), (stage.module, name)
