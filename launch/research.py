@@ -84,7 +84,7 @@ def main(config) -> None:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)
     paths = ask.write(trajectory, question, out)
-    console.print(ask.summary(trajectory))
+    console.print(ask.summary(trajectory), soft_wrap=True)
     for path in paths:
         console.print(str(path), markup=False, soft_wrap=True)
 

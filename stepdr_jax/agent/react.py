@@ -33,7 +33,11 @@ CLOSE_SECONDS = 5.0  # a session that cannot be closed in this time is left to t
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What just happened, for a live view. `kind`: thought, call, observation, format_error, answer or finish."""
+    """What just happened, for a live view. `kind`: thought, call, observation, format_error, answer or finish.
+
+    `error` is an observation's outcome, what is wrong with a malformed turn (`text` is the turn), or the cause of a
+    finish that the system is to blame for.
+    """
 
     kind: str
     turn: int
@@ -167,7 +171,7 @@ async def _run(state, task, policy, tools, prompt, as_of, seed, episode_id, emit
         if error:
             message.error = "format"
             account.record_format_error()
-            emit(Event("format_error", number, error))
+            emit(Event("format_error", number, turn.text, error=error))
         if account.turns >= limits.max_turns:
             return Finish.FORMAT if error else Finish.MAX_TURNS
         if calls and not error and account.calls_exhausted:

@@ -26,6 +26,7 @@ ENDPOINT_LIMITS = Limits(
     max_turns=30, max_turn_tokens=16_384, max_episode_tokens=131_072, max_tool_calls=60, wall_seconds=1_800.0
 )
 OBSERVATION_LINES = 12  # of a tool result shown in the terminal; the written pages have them all
+OUTCOMES = {"tool_error": "tool error", "bad_arguments": "bad arguments", "budget_exhausted": "no calls left"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # pages must not steer the terminal
 
 
@@ -91,7 +92,7 @@ def trained_policy(
         )
     engine = JaxEngine(
         state.load_params(config, config.seed, stage),
-        qwen2.from_config(config.model, tokenizer.vocab_size),
+        qwen2.Qwen2Config.from_config(config.model, tokenizer.vocab_size),
         slots=1,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(tokenizer.im_end, tokenizer.endoftext),
@@ -149,7 +150,7 @@ def show(console: rich.console.Console) -> Callable[[react.Event], None]:
         if event.kind == "observation" and len(lines) > OBSERVATION_LINES:
             lines = [*lines[:OBSERVATION_LINES], f"... {len(lines) - OBSERVATION_LINES} more lines"]
         if event.error:
-            title += f" ({event.error.replace('_', ' ')})"
+            title += f" ({_CONTROL.sub('', OUTCOMES.get(event.error, event.error))})"
         console.print(rich.text.Text(f"{event.turn + 1}. {title}", style="bold" if event.kind == "answer" else style))
         for line in lines:
             console.print(rich.text.Text("   " + line, style=style))

@@ -59,7 +59,9 @@ def test_a_page_cannot_steer_the_terminal_or_its_markup():
 
 def test_tool_errors_and_malformed_turns_are_marked():
     shown = screen("hm", search("x"), ANSWER, tools=TableTools({"x": result("HTTP 503", "tool_error")}))
-    assert "1. malformed turn" in shown and "2. reads (tool error)" in shown
+    assert (
+        "1. malformed turn (expected a <tool_call>" in shown and "   hm" in shown and "2. reads (tool error)" in shown
+    )
 
 
 def test_the_last_finished_stage_answers_and_absence_names_the_command(config, tmp_path):
@@ -117,3 +119,28 @@ def test_an_episode_without_an_answer_still_says_why(tmp_path):
     trajectory = episode(*["hm"] * 4)
     assert ask.summary(trajectory).startswith("no answer: the last turn was malformed")
     assert ask.write(trajectory, "q", tmp_path)[0].exists()
+
+
+def test_a_checkpoint_answers_through_the_sampler_and_too_long_a_question_is_refused(config, monkeypatch):
+    import jax
+
+    from stepdr_jax.models import qwen2
+    from stepdr_jax.tokens.tokenizer import Tokenizer
+    from stepdr_jax.training import state
+
+    config = config.copy_and_resolve_references().unlock()
+    config.model.update(
+        dict(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=16)
+    )
+    config.agent.update(dict(max_turn_tokens=8, max_episode_tokens=256, max_turns=2))
+    tok = Tokenizer.train(["What is the capital of Austria? You are a research agent."] * 4, 320)
+    tok.save(f"{config.run_dir}/tokenizer/tokenizer.json")
+    shape = qwen2.Qwen2Config.from_config(config.model, tok.vocab_size)
+    monkeypatch.setattr(state, "load_params", lambda *_: qwen2.init_params(shape, jax.random.key(0)))
+    answerer = ask.trained_policy(config, "sft", "What?", "2026-06-01", 0.0)
+    limits = Limits.from_config(config.agent)
+    done = asyncio.run(run_episode(ask.task("What?", "2026-06-01"), answerer, TableTools(), limits))
+    assert done.trajectory.finish.is_policy_outcome and done.trajectory.policy == "sft"
+    assert done.log.sampled_count == done.trajectory.stats["sampled_tokens"] > 0
+    with pytest.raises(UserError, match="the question takes .* tokens, this model's context has room for 240"):
+        ask.trained_policy(config, "sft", "why " * 500, "2026-06-01", 0.0)
