@@ -227,5 +227,7 @@ def read(path: str | os.PathLike, kind: type[R]) -> list[R]:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"{path} row {number}: field {field!r}: {first['msg']}; expected a {kind.__name__}") from None
+            raise UserError(
+                f"{path} row {number}: field {field!r}: {first['msg']}; expected a {kind.__name__}"
+            ) from None
     return records
