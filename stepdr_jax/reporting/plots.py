@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 WIDTH, HEIGHT = 520, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 64, 12, 10, 36
 COLOURS = 8
 
 
@@ -84,7 +84,7 @@ def line_chart(
     extra = {
         "data-lines": json.dumps({"x": [x_axis.low, x_axis.high, LEFT, WIDTH - RIGHT], "unit": x_label, "lines": drawn})
     }
-    if smooth > 1:
+    if smooth > 1 and any(len(line.y) > 2 * smooth for line in lines):
         note = " ".join(part for part in (note, f"Thick: running mean over {smooth}.") if part)
     return _figure(
         title, "".join(parts), legend(labels) if len(labels) > 1 else "", note, extra, f"{title}: {', '.join(labels)}"
@@ -242,6 +242,15 @@ class Axis:
         share = (value - self.low) / (self.high - self.low)
         return self.start + min(max(share, -0.02), 1.02) * (self.end - self.start)
 
+    def text(self, tick: float) -> str:
+        """A tick with as many decimals as it takes to tell it from the next."""
+        step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else abs(tick)
+        most = max(map(abs, self.ticks))
+        if step <= 0 or step < 1e-4 or most >= 1e6:
+            return number(tick)
+        decimals = next(d for d in range(6) if abs(round(step, d) - step) < 1e-9 * max(step, 1) or d == 5)
+        return f"{tick:,.{decimals}f}".replace("-", "−")
+
 
 def ticks(low: float, high: float, *, count: int = 5, whole: bool = False) -> tuple[float, ...]:
     """About `count` round numbers within [low, high]; integers only if `whole`."""
@@ -313,7 +322,7 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     for tick in y_axis.ticks:
         y = y_axis(tick)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{y_axis.text(tick)}</text>')
     if y_label:
         middle = (TOP + floor) / 2
         parts.append(
@@ -329,7 +338,7 @@ def _x_axis(axis: Axis, floor: float, label: str, grid_top: float | None = None)
         x = axis(tick)
         if grid_top is not None:
             parts.append(f'<path class="grid" d="M{x:.1f} {grid_top}V{floor}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{axis.text(tick)}</text>')
     middle = (axis.start + axis.end) / 2
     parts.append(f'<text class="axis" x="{middle:.1f}" y="{floor + 31}" text-anchor="middle">{_text(label)}</text>')
     return "".join(parts)

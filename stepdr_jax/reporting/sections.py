@@ -40,7 +40,7 @@ def shown(value: float | None, unit: str = "score") -> str:
     if unit == "price":
         return plots.number(1000 * value)
     if unit == "difference":
-        return f"{value:+.3f}".replace("-", "−")
+        return "0.000" if round(value, 3) == 0 else f"{value:+.3f}".replace("-", "−")
     return f"{value:.3f}".replace("-", "−")
 
 
@@ -62,11 +62,9 @@ def listed(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", numeric: bool = True, total: bool = False
-):
-    cells = [{"cells": list(row), "total": total and index == len(rows) - 1} for index, row in enumerate(rows)]
-    return {"head": list(head), "rows": cells, "caption": caption, "numeric": numeric}
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", numeric: bool = True):
+    cells = [{"cells": list(row)} for row in rows]
+    return {"head": list(head), "rows": cells, "caption": caption, "numeric": numeric, "dense": False}
 
 
 # -------------------------------------------------------------------------------------------------------- headline
@@ -313,12 +311,13 @@ def _several(run: Run, stage: str, pick: Callable[[str], str | None], **settings
             if label is not None:
                 found.append((label, seed, curves, name))
     names = {name for *_, name in found}
+    one_metric = len({label for label, *_ in found}) == 1
     labels = list(
         dict.fromkeys(
             label for label, _, curves, name in found if any(v and math.isfinite(v) for v in curves.values[name])
         )
     )
-    if len({label for label, *_ in found}) > 1:
+    if not one_metric:
         if found and not labels:
             return plots.nothing(settings["title"], "0 throughout"), names
         found = [row for row in found if row[0] in labels]
@@ -326,15 +325,10 @@ def _several(run: Run, stage: str, pick: Callable[[str], str | None], **settings
     seeds = list(dict.fromkeys(seed for _, seed, *_ in found))
     lines = []
     for label, seed, curves, name in found:
-        by_seed = len(labels) == 1 and len(seeds) > 1
-        lines.append(
-            Line(
-                f"seed {seed}" if by_seed else label,
-                curves.x,
-                curves.values[name],
-                "" if by_seed or len(seeds) == 1 else f"seed {seed}",
-            )
-        )
+        if len(labels) == 1 and len(seeds) > 1:  # colour tells seeds apart
+            lines.append(Line(f"seed {seed}" if one_metric else f"{label}, seed {seed}", curves.x, curves.values[name]))
+        else:
+            lines.append(Line(label, curves.x, curves.values[name], f"seed {seed}" if len(seeds) > 1 else ""))
     return plots.line_chart(lines, **settings), names
 
 
@@ -346,11 +340,13 @@ def matching(pattern: str, label: str | None = None) -> Callable[[str], str | No
         match = compiled.fullmatch(name)
         if not match:
             return None
-        return label or ((match.group(1) if match.groups() else "") or name).replace("_", " ")
+        found = (match.group(1) if match.groups() else "") or name
+        return label or LABELS.get(found, found.replace("_", " "))
 
     return pick
 
 
+LABELS = {"success": "correct"}
 HIDDEN = re.compile(r"(.*/)?(step|iteration|time|timestamp|wall_time|.*seconds.*|tokens|tokens_seen|.*_total)")
 
 
@@ -432,7 +428,7 @@ def _rest(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
 
 PPO_PANELS = (
     ("Reward of training episodes", r"reward", "mean reward", {"smooth": 5, "y_label": "reward"}),
-    ("Correct and cited training episodes", r"(success|correct|cited)", None, {"smooth": 5, "y_label": "share"}),
+    ("Correct and cited training episodes", r"(success|cited)", None, {"smooth": 5, "y_label": "share"}),
     ("Reward by kind of task", r"reward/(.+)", None, {"smooth": 5, "y_label": "reward"}),
     ("KL to the policy that sampled", r"kl(?:/(.+))?", None, {"y_label": "nats"}),
     ("Entropy of the policy", r"entropy", "entropy", {"y_label": "nats per token"}),
@@ -549,7 +545,7 @@ def evaluation(
                 {"value": f"{measured:,}", "range": _missing(len(run.evaluated[stage]) - measured)},
             ]
         )
-    section["table"] = table(head, rows)
+    section["table"] = table(head, rows) | {"dense": True}
     section["notes"].append(
         "Under each value its 95\u00a0% interval, by bootstrap over tasks"
         + (" and seeds" if several else "")

@@ -90,3 +90,18 @@ def test_one_spike_does_not_flatten_the_curve():
     values[50] = 1e6
     figure = plots.line_chart([Line("a", list(range(100)), values)], title="t", x_label="x")
     assert "1e+06" not in "".join(svg(figure).itertext())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.0, 1.0, ["0.0", "0.5", "1.0"]),
+        (307.0, 316.0, ["310", "315"]),
+        (0, 3e-5, ["0", "1e-5"]),
+        (-1, 1, ["−1"]),
+    ],
+)
+def test_ticks_are_told_apart(low, high, texts):
+    axis = plots.Axis.of(low, high, 200, 100, fixed=True)
+    told = [axis.text(tick) for tick in axis.ticks]
+    assert len(set(told)) == len(told) and set(texts) <= set(told)
