@@ -15,7 +15,10 @@ from tools_env.world.build import build_world
 def main(config) -> None:
     run_dir = Path(config.run_dir)
     build_world(run_dir / "world", seed=config.data_seed, documents=config.world.documents)
-    if config.tools.address:
+    card = pipeline.finished(config)
+    if card:
+        pass
+    elif config.tools.address:
         card = pipeline.run(config, config.tools.address)
     else:
         with ToolHost(

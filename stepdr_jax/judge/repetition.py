@@ -12,6 +12,7 @@ _UNIT = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3400-\u4dbf\u4e00-\u9fff
 MAX_DUPLICATE_10 = 0.30
 MAX_DUPLICATE_20 = 0.15
 MIN_DISTINCT_4 = 0.5
+LONG = 64  # units; in a shorter text one long name said twice is a large share of repeated 10-grams
 
 
 def units(text: str) -> list[str]:
@@ -45,9 +46,9 @@ def distinct_share(sequence: list[str], n: int) -> float:
 def degenerate(text: str) -> str | None:
     """Returns why a text is degenerate (which limit it breaks) or None."""
     sequence = units(text)
-    if duplicate_share(sequence, 10) > MAX_DUPLICATE_10:
+    if len(sequence) >= LONG and duplicate_share(sequence, 10) > MAX_DUPLICATE_10:
         return "repeated 10-grams"
-    if duplicate_share(sequence, 20) > MAX_DUPLICATE_20:
+    if len(sequence) >= LONG and duplicate_share(sequence, 20) > MAX_DUPLICATE_20:
         return "repeated 20-grams"
     if len(sequence) >= 16 and distinct_share(sequence, 4) < MIN_DISTINCT_4:
         return "few distinct 4-grams"

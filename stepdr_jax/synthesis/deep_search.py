@@ -38,6 +38,7 @@ ASK = {
 }
 CITE = {"en": " Cite the source.", "zh": "请注明来源。"}
 ASK_SOURCES_SHARE = 0.3
+CITE_CHARS = 22  # of a citation mark after a passage
 # relations whose value can stand for the country that has it
 CLUES = {"en": ("capital", "calling_code", "demonym"), "zh": ("capital", "calling_code")}
 ASKED = ("capital", "currency", "language", "region", "calling_code", "area", "population")
@@ -76,10 +77,13 @@ def triple(fact: Fact) -> Triple:
 
 def fact_task(
     knowledge: Knowledge, country: str, relation: str, lang: str, rng: random.Random, as_of: str
-) -> tuple[Task, Brief]:
-    """A question that one search settles."""
+) -> tuple[Task, Brief] | None:
+    """A question that one search settles; None when it holds its own answer ("the capital of Djibouti")."""
     fact = knowledge.facts[country, relation, lang]
     topic = sentences.topic(relation, knowledge.countries[country].name(lang), lang)
+    gold = answer(knowledge, fact)
+    if any(contains(topic, value) for value in (*fact.values, *gold.aliases)):
+        return None
     asks = rng.random() < ASK_SOURCES_SHARE
     query = rng.choice(ASK[lang]).format(topic=topic) + (CITE[lang] if asks else "")
     return _task(knowledge, "fact", lang, query, [fact], asks, as_of, [PlanStep(goal=topic, query=topic)])
@@ -193,49 +197,80 @@ class Walk:
 
     lang: str
     urls: tuple[str, ...]
-    names: tuple[str, ...]  # of the countries whose pages these are
+    names: tuple[str, ...]  # titles of these pages
     fact: Fact
 
 
-def walks(knowledge: Knowledge, documents: list[Document], seed: int) -> dict[str, list[Walk]]:
-    """Walks the links between country pages without a goal; returns last country -> walks that end there.
+def walks(
+    knowledge: Knowledge, documents: list[Document], *, max_chars: int, page_chars: int, seed: int
+) -> dict[str, list[Walk]]:
+    """Walks the links between authoritative pages without a goal; returns last country -> walks that end at its page.
 
-    One or two links are followed, within one language and one split.
+    Walks stay within one language and one split, and are kept when an episode can hold the pages on the way; the
+    shortest ones are a single page whose address is given.
+
+    Args:
+        max_chars: characters that the pages of a walk may show together.
+        page_chars: characters that the tool host shows of one page.
+        seed: of the walks.
     """
-    home = {page.url: (country, lang) for (country, lang), pages in knowledge.pages.items() for page in pages[:1]}
-    groups = {url: (lang, knowledge.split(country)) for url, (country, lang) in home.items()}
+    pages = {document.url: document for document in documents if document.authority == 2}
+    home = {found[0].url: key for key, found in knowledge.pages.items()}
+
+    def group(url: str) -> tuple[str, bool]:
+        page = pages[url]
+        held = home[url][0] in knowledge.heldout if url in home else page.title in knowledge.private
+        return page.lang, held
+
+    def shown(url: str) -> int:
+        return min(page_chars, sum(len(line) + CITE_CHARS for line in pages[url].text.splitlines()[1:]))
+
     links = {
-        url: [target for target in targets if groups.get(target) == groups[url]]
-        for url, targets in graph.hyperlinks(documents).items()
-        if url in home
+        url: [target for target in targets if target in home and group(target) == group(url)]
+        for url, targets in graph.hyperlinks(list(pages.values())).items()
     }
     rng = np.random.default_rng([seed, 0x3A1C])
     found: dict[str, list[Walk]] = collections.defaultdict(list)
     for start in sorted(links):
-        path = graph.walk(links, start, rng, max_hops=int(rng.integers(1, 3)), min_pages=2)
-        if path is None:
+        path = graph.walk(links, start, rng, max_hops=int(rng.integers(0, 3)), min_pages=1)
+        if path is None or path[-1] not in home or sum(map(shown, path)) > max_chars:
             continue
         country, lang = home[path[-1]]
-        relations = [relation for relation in knowledge.relations(country, lang) if relation in ASKED]
+        visible = {
+            statement.relation
+            for line in _shown_part(pages[path[-1]].text, page_chars)
+            if (statement := sentences.parse(sentences.plain(line)))
+        }
+        relations = [r for r in knowledge.relations(country, lang) if r in ASKED and r in visible]
         if relations:
-            names = tuple(knowledge.countries[home[url][0]].name(lang) for url in path)
             fact = knowledge.facts[country, relations[int(rng.integers(len(relations)))], lang]
-            found[country].append(Walk(lang, tuple(path), names, fact))
+            found[country].append(Walk(lang, tuple(path), tuple(pages[url].title for url in path), fact))
     return dict(found)
 
 
-def walk_task(knowledge: Knowledge, walk: Walk, rng: random.Random, as_of: str) -> tuple[Task, Brief]:
+def _shown_part(text: str, chars: int) -> list[str]:
+    """The passages of a page that fit into so many characters with their citation marks."""
+    lines, used = [], 0
+    for line in text.splitlines()[1:]:
+        used += len(line) + CITE_CHARS
+        if used > chars:
+            break
+        lines.append(line)
+    return lines
+
+
+def walk_task(knowledge: Knowledge, walk: Walk, rng: random.Random, as_of: str) -> tuple[Task, Brief] | None:
     """The question at the end of a walk: where to start, which links to follow, what to read there."""
     lang, fact = walk.lang, walk.fact
+    topic = sentences.topic(fact.relation, knowledge.countries[fact.country].name(lang), lang)
     if lang == "zh":
-        steps = "，再到".join(walk.names[1:])
-        query = f"打开{walk.urls[0]}，沿链接到{steps}。{sentences.topic(fact.relation, walk.names[-1], lang)}是什么？"
+        steps = f"，沿链接到{'，再到'.join(walk.names[1:])}" if walk.names[1:] else ""
+        query = f"打开{walk.urls[0]}{steps}。{topic}是什么？"
     else:
-        steps = ", then to ".join(walk.names[1:])
-        query = (
-            f"Open {walk.urls[0]} and follow the links to {steps}. "
-            f"What is the {sentences.topic(fact.relation, walk.names[-1], lang)}?"
-        )
+        steps = f" and follow the links to {', then to '.join(walk.names[1:])}" if walk.names[1:] else ""
+        query = f"Open {walk.urls[0]}{steps}. What is the {topic}?"
+    if any(contains(topic, value) for value in fact.values):
+        return None
     plan = [PlanStep(goal=name, query=url) for name, url in zip(walk.names, walk.urls, strict=True)]
     task, brief = _task(knowledge, "doc_walk", lang, query, [fact], False, as_of, plan)
     task.metadata |= {"urls": list(walk.urls), "names": list(walk.names)}

@@ -139,7 +139,7 @@ def from_pages(
             line = sentences.plain(line)
             statement = sentences.parse(line)
             country = ids.get(normalise(statement.subject)) if statement else None
-            if country is None or statement.lang != document.lang:
+            if country is None or statement.inverse or statement.lang != document.lang:
                 continue
             subjects[country] += 1
             key = (country, statement.relation, document.lang)
@@ -180,10 +180,13 @@ def from_pages(
 
 
 def _private(countries: dict[str, Country], facts: dict, heldout: frozenset[str]) -> frozenset[str]:
+    """Held-out countries' names, capitals and demonyms, unless a training country's fact has the same word."""
     held, shared = set(), set()
     for country in countries.values():
         (held if country.id in heldout else shared).update((country.en, country.zh))
     for (country, relation, _), fact in facts.items():
-        if relation in ("capital", "demonym"):
-            (held if country in heldout else shared).update(fact.values)
+        if country in heldout and relation in ("capital", "demonym"):
+            held.update(fact.values)
+        elif country not in heldout and relation != "neighbour":
+            shared.update(fact.values)
     return frozenset(held - shared)

@@ -25,7 +25,17 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Triple, Verdict
-from stepdr_jax.synthesis import cleaning, corpora, deep_search, knowledge, reading, reflection, tasks, teacher
+from stepdr_jax.synthesis import (
+    cleaning,
+    corpora,
+    deep_search,
+    knowledge,
+    reading,
+    reflection,
+    sentences,
+    tasks,
+    teacher,
+)
 from stepdr_jax.synthesis.renaming import Renamer
 from tools_env.client import ToolInfraError, ToolsClient
 
@@ -33,6 +43,7 @@ VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones 
 SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keeps the exact share
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
 UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
+WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
 VERIFY_BATCH = 2  # edges checked by one tool call: what fits into one observation
 MAX_LOST_SHARE = 0.05  # of episodes that may be lost to infrastructure
 COMPONENTS = {
@@ -76,15 +87,22 @@ def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None
         UserError: the world is missing, the tool host does not answer, or too many episodes were lost.
     """
     world_dir = Path(world_dir or Path(config.run_dir) / "world")
+    card = finished(config, world_dir=world_dir)
+    if card is not None:
+        return card
     corpus = Path(config.run_dir) / "corpus"
-    fingerprint = _fingerprint(config, world_dir)
-    card_path = corpus / "card.json"
-    if card_path.exists():
-        card = files.read_json(card_path)
-        if card.get("fingerprint") == fingerprint and all((corpus / name).exists() for name in card["files"]):
-            return card
-        card_path.unlink()
-    return asyncio.run(_run(config, address, world_dir, corpus, fingerprint))
+    (corpus / "card.json").unlink(missing_ok=True)
+    return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
+
+
+def finished(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
+    """Returns the card of a corpus that is complete and was made from the same inputs, else None."""
+    corpus = Path(config.run_dir) / "corpus"
+    if not (corpus / "card.json").exists():
+        return None
+    card = files.read_json(corpus / "card.json")
+    same = card.get("fingerprint") == _fingerprint(config, Path(world_dir or Path(config.run_dir) / "world"))
+    return card if same and all((corpus / name).exists() for name in card["files"]) else None
 
 
 def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
@@ -125,7 +143,13 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
             seed=config.data_seed,
             as_of=config.world.as_of,
             hops=hops,
-            walks=deep_search.walks(known, documents, config.data_seed),
+            walks=deep_search.walks(
+                known,
+                documents,
+                max_chars=int(WALK_CHARS * config.agent.max_episode_tokens),
+                page_chars=config.tools.max_observation_chars,
+                seed=config.data_seed,
+            ),
         )
         usable = [item for item in drawn if item.rubric_set.kept]
         records.write(corpus / "tasks.jsonl", [item.task for item in usable])
@@ -213,11 +237,11 @@ async def _verified(
     client: ToolsClient, known: knowledge.Knowledge, pairs: dict[str, list]
 ) -> tuple[dict[str, list], int]:
     """Keeps the pairs of which both edges are found by a search; returns them and the number of edges that failed."""
-    wanted: dict[tuple, tuple[str, str]] = {}  # edge -> query, sentence
+    wanted: dict[tuple, tuple[str, tuple]] = {}  # edge -> query, fact
     for listed in pairs.values():
         for clue, asked in listed:
-            wanted[clue, "clue"] = deep_search.clue(clue.relation, clue.value, clue.lang), clue.sentence
-            wanted[asked, "asked"] = deep_search.search_query(asked, known), asked.sentence
+            wanted[clue, "clue"] = deep_search.clue(clue.relation, clue.value, clue.lang), _stated(clue.sentence)
+            wanted[asked, "asked"] = deep_search.search_query(asked, known), _stated(asked.sentence)
     edges = list(wanted)
     supported: set[tuple] = set()
     session = await client.open_session("verify-edges")
@@ -227,7 +251,7 @@ async def _verified(
         async def verify(number: int, batch: list) -> None:
             queries = list(dict.fromkeys(wanted[edge][0] for edge in batch))
             result = await session.call("batch_web_surfer", {"queries": queries, "topk": 2}, call_id=f"edges-{number}")
-            shown = {source.text for source in result.sources}
+            shown = {_stated(source.text) for source in result.sources if source.authority == 2}
             supported.update(edge for edge in batch if wanted[edge][1] in shown)
 
         await _all(lambda item: verify(*item), list(enumerate(batches)), 16)
@@ -238,6 +262,11 @@ async def _verified(
         for country, listed in pairs.items()
     }
     return kept, len(edges) - len(supported)
+
+
+def _stated(text: str) -> tuple | None:
+    statement = sentences.parse(text)
+    return statement.fact if statement else None
 
 
 # ---------------------------------------------------------------------------------------------------------- episodes
@@ -271,7 +300,7 @@ async def _episodes(
     done = _read_journal(journal, fingerprint)
     open_jobs = [job for job in jobs if job.key not in done]
     progress = Progress("expert episodes", len(jobs), "episodes", start=len(jobs) - len(open_jobs))
-    teach = teacher.make(config, _authority(world_dir), lambda task: _bad_urls(known, task))
+    teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
     judge = ProgrammaticJudge(known.kinds)
     limits = Limits.from_config(config.agent)
     prompt = "full" if config.teacher.endpoint else config.agent.prompt
@@ -327,7 +356,10 @@ async def _episodes(
                 )
         progress.update(1, lost=len(lost))
 
-    await _all(one, open_jobs, config.synthesis.episode_concurrency)
+    try:
+        await _all(one, open_jobs, config.synthesis.episode_concurrency)
+    finally:
+        await teach.close()
     return [done[job.key] for job in jobs if job.key in done]
 
 
@@ -363,7 +395,7 @@ def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, V
 
 def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
     """Adds what training needs to know; turns that are deliberate slips are taken out of the loss."""
-    acting = getattr(policy, "_policy", policy)  # a continued attempt wraps its policy
+    acting = policy.policy if isinstance(policy, reflection.Continued) else policy
     mistakes = getattr(acting, "mistakes", set())
     turns = [message for message in trajectory.messages if message.role == "assistant"]
     for number in mistakes:
@@ -432,6 +464,7 @@ def _rows(
         names = renamer.names_in_row(row)
         if hidden := [name for name in names if name in private]:
             row = renamer.mask(row, rng, hidden)
+            row["metadata"] = {**row["metadata"], "masked": True}
             counts["masked names of held-out entities"] += 1
         yield row
         counts["kept" if trajectory.kept else "dropped"] += 1

@@ -182,8 +182,8 @@ def quoting(card: Card, others: list[Card], rng: random.Random) -> dict:
         cards = [card, *rng.sample(others, min(rng.randint(0, 2), len(others)))]
         shown = [show(c, relation, rng) for c in cards for relation in _pick(c, rng, 1, 3)]
         rng.shuffle(shown)
-        shown = shown[:5]
-        asked = rng.sample(shown, min(3, len(shown)))
+        shown = shown[:4]
+        asked = rng.sample(shown, min(2, len(shown)))
         text = search_results(shown, rng) if rng.random() < 0.6 else page(shown, rng)
         first, *rest = [(item.card.topic(item.relation), item.quote) for item in asked]
         completion = first[1] + "".join(f"\n{topic}\n{quote}" for topic, quote in rest)
@@ -237,7 +237,7 @@ def _table(card: Card, rng: random.Random) -> dict:
 
 def active_reading(card: Card, others: list[Card], rng: random.Random) -> dict:
     """A page, then questions about it answered by quotation, or the page in other words."""
-    relations = _pick(card, rng, 3, 6)
+    relations = _pick(card, rng, 2, 5)
     host_shown = [dataclasses.replace(show(card, r, rng), host=HOSTS[0]) for r in relations]
     text = page(host_shown, rng)
     asked = rng.sample(host_shown, min(len(host_shown), rng.randint(2, 3)))

@@ -36,7 +36,8 @@ class Continued:
 
     def __init__(self, policy: Policy, earlier: Trajectory, prompt: str) -> None:
         self.name = policy.name
-        self._policy, self._earlier, self._prompt = policy, earlier, prompt
+        self.policy = policy  # who really acts
+        self._earlier, self._prompt = earlier, prompt
 
     def start(self, messages: list[Message], *, episode_id: str, seed: int) -> PolicySession:
         history = [
@@ -46,7 +47,7 @@ class Continued:
             for message in self._earlier.messages[len(messages) :]
         ]
         told = [*messages, *history, Message(role="user", content=self._prompt)]
-        return self._policy.start(told, episode_id=episode_id, seed=seed)
+        return self.policy.start(told, episode_id=episode_id, seed=seed)
 
 
 def remove_induction(text: str) -> str:

@@ -81,5 +81,5 @@ def follows_plan(answer: str, task: Task) -> bool:
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     if not lines or lines[0].strip() != title(task.metadata["subject"]):
         return False
-    stated = [statement.relation for line in lines[1:] if (statement := sentences.parse(line))]
+    stated = [s.relation for line in lines[1:] if (s := sentences.parse(line)) and not s.inverse]
     return stated == task.metadata["relations"]

@@ -9,7 +9,7 @@ Questions, search queries and reports use the same words, so a small model can c
 import dataclasses
 import re
 
-from stepdr_jax.judge.matching import strip_citations
+from stepdr_jax.judge.matching import normalise, strip_citations
 
 RELATIONS = (
     "capital",
@@ -41,6 +41,9 @@ _MARKUP = re.compile(r"!?\[([^\]]*)\]\([^)\s]*\)|\*\*|__|`")
 _WORDS_EN = {**{word: relation for relation, word in EN.items()}, **{word: r for r, word in PLURAL.items()}}
 _WORDS_ZH = {word: relation for relation, word in ZH.items()}
 _SENTENCE_EN = re.compile(rf"The ({'|'.join(sorted(_WORDS_EN, key=len, reverse=True))}) of (.+?) (?:is|are) (.+)\.")
+# The same fact from the other end, as pages on cities state it.
+_INVERSE_EN = re.compile(r"(.+) is the capital of (.+)\.")
+_INVERSE_ZH = re.compile(r"(.+?)是(.+)的首都。")
 _SENTENCE_ZH = re.compile(rf"(.+?)的({'|'.join(_WORDS_ZH)})是(.+)。")
 
 
@@ -53,6 +56,12 @@ class Statement:
     value: str
     values: tuple[str, ...]
     lang: str
+    inverse: bool = False  # said from the other end: "Vienna is the capital of Austria."
+
+    @property
+    def fact(self) -> tuple[str, str, str, str]:
+        """What is stated, however it is said."""
+        return self.relation, normalise(self.subject), normalise(self.value), self.lang
 
 
 def word(relation: str, lang: str, count: int = 1) -> str:
@@ -101,6 +110,10 @@ def parse(text: str) -> Statement | None:
     if match := _SENTENCE_ZH.fullmatch(text):
         subject, noun, value = match.groups()
         return _statement(_WORDS_ZH[noun], subject, value, "zh")
+    for lang, pattern in (("en", _INVERSE_EN), ("zh", _INVERSE_ZH)):
+        if match := pattern.fullmatch(text):
+            value, subject = match.groups()
+            return Statement("capital", subject, value, (value,), lang, inverse=True)
     return None
 
 

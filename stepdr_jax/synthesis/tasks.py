@@ -15,7 +15,7 @@ from stepdr_jax.synthesis.rubrics import Brief
 
 FACTS = ("capital", "currency", "language", "region", "calling_code", "population", "area", "demonym")
 MAX_TRIES = 8  # draws per wanted task; entities with few facts give fewer tasks
-WALK_SHARE = 0.1  # of deep-search tasks that are walks along links, where the pages have links
+WALK_SHARE = 0.2  # of deep-search tasks that are walks along links, where the pages have links
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,7 @@ def draw_style(task: Task, rng: random.Random, *, slip_share: float) -> Style:
     slip = rng.choice(slips) if task.kind != "doc_walk" and rng.random() < slip_share else ""
     return Style(
         thoughts=rng.random() < 0.75,
-        open_page=task.kind == "fact" and not slip and rng.random() < 0.12,
+        open_page=task.kind == "fact" and not slip and rng.random() < 0.05,
         todo=task.kind == "report" and not slip and rng.random() < 0.3,
         one_by_one=task.kind == "report" and not slip and rng.random() < 0.15,
         slip=slip,
@@ -194,6 +194,7 @@ class Expert:
             passage
             for passage in passages
             if passage.statement
+            and not passage.statement.inverse
             and passage.statement.relation == relation
             and normalise(passage.statement.subject) == normalise(subject)
         ]
@@ -396,11 +397,8 @@ class ExpertSession:
         self._script.close()
 
 
-Teacher = Callable[[Task, Style, int], Policy]
-
-
-def make(config: ConfigDict, authority: Mapping[str, int], bad_urls: Callable[[Task], Mapping[str, str]]) -> Teacher:
-    """Returns who acts: (task, style, seed) -> policy.
+class Teacher:
+    """Who acts on a task: `teacher(task, style, seed)` is a policy.
 
     Args:
         config: `teacher.endpoint`, `teacher.model`, `teacher.api_key_env`.
@@ -410,18 +408,32 @@ def make(config: ConfigDict, authority: Mapping[str, int], bad_urls: Callable[[T
     Raises:
         UserError: an endpoint without a model name.
     """
-    teacher = config.teacher
-    if not teacher.endpoint:
-        return lambda task, style, seed: Expert(task, authority, style, seed=seed, bad_urls=bad_urls(task))
-    if not teacher.model:
-        raise UserError(
-            f"teacher.model: expected the model's name at {teacher.endpoint}, got an empty string; "
-            "set --config.teacher.model"
+
+    def __init__(
+        self, config: ConfigDict, authority: Mapping[str, int], bad_urls: Callable[[Task], Mapping[str, str]]
+    ) -> None:
+        self._authority, self._bad_urls = authority, bad_urls
+        self._endpoint: EndpointPolicy | None = None
+        chosen = config.teacher
+        if not chosen.endpoint:
+            return
+        if not chosen.model:
+            raise UserError(
+                f"teacher.model: expected the model's name at {chosen.endpoint}, got an empty string; "
+                "set --config.teacher.model"
+            )
+        self._endpoint = EndpointPolicy(
+            chosen.endpoint,
+            chosen.model,
+            os.environ.get(chosen.api_key_env, ""),
+            concurrency=config.synthesis.episode_concurrency,
         )
-    policy = EndpointPolicy(
-        teacher.endpoint,
-        teacher.model,
-        os.environ.get(teacher.api_key_env, ""),
-        concurrency=config.synthesis.episode_concurrency,
-    )
-    return lambda task, style, seed: policy
+
+    def __call__(self, task: Task, style: Style, seed: int) -> Policy:
+        if self._endpoint is not None:
+            return self._endpoint
+        return Expert(task, self._authority, style, seed=seed, bad_urls=self._bad_urls(task))
+
+    async def close(self) -> None:
+        if self._endpoint is not None:
+            await self._endpoint.close()

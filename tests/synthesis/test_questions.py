@@ -1,10 +1,12 @@
 """Facts about questions: unique, without their answer in them, and split by entity."""
 
+import dataclasses
 import random
 
 import pytest
 
 from stepdr_jax.judge.matching import contains
+from stepdr_jax.records import Link
 from stepdr_jax.synthesis import deep_search, knowledge, planning, reports, tasks, verification
 from tests.synthesis import small_world
 
@@ -128,3 +130,27 @@ def test_no_training_question_names_a_held_out_country():
     for item in drawn:
         if item.task.split == "train":
             assert not any(contains(item.task.query, name) for name in known.private)
+
+
+def test_a_walk_ends_at_a_page_that_an_episode_can_hold():
+    documents = small_world.documents()
+    by_url = {document.url: document for document in documents}
+    austria, hungary = "http://atlas.test/en/austria", "http://atlas.test/en/hungary"
+    by_url[austria].links.append(Link(anchor="Hungary", url=hungary))
+    found = deep_search.walks(KNOWN, documents, max_chars=2000, page_chars=700, seed=0)
+    every = [walk for walks in found.values() for walk in walks]
+    assert every
+    for walk in every:
+        assert walk.urls in {(u,) for u in by_url} | {(austria, hungary)}
+        task, _ = deep_search.walk_task(KNOWN, walk, random.Random(0), "")
+        assert walk.urls[0] in task.query and task.kind == "doc_walk"
+        assert walk.fact.sentence in by_url[walk.urls[-1]].text
+    assert deep_search.walks(KNOWN, documents, max_chars=50, page_chars=700, seed=0) == {}
+
+
+def test_a_question_that_holds_its_answer_is_not_asked():
+    named = KNOWN.facts["aut", "capital", "en"]
+
+    facts = KNOWN.facts | {("aut", "capital", "en"): dataclasses.replace(named, value="Austria", values=("Austria",))}
+    known = dataclasses.replace(KNOWN, facts=facts)
+    assert deep_search.fact_task(known, "aut", "capital", "en", random.Random(0), "") is None

@@ -1,5 +1,6 @@
 """Facts about two-step rubric synthesis."""
 
+import dataclasses
 import random
 
 from stepdr_jax.synthesis import deep_search, reports, rubrics, verification
@@ -13,7 +14,6 @@ def fact(query=None, **changes):
     task, brief = deep_search.fact_task(KNOWN, "aut", "capital", "en", random.Random(0), AS_OF)
     if query:
         task = task.model_copy(update={"query": query})
-    import dataclasses
 
     return task, dataclasses.replace(
         brief, asks_sources=rubrics.SOURCE_REQUEST.search(task.query) is not None, **changes
@@ -62,7 +62,6 @@ def test_a_hidden_entity_that_the_task_names_discards_the_sample():
 def test_a_value_both_wanted_and_punished_discards_the_sample():
     task, brief = fact("What is the capital of Austria?")
     point = rubrics.Point("capital", "Austria", accepted=("Vienna",), wrong=("Vienna",))
-    import dataclasses
 
     rubric_set = rubrics.synthesise(task, dataclasses.replace(brief, points=(point,)))
     assert rubric_set.drop_reason == "rubrics contradict"

@@ -119,11 +119,11 @@ def test_a_report_searches_its_points_at_once_and_quotes_them_in_order():
 
 def test_an_endpoint_takes_the_experts_place_and_needs_a_model():
     config = get_config()
-    assert isinstance(teacher.make(config, {}, lambda task: {})(fact(), teacher.Style(), 0), teacher.Expert)
+    assert isinstance(teacher.Teacher(config, {}, lambda task: {})(fact(), teacher.Style(), 0), teacher.Expert)
     with config.unlocked():
         config.teacher.endpoint = "http://127.0.0.1:1/v1"
     with pytest.raises(UserError, match="teacher.model"):
-        teacher.make(config, {}, lambda task: {})
+        teacher.Teacher(config, {}, lambda task: {})
     with config.unlocked():
         config.teacher.model = "m"
-    assert isinstance(teacher.make(config, {}, lambda task: {})(fact(), teacher.Style(), 0), EndpointPolicy)
+    assert isinstance(teacher.Teacher(config, {}, lambda task: {})(fact(), teacher.Style(), 0), EndpointPolicy)
