@@ -184,3 +184,17 @@ def test_host_is_restarted_once_for_all_who_find_it_dead():
         return host.restarts
 
     assert asyncio.run(work()) == 1
+
+
+def test_an_interrupted_evaluation_keeps_whole_measured_rows_of_the_same_settings(tmp_path):
+    from stepdr_jax import files
+
+    partial = tmp_path / "sft.partial.jsonl"
+    rows = run([task("a"), task("b"), task("c")], Policy({1000: 9}), fingerprint="now")
+    assert rows[1].missing
+    for row in rows:
+        files.append_jsonl(partial, row.model_dump(mode="json", exclude_defaults=True))
+    files.append_jsonl(partial, {"fingerprint": "before", "of": "another layout"})
+    with open(partial, "a") as out:
+        out.write('{"fingerprint": "now", "ind')
+    assert qa._kept(partial, "now") == [rows[0], rows[2]]
