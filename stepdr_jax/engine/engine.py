@@ -98,8 +98,7 @@ class JaxEngine:
         if slots < 1 or shards < 1 or slots % shards:
             raise ValueError(f"expected slots to be a positive multiple of shards, got {slots} and {shards}")
         self.config, self.max_len, self.version = config, max_len, version
-        self._prepare = jax.jit(programs.prepare, static_argnames="config")
-        self._weights = self._prepare(params, config)
+        self._weights = programs.prepare(params, config=config)
         self._shards = [
             Shard(
                 config,
@@ -114,7 +113,7 @@ class JaxEngine:
             for _ in range(shards)
         ]
         self._sessions: dict[str, tuple[Session, Shard]] = {}
-        self._closing: dict[str, tuple[Session, Shard]] = {}
+        self._closing: list[tuple[Session, Shard]] = []  # closed, held by a step that runs now
         self._workers: dict[int, asyncio.Task] = {}
         # One thread a shard: its steps follow each other even if an event loop dies in the middle of one.
         self._threads = {
@@ -151,13 +150,14 @@ class JaxEngine:
         return await future
 
     async def close(self, session: str) -> None:
-        """Forgets a session; unknown names are fine."""
+        """Forgets a session and cancels its request; unknown names are fine. The name may be used again at once."""
         found = self._sessions.pop(session, None)
         if found is None:
             return
         entry, shard = found
-        if self._running(shard):  # its thread may be reading this session: dropped when the step ends
-            self._closing[session] = found
+        entry.closed = True
+        if self._running(shard):
+            self._closing.append(found)
         else:
             shard.drop(entry)
 
@@ -172,7 +172,7 @@ class JaxEngine:
         try:
             while any(shard.has_work() for shard in self._shards):
                 await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
-            self._weights = self._prepare(params, self.config)
+            self._weights = programs.prepare(params, config=self.config)
             jax.block_until_ready(self._weights)
             self.version = version
             self._updates += 1
@@ -196,8 +196,6 @@ class JaxEngine:
         }
 
     def _entry(self, name: str) -> tuple[Session, Shard]:
-        if name in self._closing:
-            raise ValueError(f"session {name!r} was just closed; use a new name")
         if name not in self._sessions:
             load = dict.fromkeys(range(len(self._shards)), 0)
             for _, shard in self._sessions.values():
@@ -246,8 +244,9 @@ class JaxEngine:
 
     def _sweep(self, shard: Shard) -> None:
         """Drops closed sessions, and requests that nobody waits for any more."""
-        for name in [name for name, (_, where) in self._closing.items() if where is shard]:
-            shard.drop(self._closing.pop(name)[0])
+        for session, _ in [found for found in self._closing if found[1] is shard]:
+            shard.drop(session)
+        self._closing = [found for found in self._closing if found[1] is not shard]
         for session in [*shard.slots.with_request(), *shard.waiting]:
             if session.request.future.cancelled():
                 session.request, session.busy = None, False

@@ -25,7 +25,8 @@ SAMPLING_BLOCK = 64  # words of one block of the two-stage draw
 BASE_KEY = 0  # root of all sampling keys; a request's own seed is folded into it
 
 
-def prepare(params: dict, config: Qwen2Config) -> dict:
+@functools.partial(jax.jit, static_argnames="config")
+def prepare(params: dict, *, config: Qwen2Config) -> dict:
     """Copies a parameter tree into the sampler's layout: layers unstacked, unembedding in compute dtype.
 
     A copy, because the trainer donates its own parameters to its step.

@@ -65,7 +65,7 @@ class Shard:
         self.slots = Slots(slots)
         self.inbox: list[tuple[Session, list[int], Request]] = []
         self.waiting: list[Session] = []  # sessions with a request and no slot, first come first served
-        self.stored: dict[str, Session] = {}  # sessions whose K/V is on the host
+        self.stored: set[Session] = set()  # sessions whose K/V is on the host
         self.counts = Counts()
         self.tick = 0
 
@@ -76,7 +76,10 @@ class Shard:
     def collect(self) -> None:
         """Takes in what was submitted. Only between steps."""
         for session, new_ids, request in self.inbox:
+            if session.closed:
+                request.future.cancel()
             if request.future.cancelled():
+                session.busy = False
                 continue
             session.ids += new_ids
             session.request = request
@@ -87,9 +90,11 @@ class Shard:
     def drop(self, session: Session) -> None:
         """Forgets a session and frees what it holds. Only between steps."""
         self.slots.release(session)
-        self.stored.pop(session.name, None)
+        self.stored.discard(session)
         if session in self.waiting:
             self.waiting.remove(session)
+        if session.request is not None:
+            session.request.future.cancel()
         session.stored, session.request = None, None
 
     def has_work(self) -> bool:
@@ -97,7 +102,7 @@ class Shard:
 
     def forget(self) -> None:
         """Invalidates every cached K/V, because the weights changed."""
-        for session in [*self.slots.owner, *self.stored.values(), *self.waiting]:
+        for session in [*self.slots.owner, *self.stored, *self.waiting]:
             if session is not None:
                 session.written, session.stored = 0, None
         self.stored.clear()
@@ -127,13 +132,13 @@ class Shard:
             if session.stored is not None:
                 self.cache = programs.write_slot(self.cache, np.int32(session.slot), session.stored)
                 session.stored = None
-                self.stored.pop(session.name, None)
+                self.stored.discard(session)
 
     def _evict(self, session: Session) -> None:
         self.counts.evictions += 1
         if len(self.stored) < self.host_slots:
             session.stored = jax.device_get(programs.read_slot(self.cache, np.int32(session.slot)))
-            self.stored[session.name] = session
+            self.stored.add(session)
         else:
             session.written = 0
         self.slots.release(session)

@@ -23,7 +23,7 @@ class Request:
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Session:
     """One sequence. `ids` are all known tokens; the K/V of the first `written` of them exist, in a slot or on the host.
 
@@ -39,6 +39,7 @@ class Session:
     stored: Any = None
     request: Request | None = None
     busy: bool = False  # a request was made and has not ended; set before the request itself arrives
+    closed: bool = False
     used: int = 0  # scheduler tick of the last use
 
     @property

@@ -35,6 +35,8 @@ from stepdr_jax.progress import Progress
 from stepdr_jax.records import Finish, RubricSet, Task
 from stepdr_jax.rl import learner, rollouts
 from stepdr_jax.rl.rollouts import Episode, Host, Tools
+from stepdr_jax.sharding import rules
+from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import checkpoint, metrics, state
 from tools_env.client import ToolInfraError
@@ -146,6 +148,7 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
     # ---------------------------------------------------------------- state: new or continued
     learning = learner.PPOConfig.from_config(config, parts.model)
     fresh = learner.init_state(parts.actor, learning, jax.random.key(config.seed))
+    fresh = jax.device_put(fresh, rules.param_shardings(fresh, make_mesh(**config.mesh)))
     restored = checkpoint.restore(home / "checkpoints", fresh)
     now, start, seconds = fresh, 0, 0.0
     if restored is not None:

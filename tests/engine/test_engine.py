@@ -276,6 +276,24 @@ def test_a_cancelled_request_frees_its_slot_and_the_name_can_be_closed():
     assert engine.stats()["slots_in_use"] == 1  # b, still open
 
 
+def test_closing_a_session_cancels_its_request_and_frees_its_name():
+    engine = make_engine(stop_ids=(-5,))
+
+    async def run():
+        running = asyncio.create_task(engine.generate("a", prompt(1), SampleParams(max_tokens=40, seed=1)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await engine.close("a")
+        again = await engine.generate("a", prompt(2), SampleParams(max_tokens=4, seed=2))
+        await engine.close("a")
+        return again, await asyncio.gather(running, return_exceptions=True)
+
+    again, ended = asyncio.run(run())
+    assert len(again.ids) == 4
+    assert isinstance(ended[0], asyncio.CancelledError)
+    assert (engine.stats()["sessions"], engine.stats()["slots_in_use"]) == (0, 0)
+
+
 def test_slots_do_not_leak():
     engine = make_engine()
     together(engine, range(16))
