@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import react
+from stepdr_jax.agent import prompts, react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
@@ -44,6 +44,8 @@ SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keep
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
 UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
+TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
+TEACHER_EPISODE_TOKENS = 32_768
 VERIFY_BATCH = 2  # edges checked by one tool call: what fits into one observation
 MAX_LOST_SHARE = 0.05  # of episodes that may be lost to infrastructure
 COMPONENTS = {
@@ -303,7 +305,15 @@ async def _episodes(
     teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
     judge = ProgrammaticJudge(known.kinds)
     limits = Limits.from_config(config.agent)
-    prompt = "full" if config.teacher.endpoint else config.agent.prompt
+    prompt = config.agent.prompt
+    if config.teacher.endpoint:  # a large model is told its tools at length and may think at length
+        prompt = "full"
+        limits = dataclasses.replace(
+            limits,
+            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
+            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
+        )
+    specs = await client.list_tools()
     lost: list[str] = []
 
     async def one(job: Job) -> None:
@@ -323,6 +333,9 @@ async def _episodes(
                 if result.trajectory.finish.is_policy_outcome:
                     break
                 await asyncio.sleep(0.2 * 2**again)
+            if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
+                told = prompts.system_prompt(config.agent.prompt, config.world.as_of, specs, job.task.lang)
+                result.trajectory.messages[0].content = told
             return _annotated(result.trajectory, job, policy)
 
         def policy_for(attempt: int):
