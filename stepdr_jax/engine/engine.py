@@ -78,6 +78,7 @@ class JaxEngine:
         rows, chunk: sequences and tokens of one prefill call.
         steps: tokens of one decode call.
         host_bytes: host memory for the K/V of sessions that lost their slot.
+        device: where weights and caches live; default the first. Sharded parameters are gathered there.
     """
 
     def __init__(
@@ -94,11 +95,13 @@ class JaxEngine:
         chunk: int = 32,
         steps: int = 16,
         host_bytes: int = 2 << 30,
+        device: jax.Device | None = None,
     ):
         if slots < 1 or shards < 1 or slots % shards:
             raise ValueError(f"expected slots to be a positive multiple of shards, got {slots} and {shards}")
         self.config, self.max_len, self.version = config, max_len, version
-        self._weights = programs.prepare(params, config=config)
+        self.device = device or jax.devices()[0]
+        self._weights = self._place(params)
         self._shards = [
             Shard(
                 config,
@@ -109,6 +112,7 @@ class JaxEngine:
                 steps=steps,
                 stop_ids=tuple(stop_ids),
                 host_bytes=host_bytes // shards,
+                device=self.device,
             )
             for _ in range(shards)
         ]
@@ -172,8 +176,7 @@ class JaxEngine:
         try:
             while any(shard.has_work() for shard in self._shards):
                 await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
-            self._weights = programs.prepare(params, config=self.config)
-            jax.block_until_ready(self._weights)
+            self._weights = jax.block_until_ready(self._place(params))
             self.version = version
             self._updates += 1
             for shard in self._shards:
@@ -194,6 +197,9 @@ class JaxEngine:
             "version": self.version,
             "weight_updates": self._updates,
         }
+
+    def _place(self, params: dict) -> dict:
+        return jax.device_put(programs.prepare(params, config=self.config), self.device)
 
     def _entry(self, name: str) -> tuple[Session, Shard]:
         if name not in self._sessions:
@@ -255,8 +261,7 @@ class JaxEngine:
     def _fail(self, shard: Shard, error: Exception) -> None:
         """A program failed: the donated cache is gone, so every session here loses its K/V and its request."""
         shard.forget()
-        config, slots = self.config, len(shard.slots.owner)
-        shard.cache = programs.init_cache(config, slots, self.max_len)
+        shard.new_cache()
         for session in [*shard.slots.with_request(), *shard.waiting]:
             request, session.request, session.busy = session.request, None, False
             if not request.future.done():

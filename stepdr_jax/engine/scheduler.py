@@ -41,6 +41,7 @@ class Shard:
         steps: tokens of one decode call; a finished sequence waits for at most so many.
         stop_ids: ids that end a generation.
         host_bytes: K/V of evicted sessions kept on the host; beyond it they are prefilled again.
+        device: where the cache lives.
     """
 
     def __init__(
@@ -54,20 +55,26 @@ class Shard:
         steps: int,
         stop_ids: tuple[int, ...],
         host_bytes: int,
+        device: jax.Device,
     ):
-        self.config, self.max_len = config, max_len
+        self.config, self.max_len, self.device = config, max_len, device
         self.rows, self.chunk, self.steps = min(rows, slots), chunk, steps
         self.stop_ids = np.asarray(stop_ids, np.int32)
         self.stops = frozenset(stop_ids)
-        self.cache = programs.init_cache(config, slots, max_len)
+        self.slots = Slots(slots)
+        self.new_cache()
         slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)) // slots
         self.host_slots = host_bytes // slot_bytes
-        self.slots = Slots(slots)
         self.inbox: list[tuple[Session, list[int], Request]] = []
         self.waiting: list[Session] = []  # sessions with a request and no slot, first come first served
         self.stored: set[Session] = set()  # sessions whose K/V is on the host
         self.counts = Counts()
         self.tick = 0
+
+    def new_cache(self) -> None:
+        """Starts with an empty cache."""
+        cache = programs.init_cache(self.config, len(self.slots.owner), self.max_len)
+        self.cache = jax.device_put(cache, self.device)  # placed explicitly, as programs return it: one compilation
 
     def submit(self, session: Session, new_ids: list[int], request: Request) -> None:
         """Hands in a request; it takes effect at the next `collect`, because a step may be running now."""
