@@ -5,7 +5,6 @@ Data order, initialisation and the state in a checkpoint are functions of (confi
 at any moment and started again ends with the same bits as one that was not.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -24,6 +23,7 @@ from stepdr_jax.progress import Progress
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import batch_sharding, replicated
 from stepdr_jax.training import checkpoint, metrics, state
+from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.optimizer import adamw, schedule_of
 from stepdr_jax.training.step import TrainState, empty_window, train_step
 
@@ -81,6 +81,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     files.write_json(home / "settings.json", asked)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
+    keep_compiled(Path(config.run_dir) / ".jax_cache")
     mesh = make_mesh(**config.mesh)
     schedule = schedule_of(settings)
     optimizer = adamw(schedule, weight_decay=settings.weight_decay, beta2=settings.beta2)
@@ -130,7 +131,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     if batch is not None:
         _say(f"{stage}  compiling")
     # Nothing moves between host and devices unless the code below says so.
-    with jax.transfer_guard("disallow"), contextlib.ExitStack():
+    with jax.transfer_guard("disallow"):
         for step in range(start + 1, settings.steps + 1):
             in_step = real_tokens(batch)
             now = step_program(now, put(batch))
