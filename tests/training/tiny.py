@@ -45,7 +45,7 @@ def tiny_config(run_dir, **overrides):
     config = miniature.get_config()
     config.run_dir = str(run_dir)
     config.model.update(
-        dict(hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=32)
+        dict(hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, intermediate_size=32)
     )
     for stage in ("midtrain1", "midtrain2", "sft"):
         config[stage].update(

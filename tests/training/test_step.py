@@ -1,0 +1,111 @@
+"""The step's loss counts exactly the target tokens, however the batch is cut, and survives numbers that are not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from stepdr_jax.models import qwen2
+from stepdr_jax.training import state
+from stepdr_jax.training.optimizer import adamw, wsd_schedule
+from stepdr_jax.training.step import gradients, loss_sums, train_step
+from tests.training.tiny import VOCAB, Memory
+
+MODEL = qwen2.Qwen2Config(VOCAB, 16, 1, 2, 1, 8, 32, 1e4, 1e-6, True)
+OPTIONS = dict(num_sources=2, loss_chunk=48, z_loss=1e-3)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return state.initial_params(MODEL, 0)
+
+
+@functools.cache
+def program(**options):
+    return jax.jit(functools.partial(gradients, config=MODEL, **(OPTIONS | options)))
+
+
+def by_hand(params, batch):
+    """Sums over targets, token by token, from the whole logits."""
+    x = qwen2.hidden_states(params, batch["tokens"], batch["positions"], batch["segment_ids"], MODEL)
+    logits = np.asarray(x @ qwen2.unembedding(params, MODEL), np.float64)
+    logz = np.log(np.exp(logits).sum(-1))
+    nll, weight, total = np.zeros(2), np.zeros(2), 0.0
+    B, T = batch["tokens"].shape
+    for b in range(B):
+        for t in range(T - 1):
+            same = batch["segment_ids"][b, t] == batch["segment_ids"][b, t + 1] != 0
+            if same and batch["loss_mask"][b, t + 1]:
+                loss = logz[b, t] - logits[b, t, batch["tokens"][b, t + 1]]
+                nll[batch["source"][b]] += loss
+                weight[batch["source"][b]] += 1
+                total += loss + OPTIONS["z_loss"] * logz[b, t] ** 2
+    return total, nll, weight
+
+
+def test_loss_is_the_sum_over_targets_inside_segments(params):
+    batch = Memory().batch(0)
+    batch["loss_mask"][:, 5:9] = False
+    total, (nll, weight) = jax.jit(functools.partial(loss_sums, config=MODEL, **OPTIONS))(params, batch)
+    expected_total, expected_nll, expected_weight = by_hand(params, batch)
+    np.testing.assert_array_equal(weight, expected_weight)
+    np.testing.assert_allclose(nll, expected_nll, rtol=1e-5)
+    np.testing.assert_allclose(total, expected_total, rtol=1e-5)
+
+
+def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole(params):
+    batch = Memory().batch(1)
+    batch["loss_mask"][0] = False
+    batch["loss_mask"][1, 10:] = False
+    whole, *sums = program()(params, batch)
+    cut, *cut_sums = program(microbatches=2)(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), cut, whole)
+    np.testing.assert_allclose(cut_sums, sums, rtol=1e-6)
+
+
+def test_changing_what_is_no_target_and_no_context_changes_no_gradient(params):
+    batch = Memory().batch(2)
+    expected = program()(params, batch)[0]
+    batch["tokens"] = np.where(batch["segment_ids"] == 0, 1, batch["tokens"])  # padding
+    jax.tree.map(np.testing.assert_array_equal, program()(params, batch)[0], expected)
+
+
+def test_a_batch_without_targets_moves_nothing_but_the_position(params):
+    batch = Memory().batch(3)
+    batch["loss_mask"][:] = False
+    gradient, _, weight = program()(params, batch)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert not np.any(weight)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):
+    optimizer = adamw(1e-2)
+    step = jax.jit(
+        functools.partial(train_step, config=MODEL, optimizer=optimizer, clip_norm=1.0, num_sources=2, loss_chunk=64)
+    )
+    broken = jax.tree.map(jnp.copy, params)
+    broken["final_norm"] = broken["final_norm"].at[0].set(jnp.inf)
+    before = state.new_state(broken, optimizer, 2)
+    after = step(before, Memory().batch(0))
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (before.params, before.optimizer))
+    assert (int(after.step), int(after.window["skipped"]), int(after.window["steps"])) == (1, 1, 0)
+    healthy = step(state.new_state(params, optimizer, 2), Memory().batch(0))
+    assert (int(healthy.window["skipped"]), int(healthy.window["steps"])) == (0, 1)
+    assert np.any(healthy.params["embedding"] != params["embedding"])
+
+
+def test_schedule_warms_up_holds_and_decays():
+    schedule = wsd_schedule(steps=100, warmup_steps=10, decay_share=0.2, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [float(schedule(i)) for i in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.55)
+    assert rates[99] == pytest.approx(0.145)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_schedule_of_a_training_shorter_than_its_warmup_stays_between_its_rates(steps):
+    schedule = wsd_schedule(steps=steps, warmup_steps=50, decay_share=0.3, learning_rate=1.0, final_learning_rate=0.1)
+    assert all(0 < float(schedule(i)) <= 1.0 for i in range(steps))
