@@ -172,6 +172,7 @@ def get_config() -> ConfigDict:
             temperature=1.0,
             clip_norm=1.0,
             beta2=0.95,  # Open-Reasoner-Zero
+            unfinished="worst",  # reward without an answer: worst (all flaws of the rubrics, none of their merits) or zero
             max_masked_share=0.3,  # above it the iteration is sampled again, then the run stops
             checkpoint_every=5,  # iterations
             keep_checkpoints=2,

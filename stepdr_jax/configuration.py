@@ -28,6 +28,7 @@ SHARES = frozenset(
 CHOICES = {
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
+    "ppo.unfinished": ("worst", "zero"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
 }

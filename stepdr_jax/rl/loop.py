@@ -39,6 +39,7 @@ from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import checkpoint, metrics, state
+from stepdr_jax.training.compilation import keep_compiled
 from tools_env.client import ToolInfraError
 
 DETAILED_EPISODES = 4  # of an iteration, written with every token's value, advantage and log-probability
@@ -141,6 +142,7 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
             f"ppo.prompts: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts}; "
             "lower it in the config"
         )
+    keep_compiled(Path(config.run_dir) / ".jax_cache")
     asked = _settings(config, parts)
     _require_same(home, asked)
     files.write_json(home / "settings.json", asked)
@@ -177,6 +179,7 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
         prompt=config.agent.prompt,
         as_of=config.world.as_of,
         concurrency=settings.slots,
+        unfinished=settings.unfinished,
         run_episode=parts.run_episode,
     )
 

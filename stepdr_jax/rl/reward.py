@@ -2,7 +2,7 @@
 
     answered, judged               the verdict's reward
     answered, judge failed         masked as judge_failed: a failed judge is not a score
-    turns, tokens, calls or format used up before an answer      0, by rule, without a judge
+    turns, tokens, calls or format used up before an answer      by rule, without a judge (`unfinished_reward`)
     wall clock, broken tools or engine, cancelled                masked
 
 A masked episode has reward None. It weighs nothing in any loss, is not whitened over and not shown to the critic.
@@ -13,7 +13,7 @@ import dataclasses
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory, Verdict
 
-UNFINISHED_REWARD = 0.0  # Open-Reasoner-Zero: a response that did not end by itself is worth 0, without bootstrap
+UNFINISHED = ("worst", "zero")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +25,32 @@ class Scored:
     masked: str | None = None  # a Finish value
 
 
-async def score(judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory) -> Scored:
+def unfinished_reward(rubric_set: RubricSet | None, rule: str) -> float:
+    """What an episode without an answer is worth; no value is bootstrapped from its cut end.
+
+    zero: 0, as in Open-Reasoner-Zero. There a wrong answer is worth 0 too; under rubrics with negative weights it is worth
+    less, and a policy that is often wrong would learn not to finish. worst: what an answer with every flaw and no merit
+    earns, so that finishing never loses.
+    """
+    if rule not in UNFINISHED:
+        raise ValueError(f"expected unfinished among {', '.join(UNFINISHED)}, got {rule!r}")
+    weights = [rubric.weight for rubric in rubric_set.rubrics] if rubric_set is not None else []
+    positive = sum(weight for weight in weights if weight > 0)
+    if rule == "zero" or not positive:
+        return 0.0
+    return sum(weight for weight in weights if weight < 0) / positive
+
+
+async def score(
+    judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, unfinished: str = "worst"
+) -> Scored:
     """Judges one episode. Never raises for a broken judge: that masks the episode."""
     if not trajectory.finish.is_policy_outcome:
         return Scored(None, None, str(trajectory.finish))
     if trajectory.answer is None:
         correct = None if task.answer is None else False
-        return Scored(UNFINISHED_REWARD, Verdict(reward=UNFINISHED_REWARD, judgments=[], correct=correct, cited=False))
+        value = unfinished_reward(rubric_set, unfinished)
+        return Scored(value, Verdict(reward=value, judgments=[], correct=correct, cited=False))
     try:
         verdict = await judge.judge(task, rubric_set, trajectory)
     except Exception as error:  # whatever a judge does wrong, it is ours and not the policy's

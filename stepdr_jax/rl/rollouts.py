@@ -123,6 +123,7 @@ async def collect(
     as_of: str = "",
     concurrency: int = 64,
     attempts: int = 2,
+    unfinished: str = "worst",
     run_episode=react.run_episode,
 ) -> list[Episode]:
     """Runs one episode per (task, seed) and returns them in that order.
@@ -139,6 +140,7 @@ async def collect(
         concurrency: episodes at once; not above the sampler's slots, or sessions push each other out of the cache.
         attempts: how often an episode that infrastructure broke is run, with the same seed: the second attempt samples
             what the first would have.
+        unfinished: rule of `reward.unfinished_reward`.
         run_episode: the episode loop.
     """
     gate = asyncio.Semaphore(concurrency)
@@ -151,7 +153,7 @@ async def collect(
                 trajectory = done.trajectory
                 if trajectory.finish == Finish.CANCELLED:
                     raise asyncio.CancelledError
-                scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory)
+                scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, unfinished)
                 if scored.masked is None or attempt == attempts - 1:
                     break
         return Episode(index, task, seed, trajectory, done.log, scored)

@@ -8,7 +8,7 @@ import pytest
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.engine.fake import FakeEngine
-from stepdr_jax.records import Answer, Finish, Judgment, RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.records import Answer, Finish, Judgment, Rubric, RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.rl import reward, rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
@@ -123,6 +123,22 @@ def test_what_the_policy_did_not_finish_is_zero_by_rule_and_not_judged():
     assert (episode.scored.reward, episode.masked) == (0.0, None)
     assert episode.scored.verdict.correct is False
     assert judge.judged == []
+
+
+def test_not_finishing_is_never_better_than_a_wrong_answer():
+    weights = [5.0, 3.0, -3.0, -1.0]
+    rubrics = RubricSet(
+        id="r",
+        task_id="t0",
+        rubrics=[
+            Rubric(rid=f"r{i}", criterion="c", weight=w, role="negative" if w < 0 else "explicit")
+            for i, w in enumerate(weights)
+        ],
+    )
+    assert reward.unfinished_reward(rubrics, "worst") == -0.5
+    assert reward.unfinished_reward(rubrics, "zero") == 0.0
+    with pytest.raises(ValueError, match="unfinished"):
+        reward.unfinished_reward(rubrics, "half")
 
 
 @pytest.mark.parametrize("finish", list(Finish))
