@@ -125,8 +125,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     def real_tokens(batch):
         return int(np.count_nonzero(batch["segment_ids"]))
 
-    progress = Progress(stage, settings.steps, start=start)
-    timed_from, timed_tokens = None, 0  # the first step of a process compiles and is left out of the speed
+    progress, timed_from, timed_tokens = None, None, 0  # begun after the first step, which compiles
     batch = loader.batch(start) if start < settings.steps else None
     if batch is not None:
         _say(f"{stage}  compiling")
@@ -137,8 +136,9 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
             now = step_program(now, put(batch))
             batch = loader.batch(step) if step < settings.steps else None  # while the devices work
             jax.block_until_ready(now.step)
-            if timed_from is None:
+            if progress is None:
                 timed_from = time.monotonic()
+                progress = Progress(stage, settings.steps, start=start)
             else:
                 timed_tokens += in_step
 

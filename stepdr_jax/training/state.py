@@ -85,7 +85,14 @@ def load_params(config, seed: int, stage: str) -> dict:
             f"{home} says done but has no checkpoint; delete {home} and run {COMMAND[stage]} "
             f"--config.run_dir={config.run_dir} --config.seed={seed}"
         )
-    return restored.tree["params"]
+    params = restored.tree["params"]
+    if checkpoint.params_sha256(params) != files.read_json(home / "done.json")["params_sha256"]:
+        raise UserError(
+            f"the last checkpoint of {home} is damaged, what is left is of step {restored.step}; delete "
+            f"{home / 'done.json'} and run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed}: "
+            "it continues from there"
+        )
+    return params
 
 
 def start_of(config, stage: str, model: qwen2.Qwen2Config) -> tuple[dict, str]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,8 +43,6 @@ def checkpoints(run_dir):
 
 def cut_back(source, target, step):
     """A run directory as a kill just after `step` would leave it, with log rows of steps that never were saved."""
-    import shutil
-
     shutil.copytree(source, target)
     (target / "seed0" / "midtrain1" / "done.json").unlink()
     for other in checkpoint.steps(checkpoints(target)):
@@ -157,6 +156,13 @@ def test_the_next_stage_starts_from_this_one_and_refuses_to_start_without_it(tmp
         loop.train(config, "midtrain2", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
     params = state.load_params(tiny.tiny_config(whole[0]), 0, "midtrain1")
     assert checkpoint.params_sha256(params) == whole[1]["params_sha256"]
+
+
+def test_parameters_of_an_earlier_step_never_pass_for_the_final_ones(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path / "copy")
+    (checkpoints(tmp_path / "copy") / "00000012" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"last checkpoint .* is damaged, what is left is of step 10; delete"):
+        state.load_params(tiny.tiny_config(tmp_path / "copy"), 0, "midtrain1")
 
 
 def test_a_model_of_another_shape_is_refused(whole):
