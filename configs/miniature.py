@@ -177,7 +177,7 @@ def get_config() -> ConfigDict:
             checkpoint_every=5,  # iterations
             keep_checkpoints=2,
             slots=64,  # sequences that the sampler decodes together
-            shards=2,  # independent parts of the sampler, a thread each; divides slots
+            shards=4,  # independent parts of the sampler, a thread each; divides slots
             microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
             remat=False,  # recompute layers in the backward pass; needed when activations do not fit
         )

@@ -93,7 +93,7 @@ class JaxEngine:
         shards: int = 1,
         rows: int = 4,
         chunk: int = 32,
-        steps: int = 16,
+        steps: int = 8,
         host_bytes: int = 2 << 30,
         device: jax.Device | None = None,
     ):

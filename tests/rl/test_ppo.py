@@ -170,11 +170,41 @@ def test_values_and_log_probabilities_are_read_before_the_token(updated):
         np.testing.assert_allclose(details.logprobs_ET[e, t], logp[t - 1, tokens[0, t]], atol=1e-4)
 
 
-def test_splitting_and_packing_do_not_change_the_update(updated):
-    for rows in (3,):
-        other = learner.update(make_state(), make_episodes(), dataclasses.replace(CONFIG, rows=rows), 0)
-        leaves_close(other[0]["params"], updated[0]["params"], atol=3e-5)
-        leaves_close(other[0]["critic"], updated[0]["critic"], atol=3e-5)
+def actor_gradient(groups, settings=CONFIG.settings, **more):
+    """The gradient accumulated over microbatches that are packed from each group of episodes by itself."""
+    episodes, params = make_episodes(), make_state()["params"]
+    mask = episodes.action_mask_ET
+    per_action = dict(
+        weight=ppo.action_weights(mask, "token_mean"),
+        share=ppo.action_weights(mask, "token_mean"),
+        advantage=np.random.default_rng(1).normal(size=mask.shape),
+        old_logprob=episodes.logprobs_ET,
+        reference_logprob=episodes.logprobs_ET,
+        **more,
+    )
+    total, objective = ppo.zeros_like(params), 0.0
+    for members in groups:
+        for micro in ppo.pack(episodes, members, rows=2, context=CONTEXT):
+            actions = micro.gather(**per_action)
+            total, sums = ppo.actor_gradients(params, total, micro.rows, actions, settings=settings)
+            objective += float(sums["policy_loss"])
+    return total, objective
+
+
+def test_splitting_and_packing_do_not_change_the_gradient():
+    together, objective = actor_gradient([range(6)])
+    for groups in ([[e] for e in range(6)], [[4, 1], [0, 5, 3, 2]]):
+        apart, other = actor_gradient(groups)
+        leaves_close(apart, together, atol=1e-5)
+        assert other == pytest.approx(objective, abs=1e-5)
+
+
+def test_the_reference_pulls_back_when_asked():
+    settings = dataclasses.replace(CONFIG.settings, kl_coefficient=1.0)
+    with_kl, objective = actor_gradient([range(6)], settings)
+    without, plain = actor_gradient([range(6)])
+    assert objective == pytest.approx(plain, abs=1e-5)
+    assert not np.allclose(with_kl["embedding"], without["embedding"], atol=1e-3)
 
 
 def test_log_probabilities_and_padding_at_given_tokens_do_not_matter(updated):
@@ -246,13 +276,3 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     )
     assert bool(skipped)
     leaves_close((params, moments), expected, atol=0)
-
-
-def test_the_reference_pulls_back_when_asked():
-    settings = dataclasses.replace(CONFIG.settings, kl_coefficient=1.0)
-    config = dataclasses.replace(CONFIG, settings=settings)
-    reference = qwen2.init_params(MODEL, jax.random.PRNGKey(5))
-    with_kl, metrics, _ = learner.update(make_state(), make_episodes(), config, 0, reference)
-    without, plain, _ = learner.update(make_state(), make_episodes(), CONFIG, 0)
-    assert metrics["policy_loss"] == pytest.approx(plain["policy_loss"], abs=1e-5)
-    assert not np.allclose(with_kl["params"]["embedding"], without["params"]["embedding"], atol=1e-4)
