@@ -13,9 +13,7 @@ from tools_env.process import ToolHost
 
 
 def main(config) -> None:
-    if loop.finished(config) is None:
-        with tool_host(config) as host:
-            loop.run(config, host)
+    loop.run(config, lambda: tool_host(config))
     print(loop.home_of(config))
 
 

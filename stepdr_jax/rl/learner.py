@@ -1,6 +1,10 @@
 """One PPO iteration on finished episodes: values, advantages, critic updates, actor updates, and what they did."""
 
+import concurrent.futures
 import dataclasses
+import enum
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +16,6 @@ from stepdr_jax.models import value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import advantages, ppo
 from stepdr_jax.rl.rollouts import EpisodeArrays
-
-CRITIC, ACTOR = 0, 1  # purposes of the minibatch order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,63 +110,110 @@ def update(
     Returns:
         (state, metrics, details).
     """
-    settings, mask_ET = config.settings, episodes.action_mask_ET
-    old_ET, entropy_ET, values_ET, reference_ET = (np.zeros(mask_ET.shape, np.float32) for _ in range(4))
-    for micro in ppo.pack(episodes, range(len(mask_ET)), rows=config.rows, context=config.context):
-        logprob_N, entropy_N = ppo.logprobs(state["params"], micro.rows, settings=settings)
-        micro.scatter(logprob_N, old_ET)
-        micro.scatter(entropy_N, entropy_ET)
-        if settings.kl_coefficient:
-            micro.scatter(ppo.logprobs(reference, micro.rows, settings=settings)[0], reference_ET)
-    for micro in ppo.pack(episodes, range(len(mask_ET)), rows=config.rows, context=config.context, tight=False):
-        micro.scatter(ppo.values(state["critic"], micro.rows, settings=settings), values_ET)
-
+    mask_ET = episodes.action_mask_ET
+    (old_ET, entropy_ET, reference_ET), values_ET = _at_once(
+        lambda: _old_logprobs(state["params"], reference, episodes, config),
+        lambda: _old_values(state["critic"], episodes, config),
+    )
     rewards_ET = advantages.place_rewards(episodes.rewards_E, mask_ET)
     raw_ET, returns_ET = map(
         np.asarray, advantages.gae(rewards_ET, values_ET, mask_ET, config.gamma, config.gae_lambda)
     )
-    advantages_ET = advantages.whiten(raw_ET, mask_ET) if config.whiten else raw_ET
     metrics = _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET)
     details = Details(values_ET, raw_ET, old_ET)
     if not mask_ET.any():
         return state, metrics | {"skipped_updates": 0.0}, details
 
     per_action = dict(
-        advantage=advantages_ET,
+        advantage=advantages.whiten(raw_ET, mask_ET) if config.whiten else raw_ET,
         old_logprob=old_ET,
         old_value=values_ET,
         return_=returns_ET,
         reference_logprob=reference_ET,
     )
+    networks = [_Network.CRITIC] if iteration < config.critic_only_iterations else list(_Network)
+    trained = _at_once(
+        *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks)
+    )
     skipped = 0.0
-    parts = [("critic", config.critic_minibatches, CRITIC, ppo.critic_gradients, config.critic_optimizer)]
-    if iteration >= config.critic_only_iterations:
-        parts.append(("params", config.actor_minibatches, ACTOR, ppo.actor_gradients, config.actor_optimizer))
-    for name, count, purpose, gradients, optimizer in parts:
-        sums: dict[str, float] = {}
-        norms = []
-        for members in ppo.minibatches(len(mask_ET), count, seed=config.seed, iteration=iteration, purpose=purpose):
-            kept_ET = np.zeros_like(mask_ET)
-            kept_ET[members] = mask_ET[members]
-            if not kept_ET.any():
-                continue
-            per_action["weight"] = ppo.action_weights(kept_ET, config.loss_aggregation)
-            per_action["share"] = ppo.action_weights(kept_ET, "token_mean")
-            total = ppo.zeros_like(state[name])
-            for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, tight=name == "params"):
-                actions = micro.gather(**per_action)
-                total, more = gradients(state[name], total, micro.rows, actions, settings=settings)
-                for key, value in more.items():
-                    sums[key] = sums.get(key, 0.0) + float(value)
-            state[name], state[f"{name}_moments"], norm, bad = ppo.apply(
-                state[name], state[f"{name}_moments"], total, optimizer=optimizer
-            )
-            norms.append(float(norm))
-            skipped += float(bad)
-        metrics |= {key: value / max(len(norms), 1) for key, value in sums.items()}
-        metrics["actor_grad_norm" if name == "params" else "critic_grad_norm"] = float(np.mean(norms))
-    metrics["skipped_updates"] = skipped
-    return state, metrics, details
+    for new_state, new_metrics, bad in trained:
+        state, metrics, skipped = state | new_state, metrics | new_metrics, skipped + bad
+    return state, metrics | {"skipped_updates": skipped}, details
+
+
+class _Network(enum.StrEnum):
+    """The two trained networks, by their key in the state."""
+
+    CRITIC = "critic"
+    ACTOR = "params"
+
+
+def _at_once(*works: Callable[[], Any]) -> list[Any]:
+    """Results of independent works. On a CPU in threads: their small programs leave cores idle. Same results either way.
+
+    Elsewhere one after the other: programs with collectives must start in the same order on every host.
+    """
+    if len(works) == 1 or jax.default_backend() != "cpu":
+        return [work() for work in works]
+    with concurrent.futures.ThreadPoolExecutor(len(works)) as threads:
+        return [running.result() for running in [threads.submit(work) for work in works]]
+
+
+def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
+    """Log-probability and entropy of every action now, and its log-probability under the reference (0 without one)."""
+    old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
+    for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context):
+        logprob_N, entropy_N = ppo.logprobs(actor, micro.rows, settings=config.settings)
+        micro.scatter(logprob_N, old_ET)
+        micro.scatter(entropy_N, entropy_ET)
+        if config.settings.kl_coefficient:
+            micro.scatter(ppo.logprobs(reference, micro.rows, settings=config.settings)[0], reference_ET)
+    return old_ET, entropy_ET, reference_ET
+
+
+def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:
+    values_ET = np.zeros(episodes.tokens_ET.shape, np.float32)
+    for micro in ppo.pack(episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False):
+        micro.scatter(ppo.values(critic, micro.rows, settings=config.settings), values_ET)
+    return values_ET
+
+
+def _train(
+    network: _Network,
+    state: dict[str, Any],
+    episodes: EpisodeArrays,
+    per_action: dict[str, np.ndarray],
+    config: PPOConfig,
+    iteration: int,
+) -> tuple[dict[str, Any], dict[str, float], float]:
+    """One optimizer step a minibatch: (new state of this network, mean metrics, steps skipped as not finite)."""
+    is_actor = network == _Network.ACTOR
+    gradients = ppo.actor_gradients if is_actor else ppo.critic_gradients
+    optimizer = config.actor_optimizer if is_actor else config.critic_optimizer
+    count = config.actor_minibatches if is_actor else config.critic_minibatches
+    params, moments = state[network], state[f"{network}_moments"]
+    mask_ET = episodes.action_mask_ET
+    sums: dict[str, float] = {}
+    norms, skipped = [], 0.0
+    for members in ppo.minibatches(len(mask_ET), count, seed=config.seed, iteration=iteration, purpose=int(is_actor)):
+        kept_ET = np.zeros_like(mask_ET)
+        kept_ET[members] = mask_ET[members]
+        if not kept_ET.any():
+            continue
+        weight_ET = ppo.action_weights(kept_ET, config.loss_aggregation)
+        share_ET = ppo.action_weights(kept_ET, "token_mean")
+        total = ppo.zeros_like(params)
+        for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, tight=is_actor):
+            actions = micro.gather(weight=weight_ET, share=share_ET, **per_action)
+            total, more = gradients(params, total, micro.rows, actions, settings=config.settings)
+            for key, value in more.items():
+                sums[key] = sums.get(key, 0.0) + float(value)
+        params, moments, norm, bad = ppo.apply(params, moments, total, optimizer=optimizer)
+        norms.append(float(norm))
+        skipped += float(bad)
+    metrics = {key: value / max(len(norms), 1) for key, value in sums.items()}
+    metrics["actor_grad_norm" if is_actor else "critic_grad_norm"] = float(np.mean(norms))
+    return {str(network): params, f"{network}_moments": moments}, metrics, skipped
 
 
 def _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET) -> dict[str, float]:

@@ -8,6 +8,7 @@ iterations/ that a resumed run makes again replace the old ones.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -62,8 +63,8 @@ class Parts:
     tasks: Sequence[Task]
     rubric_sets: dict[str, RubricSet]
     judge: Judge
-    tools: Callable[[], Tools]
     origin: str
+    tools: Callable[[], Tools] | None = None  # known once the tool host runs
     run_episode: Any = react.run_episode
 
 
@@ -78,22 +79,29 @@ def finished(config: ConfigDict) -> dict | None:
     return done if done and done["iterations"] >= config.ppo.iterations else None
 
 
-def run(config: ConfigDict, host: Host | None = None) -> dict:
+def run(config: ConfigDict, start_host: Callable[[], contextlib.AbstractContextManager[Host | None]]) -> dict:
     """Trains the run's SFT policy with PPO from wherever it stopped; returns its done.json.
 
     Args:
         config: the run's config.
-        host: the tool host, if it is ours to restart; None uses the one at config.tools.address.
+        start_host: starts a tool host for the time of the run, ours to restart; gives None where config.tools.address
+            names one that someone else runs. Called when everything else is known to be there.
 
     Raises:
         UserError: SFT is not finished, the corpus is missing, the config differs from the one the run was started with,
             too many episodes stay masked, or the disk is full. The state on disk is whole in every case.
     """
     done = finished(config)
-    return done if done is not None else train(config, prepare(config, host))
+    if done is not None:
+        return done
+    parts = prepare(config)
+    with start_host() as host:
+        address = host.address if host is not None else config.tools.address
+        tools = functools.partial(Tools, address, call_timeout=config.tools.call_timeout, host=host)
+        return train(config, dataclasses.replace(parts, tools=tools))
 
 
-def prepare(config: ConfigDict, host: Host | None = None) -> Parts:
+def prepare(config: ConfigDict) -> Parts:
     """Reads the parts of a run from its directory; raises UserError naming what is missing and the command that makes it."""
     run_dir = Path(config.run_dir)
     actor = state.load_params(config, config.seed, "sft")
@@ -116,7 +124,6 @@ def prepare(config: ConfigDict, host: Host | None = None) -> Parts:
     parent = files.read_json(state.stage_dir(config, config.seed, "sft") / "done.json")["params_sha256"]
     entities = run_dir / "world" / "entities.jsonl"
     names = {row[lang] for row in files.read_jsonl(entities) for lang in ("en", "zh") if row.get(lang)}
-    address = host.address if host is not None else config.tools.address
     return Parts(
         tokenizer=tokenizer,
         model=Qwen2Config.from_config(config.model, tokenizer.vocab_size),
@@ -124,7 +131,6 @@ def prepare(config: ConfigDict, host: Host | None = None) -> Parts:
         tasks=tasks,
         rubric_sets=rubric_sets,
         judge=ProgrammaticJudge(names),
-        tools=lambda: Tools(address, call_timeout=config.tools.call_timeout, host=host),
         origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 
@@ -211,6 +217,7 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
             row = _row(iteration, episodes) | learnt
             row |= {
                 "tool_host_restarts": tools.restarts,
+                "sampler_evictions": engine.stats()["evictions"],
                 "seconds_sampling": round(sampled - clock, 3),
                 "seconds_training": round(time.monotonic() - sampled, 3),
             }
