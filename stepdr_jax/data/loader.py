@@ -65,8 +65,11 @@ class Loader:
         batch: int,
         seed: int,
         tokenizer_fingerprint: str,
+        opening: tuple[str, int] = ("", 0),
     ):
         """Opens data_dir/<stage>/<component>.arecord for each component with a positive rate.
+
+        `opening` is a curriculum of two parts: (component, n) draws the first n batches from that component alone.
 
         Raises UserError when a file is absent, damaged, or built with another tokenizer.
         """
@@ -80,7 +83,7 @@ class Loader:
             raise UserError(f"{Path(data_dir) / stage} mixes rows of {sorted(contexts)} tokens; run launch.build_data")
         self.context = contexts.pop()
         self.rows = {name: card["rows"] for name, card in cards.items()}
-        self.fingerprint = _hash(stage, rates, batch, seed, [cards[name]["fingerprint"] for name in rates])
+        self.fingerprint = _hash(stage, rates, batch, seed, [cards[name]["fingerprint"] for name in rates], opening)
         components = []
         for index, name in enumerate(self.sources):
             rows = _Rows(Path(data_dir) / stage / f"{name}.arecord", cards[name], index)
@@ -88,11 +91,20 @@ class Loader:
             components.append(grain.MapDataset.source(rows).seed(component_seed).shuffle().repeat())
         mixed = grain.MapDataset.mix(components, weights=list(rates.values()))
         self._batches = mixed.batch(batch, drop_remainder=True)
+        component, self._opening_steps = opening
+        if self._opening_steps:
+            if component not in rates:
+                raise UserError(
+                    f"expected {stage}.opening to be a component of its mixture ({', '.join(rates)}), got {component!r}"
+                )
+            self._opening = components[self.sources.index(component)].batch(batch, drop_remainder=True)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the batch of `step` (from 0): tokens, segment_ids, positions int32[B,T], loss_mask bool[B,T],
         source int32[B]. The same (seed, step) gives the same batch in any process and order of calls."""
-        return self._batches[step]
+        if step < self._opening_steps:
+            return self._opening[step]
+        return self._batches[step - self._opening_steps]
 
 
 def _card(folder: Path, name: str, tokenizer_fingerprint: str) -> dict:

@@ -8,6 +8,9 @@ from two files:
 - corpus/trajectories.jsonl, kept `records.Trajectory` rows whose metadata names the component. Their loss is on all
   tokens or on the assistant's alone (`config.<stage>.trajectory_loss`).
 
+The component `copying` is in no file: spans of random ids, each followed by itself until the example is full, from which a
+small model learns within a minute to continue what it has seen before (docs/benchmarks.md).
+
 Importing this module imports TensorFlow (seconds, 0.9 GB): only building data does.
 """
 
@@ -30,6 +33,8 @@ tf.config.set_visible_devices([], "GPU")  # strings and integers only; the accel
 
 BLOCK = 512  # rows tokenised in one call from TensorFlow into Python
 READING, TRAJECTORY = b"r", b"t"  # a source row is this letter and a line of the file it names
+COPYING = "copying"
+COPYING_EXAMPLES, COPYING_TOKENS, COPYING_SPAN = 16_000, 128, (5, 30)  # examples, tokens in one, ids in a span
 
 
 class BpeVocabulary(seqio.Vocabulary):
@@ -90,16 +95,17 @@ def register(config, tokenizer: Tokenizer) -> None:
         if loss not in ("all", "assistant"):
             raise UserError(f"expected {stage}.trajectory_loss to be all or assistant, got {loss!r}; change the config")
         for component in rates:
+            if component == COPYING:
+                read = functools.partial(_copying_source, tokenizer=tokenizer, seed_of_data=config.data_seed)
+                preprocessors = []
+            else:
+                read = functools.partial(_source, corpus=corpus, component=component)
+                preprocessors = [functools.partial(_tokenize, tokenizer=tokenizer, trajectory_loss=loss)]
             seqio.TaskRegistry.remove(task_name(stage, component))
             seqio.TaskRegistry.add(
                 task_name(stage, component),
-                source=seqio.FunctionDataSource(
-                    functools.partial(_source, corpus=corpus, component=component), splits=["train"]
-                ),
-                preprocessors=[
-                    functools.partial(_tokenize, tokenizer=tokenizer, trajectory_loss=loss),
-                    seqio.CacheDatasetPlaceholder(),
-                ],
+                source=seqio.FunctionDataSource(read, splits=["train"]),
+                preprocessors=[*preprocessors, seqio.CacheDatasetPlaceholder()],
                 output_features=features,
             )
         seqio.MixtureRegistry.remove(mixture_name(stage))
@@ -108,6 +114,8 @@ def register(config, tokenizer: Tokenizer) -> None:
 
 def component_rows(corpus: Path, component: str) -> dict[str, int]:
     """Returns how many rows each corpus file holds for a component."""
+    if component == COPYING:
+        return {COPYING: COPYING_EXAMPLES}
     return {path.name: len(_index(path, *_version(path)).get(component, ())) for path in _files(corpus)}
 
 
@@ -191,6 +199,37 @@ def _source(split: str, shuffle_files: bool, seed: int | None = None, *, corpus:
 
     spec = tf.TensorSpec([None], tf.string)
     return tf.data.Dataset.from_generator(blocks, output_signature=spec).unbatch().map(lambda row: {"row": row})
+
+
+def _copying_source(
+    split: str, shuffle_files: bool, seed: int | None = None, *, tokenizer: Tokenizer, seed_of_data: int
+):
+    """Examples of a random span and its repetitions; every id after the first span is a target."""
+    del split, shuffle_files, seed
+
+    def examples():
+        rng = np.random.default_rng([seed_of_data, 0xC0B1])
+        for _ in range(COPYING_EXAMPLES):
+            length = int(rng.integers(*COPYING_SPAN))
+            span = rng.integers(tokenizer.endoftext, size=length)  # ordinary ids come before the control ids
+            yield {
+                "tokens": np.resize(span, COPYING_TOKENS).astype(np.int32),
+                "loss_mask": np.arange(COPYING_TOKENS) >= length,
+                "whole": True,
+                "capability": COPYING,
+                "lang": "none",
+            }
+
+    return tf.data.Dataset.from_generator(
+        examples,
+        output_signature={
+            "tokens": tf.TensorSpec([None], tf.int32),
+            "loss_mask": tf.TensorSpec([None], tf.bool),
+            "whole": tf.TensorSpec([], tf.bool),
+            "capability": tf.TensorSpec([], tf.string),
+            "lang": tf.TensorSpec([], tf.string),
+        },
+    )
 
 
 def _tokenize(dataset: tf.data.Dataset, *, tokenizer: Tokenizer, trajectory_loss: str) -> tf.data.Dataset:

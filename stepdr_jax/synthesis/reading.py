@@ -188,22 +188,20 @@ def quoting(card: Card, others: list[Card], rng: random.Random) -> dict:
         first, *rest = [(item.card.topic(item.relation), item.quote) for item in asked]
         completion = first[1] + "".join(f"\n{topic}\n{quote}" for topic, quote in rest)
         return _row(f"{text}\n{first[0]}\n", completion)
-    pairs = []
-    for number in range(rng.randint(3, 5)):
-        subject = card if number == 0 or not others else rng.choice(others)
-        relation = rng.choice(list(subject.values))
-        pairs.append((question(subject, relation, rng), subject.topic(relation)))
-    (first, topic), *rest = pairs
+    relation = rng.choice(list(card.values))
     arrow = "搜索：" if lang == "zh" else "Search: "
-    completion = topic + "".join(f"\n{asked}\n{arrow}{wanted}" for asked, wanted in rest)
-    return _row(f"{first}\n{arrow}", completion)
+    return _row(f"{question(card, relation, rng)}\n{arrow}", card.topic(relation))
 
 
 def _repeat(card: Card, rng: random.Random) -> dict:
     words = []
     for _ in range(rng.randint(4, 14)):
         kind = rng.random()
-        if kind < 0.45:
+        if kind < 0.25:  # letters without any sense: nothing but the first span tells what comes next
+            words.append(
+                "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(2, 7)))
+            )
+        elif kind < 0.45:
             words.append(invented_name(rng, card.lang, capitalised=rng.random() < 0.7))
         elif kind < 0.6:
             words.append(str(rng.randint(10, 10 ** rng.randint(2, 8))))

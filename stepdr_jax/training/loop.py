@@ -200,6 +200,7 @@ def _open_data(config, stage: str) -> tuple[Batches, int]:
         batch=settings.batch,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
+        opening=(settings.opening, settings.opening_steps),
     )
     return loader, tokenizer.vocab_size
 
