@@ -49,7 +49,7 @@ def test_fields_are_changed_by_their_type():
         ("--config.ppo.clip=-1", "ppo.clip: expected a number above 0"),
         ("--config.ppo.clip=nan", "ppo.clip: expected a number above 0"),
         ("--config.ppo.gamma=2", "ppo.gamma: expected a share between 0 and 1"),
-        ("--config.model.num_kv_heads=3", "model.num_kv_heads: expected a divisor of model.num_heads 4"),
+        ("--config.model.num_kv_heads=3", "model.num_kv_heads: expected a divisor of model.num_heads 2"),
         ("--config.sft.microbatches=5", "sft.microbatches: expected a divisor"),
         ("--config.agent.prompt=long", "agent.prompt: expected one of compact, full"),
         ("--config.world.as_of=yesterday", "world.as_of: expected a date"),

@@ -142,7 +142,7 @@ def test_a_full_disk_is_an_error_that_names_the_fix_and_leaves_the_checkpoint_be
 
 
 def test_another_config_is_refused_with_the_field_that_differs(whole):
-    with pytest.raises(UserError, match=r"midtrain1\.learning_rate = 0\.003, this config has 0\.1; choose another"):
+    with pytest.raises(UserError, match=r"midtrain1\.learning_rate = 0\.0025, this config has 0\.1; choose another"):
         train(whole[0], **{"midtrain1.learning_rate": 0.1})
 
 
