@@ -296,9 +296,11 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.tokens.tokenizer import Tokenizer
     from stepdr_jax.training import state
+    from stepdr_jax.training.compilation import keep_compiled
 
     run_dir = Path(config.run_dir)
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
+    keep_compiled(run_dir / ".jax_cache")
     engine = JaxEngine(
         state.load_params(config, config.seed, stage),
         Qwen2Config.from_config(config.model, tokenizer.vocab_size),

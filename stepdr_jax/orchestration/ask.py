@@ -79,6 +79,7 @@ def trained_policy(
     from stepdr_jax.tokens import chat
     from stepdr_jax.tokens.tokenizer import Tokenizer
     from stepdr_jax.training import state
+    from stepdr_jax.training.compilation import keep_compiled
 
     tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
     asked = task(question, as_of)
@@ -90,6 +91,7 @@ def trained_policy(
         raise UserError(
             f"the question takes {used} tokens, this model's context has room for {room}; ask it in fewer words"
         )
+    keep_compiled(Path(config.run_dir) / ".jax_cache")
     engine = JaxEngine(
         state.load_params(config, config.seed, stage),
         qwen2.Qwen2Config.from_config(config.model, tokenizer.vocab_size),

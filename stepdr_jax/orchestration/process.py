@@ -42,7 +42,8 @@ def run(
 
     On KeyboardInterrupt the child is interrupted too, given STOP_SECONDS to save, and the interrupt is raised again.
     """
-    environment = os.environ | {
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ  # huge pages: a tenth off a training step
+    environment |= {
         DIE_WITH_PARENT: str(os.getpid()),
         "PYTHONUNBUFFERED": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",  # TensorFlow's and XLA's greetings
