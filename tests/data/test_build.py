@@ -37,7 +37,7 @@ config.run_dir = sys.argv[1]
 config.tokenizer.vocab_size = 500
 for stage, context, mixture in (
     ("midtrain1", 32, dict(active_reading=0.7, quoting=0.3)),
-    ("midtrain2", 128, dict(deep_search_tools=0.5, dialogue=0.5)),
+    ("midtrain2", 128, dict(deep_search_tools=0.5, dialogue=0.25, copying=0.25)),
     ("sft", 128, dict(sft_deep_search=1.0)),
 ):
     config[stage].context = context
@@ -213,6 +213,18 @@ def test_sft_predicts_what_the_assistant_wrote_and_mid_training_the_whole_episod
     assert [predicted for _, predicted in examples(run, "sft", "sft_deep_search", tok)] == [written] * 3
     for text, predicted in examples(run, "midtrain2", "deep_search_tools", tok):
         assert "<|im_start|>" + predicted == text
+
+
+def test_copying_repeats_a_span_of_ordinary_ids_and_predicts_all_but_its_first(run, tok):
+    batch = all_rows(run, "midtrain2", "copying", tok)
+    assert batch["tokens"].max() < tok.endoftext
+    spans = set()
+    for tokens, mask in zip(batch["tokens"][:50], batch["loss_mask"], strict=False):
+        length = int(np.argmax(mask))
+        assert 5 <= length < 30 and mask[length:].all()
+        assert np.array_equal(tokens[length:], tokens[:-length])
+        spans.add(tuple(tokens[:length]))
+    assert len(spans) == 50
 
 
 def test_text_of_pages_never_becomes_control_ids(run, tok):

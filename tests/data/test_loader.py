@@ -67,6 +67,20 @@ def test_components_come_at_their_rates_exactly(data):
         assert np.array_equal(subject.batch(step)["tokens"][:, 0] >= 200, subject.batch(step)["source"] == 1)
 
 
+def test_an_opening_reads_one_component_alone_and_then_the_mixture_from_its_start(data):
+    opened = Loader(data, "sft", MIXTURE, 8, 0, "tok", opening=("short", 3))
+    for step in range(3):
+        assert set(opened.batch(step)["source"]) == {opened.sources.index("short")}
+    for step in range(4):
+        assert np.array_equal(opened.batch(step + 3)["tokens"], loader(data).batch(step)["tokens"])
+    assert opened.fingerprint != loader(data).fingerprint
+
+
+def test_an_opening_outside_the_mixture_is_refused(data):
+    with pytest.raises(UserError, match="sft.opening to be a component of its mixture .* got 'nothing'"):
+        Loader(data, "sft", MIXTURE, 8, 0, "tok", opening=("nothing", 3))
+
+
 def test_every_epoch_has_every_row_once_in_another_order(data):
     seen = np.concatenate([loader(data).batch(step)["tokens"][:, 0] for step in range(10)])
     long = [token for token in seen.tolist() if token < 200]
