@@ -5,31 +5,22 @@ interrupted run. With --config.tools.address the tool host there is used; otherw
 """
 
 import contextlib
-from pathlib import Path
 
-from launch import entry
+from launch import entry, tool_host
 from stepdr_jax.rl import loop
 from tools_env.process import ToolHost
 
 
 def main(config) -> None:
-    loop.run(config, lambda: tool_host(config))
+    loop.run(config, lambda: host_of(config))
     print(loop.home_of(config))
 
 
-def tool_host(config) -> contextlib.AbstractContextManager[ToolHost | None]:
+def host_of(config) -> contextlib.AbstractContextManager[ToolHost | None]:
     """A tool host of our own, or None where the config names one that someone else runs."""
     if config.tools.address:
         return contextlib.nullcontext()
-    run_dir = Path(config.run_dir)
-    return ToolHost(
-        run_dir / "world",
-        topk=config.tools.topk,
-        max_observation_chars=config.tools.max_observation_chars,
-        fetch_timeout=config.tools.fetch_timeout,
-        concurrency=config.tools.concurrency,
-        log_path=run_dir / "logs" / f"seed{config.seed}.ppo_tool_host.log",
-    )
+    return tool_host.own(config, f"seed{config.seed}.ppo")
 
 
 if __name__ == "__main__":

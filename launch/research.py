@@ -14,7 +14,7 @@ from pathlib import Path
 import rich.console
 from absl import flags
 
-from launch import entry
+from launch import entry, tool_host
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
@@ -68,19 +68,11 @@ def main(config) -> None:
         trajectory = run(config.tools.address)
     else:
         # Here: a person who asks through a running tool host needs none of its packages.
-        from tools_env.process import ToolHost
         from tools_env.world.build import build_world
 
         world = Path(config.run_dir) / "world"
         build_world(world, seed=config.data_seed, documents=config.world.documents)
-        with ToolHost(
-            world,
-            topk=topk,
-            max_observation_chars=shown_chars,
-            fetch_timeout=config.tools.fetch_timeout,
-            concurrency=config.tools.concurrency,
-            log_path=Path(config.run_dir) / "logs" / "research_tool_host.log",
-        ) as host:
+        with tool_host.own(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)
     paths = ask.write(trajectory, question, out)

@@ -6,9 +6,8 @@ Writes run_dir/world and run_dir/corpus. Safe to run again: finished work is kep
 import sys
 from pathlib import Path
 
-from launch import entry
+from launch import entry, tool_host
 from stepdr_jax.synthesis import pipeline
-from tools_env.process import ToolHost
 from tools_env.world.build import build_world
 
 
@@ -21,14 +20,7 @@ def main(config) -> None:
     elif config.tools.address:
         card = pipeline.run(config, config.tools.address)
     else:
-        with ToolHost(
-            run_dir / "world",
-            topk=config.tools.topk,
-            max_observation_chars=config.tools.max_observation_chars,
-            fetch_timeout=config.tools.fetch_timeout,
-            concurrency=config.tools.concurrency,
-            log_path=run_dir / "logs" / "synthesize_tool_host.log",
-        ) as host:
+        with tool_host.own(config, "synthesize") as host:
             card = pipeline.run(config, host.address)
     kept = sum(card["episodes"]["kept"].values())
     tasks = {split: sum(table.values()) for split, table in card["tasks"].items()}
