@@ -86,8 +86,10 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
 
 def _weighted_values(weights_BNGTS, v_BNSK):
     """Unnormalised attention output, float32[B, N, G, T, K]."""
-    if weights_BNGTS.shape[3] == 1 and jax.default_backend() == "cpu":
-        # One query a row: a fused multiply and sum is twice as fast on CPU as many tiny matrix products.
+    G, T = weights_BNGTS.shape[2:4]
+    if T == 1 and G > 1 and jax.default_backend() == "cpu":
+        # One query a row: a fused multiply and sum is twice as fast on CPU as many tiny matrix products; with one query
+        # head to a key head (G = 1) XLA makes of it a loop that is ten times slower.
         product = weights_BNGTS[:, :, :, 0, :, None] * v_BNSK[:, :, None]
         return jnp.sum(product, axis=3, dtype=jnp.float32)[:, :, :, None]
     return jnp.einsum("BNGTS,BNSK->BNGTK", weights_BNGTS, v_BNSK, preferred_element_type=jnp.float32)
