@@ -78,6 +78,8 @@ def explain(error: BaseException) -> str | None:
             return (
                 f"{cause.filename}: permission denied; make it readable and writable for this user, or change run_dir"
             )
+        if isinstance(cause, OSError) and cause.filename and cause.errno in _ABOUT_A_PATH:
+            return f"{cause.filename}: {cause.strerror}; check this path, or change --config.run_dir"
         cause = cause.__cause__ or cause.__context__
     # Writers in C++ (array_record, tensorstore, orbax) report a full disk as text.
     if "No space left on device" in str(error):
@@ -163,6 +165,7 @@ def usage(program: str, doc: str | None, positional: str = "") -> str:
 
 # Errors of rooms that a script may not have loaded; their messages name the fix as UserError's do.
 _NAMED = ("ToolHostError", "ToolInfraError", "PolicyError")
+_ABOUT_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
 
 

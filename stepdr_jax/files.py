@@ -14,10 +14,7 @@ from stepdr_jax.errors import UserError
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; on success it is fsynced and renamed to `path`, else removed."""
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"cannot create the folder {path.parent} ({error.strerror}); choose another run_dir") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -119,6 +119,7 @@ class ToolHostError(Exception):
         (OSError(errno.ENOSPC, "No space left", "a/b"), 2, "disk full while writing a/b; free space and run the same"),
         (ValueError("INTERNAL: write: No space left on device"), 2, "disk full; free space and run the same"),
         (PermissionError(errno.EACCES, "denied", "a/b"), 2, "a/b: permission denied"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "a/b: Not a directory; check this path"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command to continue"),
     ],
 )
