@@ -66,7 +66,7 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
     x_BTD = weights["embedding"][tokens_BT].astype(dtype)
     written = []
     for w, kv in zip(weights["layers"], cache, strict=True):
-        q_BTHK, k_BTNK, v_BTNK = qwen2._project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
+        q_BTHK, k_BTNK, v_BTNK = qwen2.project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
         k_slots = kv["k"].at[rows_B1, :, :, write_BT].set(k_BTNK, mode="drop")
         v_slots = kv["v"].at[rows_B1, :, write_BT].set(v_BTNK, mode="drop")
         written.append({"k": k_slots, "v": v_slots})
@@ -79,9 +79,9 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
         o_BNGTK = _weighted_values(weights_BNGTS.astype(dtype), v_BNSK)
         o_BNGTK = (o_BNGTK / total_BNGT[..., None]).astype(dtype)
         o_BTHK = o_BNGTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-        x_BTD = x_BTD + qwen2._output(o_BTHK, w)
-        x_BTD = x_BTD + qwen2._mlp(x_BTD, w, config)
-    return qwen2._rms_norm(x_BTD, weights["final_norm"], config.rms_norm_eps), written
+        x_BTD = x_BTD + qwen2.attention_output(o_BTHK, w)
+        x_BTD = x_BTD + qwen2.mlp(x_BTD, w, config)
+    return qwen2.rms_norm(x_BTD, weights["final_norm"], config.rms_norm_eps), written
 
 
 def _weighted_values(weights_BNGTS, v_BNSK):

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from stepdr_jax.ops.attention import attention
+from stepdr_jax.ops.dense import dense
 from stepdr_jax.ops.rope import apply_rope, rope_tables
 
-MASKED = -1e30  # score of an unwritten or future cache entry
 UNROLLED_LAYERS = 4  # up to here layers are unrolled: stacking what the scan saves costs a tenth of a tiny model's step
 
 
@@ -139,7 +139,7 @@ def hidden_states(
     x_BTD = params["embedding"][tokens_BT].astype(dtype)
 
     def layer(x_BTD, w):
-        q_BTHK, k_BTNK, v_BTNK = _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
+        q_BTHK, k_BTNK, v_BTNK = project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
         o_BTHK = attention(
             q_BTHK,
             k_BTNK,
@@ -151,73 +151,21 @@ def hidden_states(
             in_order=True,
             backend=attention_backend,
         )
-        x_BTD = x_BTD + _output(o_BTHK, w)
-        return x_BTD + _mlp(x_BTD, w, config), None
+        x_BTD = x_BTD + attention_output(o_BTHK, w)
+        return x_BTD + mlp(x_BTD, w, config), None
 
     body = jax.checkpoint(layer) if remat else layer
     x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"], unroll=config.num_layers <= UNROLLED_LAYERS)
-    return _rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
+    return rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
 
 
-def init_cache(config: Qwen2Config, slots: int, max_len: int) -> dict:
-    """Empty K/V cache {"k", "v": [L, slots, max_len, N, K]} in config.dtype."""
-    shape = (config.num_layers, slots, max_len, config.num_kv_heads, config.head_dim)
-    return {name: jnp.zeros(shape, config.dtype) for name in ("k", "v")}
-
-
-def hidden_states_cached(
-    params: dict, tokens_BT: jax.Array, positions_BT: jax.Array, valid_BT: jax.Array, cache: dict, config: Qwen2Config
-) -> tuple[jax.Array, dict]:
-    """Extends each row of the cache by its valid tokens and returns (x_BTD, cache).
-
-    Row b writes K/V of its valid tokens at their positions, and each token sees cache entries 0..its own position: the
-    caller keeps positions of a row contiguous from 0. Invalid tokens write nothing and their x is meaningless. Donate
-    the cache to update it in place.
-
-    Args:
-        params: tree of `param_shapes`.
-        tokens_BT: int32 ids; B equals the cache's slots.
-        positions_BT: int32 positions, less than the cache's max_len where valid.
-        valid_BT: bool.
-        cache: from `init_cache`.
-        config: model shape.
-    """
-    dtype = jnp.dtype(config.dtype)
-    B, T = tokens_BT.shape
-    S = cache["k"].shape[2]
-    H, N, K = config.num_heads, config.num_kv_heads, config.head_dim
-    cos_BTk, sin_BTk = rope_tables(positions_BT, K, config.rope_theta)
-    write_BT = jnp.where(valid_BT, positions_BT, S)  # S is out of bounds: the scatter drops it
-    rows_B1 = jnp.arange(B)[:, None]
-    visible_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
-    x_BTD = params["embedding"][tokens_BT].astype(dtype)
-
-    def layer(carry, inputs):
-        # The cache is carried, not scanned over, so that XLA updates it in place instead of stacking a second one.
-        x_BTD, k_LBSNK, v_LBSNK = carry
-        w, index = inputs
-        q_BTHK, k_BTNK, v_BTNK = _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
-        k_LBSNK = k_LBSNK.at[index, rows_B1, write_BT].set(k_BTNK, mode="drop")
-        v_LBSNK = v_LBSNK.at[index, rows_B1, write_BT].set(v_BTNK, mode="drop")
-        q_BTNGK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K)
-        k_BSNK, v_BSNK = k_LBSNK[index], v_LBSNK[index]
-        scores = jnp.einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1).astype(dtype)
-        o_BTHK = jnp.einsum("BNGTS,BSNK->BTNGK", weights, v_BSNK).reshape(B, T, H, K)
-        x_BTD = x_BTD + _output(o_BTHK, w)
-        return (x_BTD + _mlp(x_BTD, w, config), k_LBSNK, v_LBSNK), None
-
-    carry = (x_BTD, cache["k"], cache["v"])
-    (x_BTD, k, v), _ = jax.lax.scan(layer, carry, (params["layers"], jnp.arange(config.num_layers)))
-    return _rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps), {"k": k, "v": v}
-
-
-def _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
+def project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
+    """Normed, projected and rotated (q_BTHK, k_BTNK, v_BTNK) of one layer, whose parameters are `w`."""
     B, T, _ = x_BTD.shape
-    h_BTD = _rms_norm(x_BTD, w["attention_norm"], config.rms_norm_eps)
+    h_BTD = rms_norm(x_BTD, w["attention_norm"], config.rms_norm_eps)
 
     def project(name, heads):
-        return (_dot(h_BTD, w[f"{name}_kernel"]) + w[f"{name}_bias"].astype(h_BTD.dtype)).reshape(
+        return (dense(h_BTD, w[f"{name}_kernel"]) + w[f"{name}_bias"].astype(h_BTD.dtype)).reshape(
             B, T, heads, config.head_dim
         )
 
@@ -226,20 +174,19 @@ def _project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
     return q_BTHK, k_BTNK, project("v", config.num_kv_heads)
 
 
-def _output(o_BTHK, w):
-    return _dot(o_BTHK.reshape(*o_BTHK.shape[:2], -1), w["output_kernel"])
+def attention_output(o_BTHK, w):
+    """What attention adds to the residual stream."""
+    return dense(o_BTHK.reshape(*o_BTHK.shape[:2], -1), w["output_kernel"])
 
 
-def _mlp(x_BTD, w, config):
-    h_BTD = _rms_norm(x_BTD, w["mlp_norm"], config.rms_norm_eps)
-    return _dot(jax.nn.silu(_dot(h_BTD, w["gate_kernel"])) * _dot(h_BTD, w["up_kernel"]), w["down_kernel"])
+def mlp(x_BTD, w, config):
+    """What the gated MLP adds to the residual stream."""
+    h_BTD = rms_norm(x_BTD, w["mlp_norm"], config.rms_norm_eps)
+    return dense(jax.nn.silu(dense(h_BTD, w["gate_kernel"])) * dense(h_BTD, w["up_kernel"]), w["down_kernel"])
 
 
-def _dot(x, kernel):
-    return x @ kernel.astype(x.dtype)
-
-
-def _rms_norm(x, scale, eps):
+def rms_norm(x, scale, eps):
+    """x / rms(x) * scale over the last axis, in float32; the result has x's dtype."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normal * scale.astype(jnp.float32)).astype(x.dtype)

@@ -16,7 +16,8 @@ def rope_tables(positions_BT: jax.Array, head_dim: int, theta: float) -> tuple[j
 
 def apply_rope(x_BTHK: jax.Array, cos_BTk: jax.Array, sin_BTk: jax.Array) -> jax.Array:
     """Rotates every head of `x`; the angles are applied in float32, the result has x's dtype."""
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BTk[:, :, None, :], sin_BTk[:, :, None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHK.dtype)
+    half = x_BTHK.shape[-1] // 2
+    cos = jnp.concatenate([cos_BTk, cos_BTk], axis=-1)[:, :, None]
+    sin = jnp.concatenate([-sin_BTk, sin_BTk], axis=-1)[:, :, None]
+    x32 = x_BTHK.astype(jnp.float32)
+    return (x32 * cos + jnp.roll(x32, half, axis=-1) * sin).astype(x_BTHK.dtype)

@@ -121,38 +121,6 @@ def test_remat_and_blockwise_change_no_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), actual, expected)
 
 
-def test_cached_decoding_equals_the_full_forward_with_rows_of_different_lengths():
-    config = small()
-    params = random_params(config)
-    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (3, 12))
-    expected = logits(params, tokens, config)
-    cache = qwen2.init_cache(config, slots=3, max_len=16)
-    done = np.zeros(3, int)
-    step = jax.jit(qwen2.hidden_states_cached, static_argnames="config")
-    widths = [(5, 3, 1), (1, 1, 1), (0, 4, 2), (4, 0, 5)]
-    for width in widths:
-        T = max(width)
-        positions = done[:, None] + np.arange(T)
-        valid = np.arange(T)[None] < np.array(width)[:, None]
-        chunk = np.take_along_axis(tokens, np.minimum(positions, 11), axis=1)
-        x_BTD, cache = step(params, chunk, positions, valid, cache, config=config)
-        actual = np.asarray(x_BTD @ qwen2.unembedding(params, config))
-        for b in range(3):
-            np.testing.assert_allclose(
-                actual[b, : width[b]], expected[b, done[b] : done[b] + width[b]], atol=1e-4, rtol=1e-4
-            )
-        done += np.array(width)
-
-
-def test_invalid_tokens_leave_the_cache_as_it_was():
-    config = small()
-    params = random_params(config)
-    cache = jax.tree.map(lambda c: c + 7.0, qwen2.init_cache(config, slots=2, max_len=8))
-    tokens, positions = jnp.ones((2, 3), jnp.int32), jnp.arange(3)[None].repeat(2, 0)
-    _, after = qwen2.hidden_states_cached(params, tokens, positions, jnp.zeros((2, 3), bool), cache, config)
-    jax.tree.map(np.testing.assert_array_equal, after, cache)
-
-
 def test_hf_tensors_round_trip():
     config = small(tie_embeddings=False)
     params = random_params(config)
