@@ -83,9 +83,20 @@ def get_config() -> ConfigDict:
             tie_embeddings=True,  # as Qwen2.5 0.5B-3B
             dtype="float32",  # compute
             param_dtype="float32",
+            yarn_factor=1.0,  # above 1: rotary angles stretched by YaRN to original_context * yarn_factor tokens
+            original_context=32768,  # Qwen2.5's trained length
         )
     )
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
+    config.parallel = ConfigDict(
+        dict(
+            context_strategy="auto",  # how attention crosses mesh.context: ring, all_gather, ulysses; auto = cheapest
+            zigzag=True,  # each context shard holds an early and a late piece of a row, so that causal work is equal
+            attention="auto",  # backend: reference, prefix, blockwise, splash (TPU), cudnn (GPU); auto = by device
+            remat="none",  # saved of a layer: none = all, layer = its input, attention = and its attention, offload = input, on the host
+            vocab_tiles=1,  # slices of the vocabulary whose head is on a chip at a time
+        )
+    )
 
     def stage(**overrides) -> ConfigDict:
         base = dict(

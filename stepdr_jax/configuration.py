@@ -29,6 +29,9 @@ CHOICES = {
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
     "ppo.unfinished": ("worst", "zero"),
+    "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),
+    "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
+    "parallel.remat": ("none", "layer", "attention", "offload"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
 }

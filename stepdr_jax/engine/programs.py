@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.qwen2 import Qwen2Config, unembedding
-from stepdr_jax.ops.rope import rope_tables
 
 MASKED = -1e30  # score of a cache entry that is not written yet
 SAMPLING_BLOCK = 64  # words of one block of the two-stage draw
@@ -59,7 +58,7 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
     B, T = tokens_BT.shape
     H, N, K = config.num_heads, config.num_kv_heads, config.head_dim
     S = cache[0]["k"].shape[-1]
-    cos_BTk, sin_BTk = rope_tables(positions_BT, K, config.rope_theta)
+    cos_BTk, sin_BTk = qwen2.rotary(positions_BT, config)
     write_BT = jnp.where(valid_BT, positions_BT, S)  # S is out of bounds, and an out-of-bounds write is dropped
     hidden_BTS = jnp.arange(S)[None, None, :] > positions_BT[:, :, None]
     rows_B1 = (jnp.arange(B) if slots_B is None else slots_B)[:, None]

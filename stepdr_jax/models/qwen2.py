@@ -42,12 +42,16 @@ class Qwen2Config:
     tie_embeddings: bool
     dtype: str = "float32"
     param_dtype: str = "float32"
+    yarn_factor: float = 1.0  # above 1, rotary angles are stretched by YaRN to original_context * yarn_factor tokens
+    original_context: int = 32768  # Qwen2.5's trained length, which YaRN starts from
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"expected num_heads to be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}"
             )
+        if self.yarn_factor < 1:
+            raise ValueError(f"expected yarn_factor of at least 1, got {self.yarn_factor}")
         if self.head_dim % 2:
             raise ValueError(f"expected an even head_dim for rotary positions, got {self.head_dim}")
 
@@ -113,6 +117,15 @@ def unembedding(params: dict, config: Qwen2Config) -> jax.Array:
     return params["embedding"].T if config.tie_embeddings else params["unembedding"]
 
 
+def forward(
+    params: dict, config: Qwen2Config, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+) -> jax.Array:
+    """float32 logits_BTV of packed rows. Holds all of them at once: for inspection and tests, not for training."""
+    x_BTD = hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, config)
+    w_DV = unembedding(params, config).astype(x_BTD.dtype)
+    return jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
+
+
 def hidden_states(
     params: dict,
     tokens_BT: jax.Array,
@@ -135,7 +148,7 @@ def hidden_states(
         remat: recompute each layer in the backward pass; activations kept fall to one x_BTD a layer.
     """
     dtype = jnp.dtype(config.dtype)
-    cos_BTk, sin_BTk = rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    cos_BTk, sin_BTk = rotary(positions_BT, config)
     x_BTD = params["embedding"][tokens_BT].astype(dtype)
 
     def layer(x_BTD, w):
@@ -157,6 +170,11 @@ def hidden_states(
     body = jax.checkpoint(layer) if remat else layer
     x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"], unroll=config.num_layers <= UNROLLED_LAYERS)
     return rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
+
+
+def rotary(positions_BT: jax.Array, config: Qwen2Config) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of the rotary angles, float32[B, T, K/2] each; computed once for all layers."""
+    return rope_tables(positions_BT, config.head_dim, config.rope_theta)
 
 
 def project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
@@ -207,8 +225,5 @@ class Qwen2(nnx.Module):
         return jax.tree.map(lambda p: p[...], self.params, is_leaf=lambda p: isinstance(p, nnx.Param))
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
-        """float32 logits_BTV. Holds all of them at once: for inspection and tests, not for training."""
-        params = self.tree()
-        x_BTD = hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, self.config)
-        w_DV = unembedding(params, self.config).astype(x_BTD.dtype)
-        return jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
+        """float32 logits_BTV; see `forward`."""
+        return forward(self.tree(), self.config, tokens_BT, positions_BT, segment_ids_BT)
