@@ -93,7 +93,8 @@ def get_config() -> ConfigDict:
             context_strategy="auto",  # how attention crosses mesh.context: ring, all_gather, ulysses; auto = cheapest
             zigzag=True,  # each context shard holds an early and a late piece of a row, so that causal work is equal
             attention="auto",  # backend: reference, prefix, blockwise, splash (TPU), cudnn (GPU); auto = by device
-            remat="none",  # saved of a layer: none = all, layer = its input, attention = and its attention, offload = input, on the host
+            remat="none",  # computed again in the backward pass: none, layer (all but its input), attention (all but
+            # its input and its attention), offload (as layer; inputs wait in the host's memory)
             vocab_tiles=1,  # slices of the vocabulary whose head is on a chip at a time
         )
     )
@@ -196,7 +197,7 @@ def get_config() -> ConfigDict:
             slots=64,  # sequences that the sampler decodes together
             shards=4,  # independent parts of the sampler, a thread each; divides slots
             microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
-            remat=False,  # recompute layers in the backward pass; needed when activations do not fit
+            remat="none",  # as parallel.remat
         )
     )
     config.eval = ConfigDict(

@@ -117,7 +117,7 @@ def _our_step(config, batch: dict):
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.training import state
     from stepdr_jax.training.optimizer import adamw
-    from stepdr_jax.training.step import train_step
+    from stepdr_jax.training.step import arrange, train_step
 
     settings = config.midtrain1
     model = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
@@ -135,6 +135,7 @@ def _our_step(config, batch: dict):
         donate_argnums=0,
     )
     now = state.new_state(state.initial_params(model, config.seed), optimizer, 1)
+    batch = arrange(batch)
 
     def step():
         nonlocal now

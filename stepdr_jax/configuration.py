@@ -25,13 +25,15 @@ MAY_BE_ZERO = frozenset(
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
 )
+REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 CHOICES = {
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
     "ppo.unfinished": ("worst", "zero"),
     "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),
     "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
-    "parallel.remat": ("none", "layer", "attention", "offload"),
+    "parallel.remat": REMAT,
+    "ppo.remat": REMAT,
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
 }

@@ -14,11 +14,26 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from stepdr_jax.ops.attention import attention
 from stepdr_jax.ops.dense import dense
 from stepdr_jax.ops.rope import apply_rope, rope_tables
+from stepdr_jax.sharding.placement import WHOLE, Placement
 
+_POLICIES = jax.checkpoint_policies
+# What a layer keeps for the backward pass; all else is computed again. `attention` spares the second pass of the
+# attention kernel (and of its ring); `offload` keeps the layer's input in the host's memory.
+REMAT = {
+    "none": None,
+    "layer": _POLICIES.nothing_saveable,
+    "attention": _POLICIES.save_only_these_names("attention_out", "attention_lse"),
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
 UNROLLED_LAYERS = 4  # up to here layers are unrolled: stacking what the scan saves costs a tenth of a tiny model's step
 
 
@@ -117,6 +132,11 @@ def unembedding(params: dict, config: Qwen2Config) -> jax.Array:
     return params["embedding"].T if config.tie_embeddings else params["unembedding"]
 
 
+def stored_unembedding(params: dict) -> jax.Array:
+    """w_DV, or with tied embeddings w_VD, as `ops.vocab_loss.token_stats` takes it."""
+    return params.get("unembedding", params["embedding"])
+
+
 def forward(
     params: dict, config: Qwen2Config, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
 ) -> jax.Array:
@@ -133,74 +153,71 @@ def hidden_states(
     segment_ids_BT: jax.Array,
     config: Qwen2Config,
     *,
-    attention_backend: str = "auto",
-    remat: bool = False,
+    placement: Placement = WHOLE,
+    remat: str = "none",
 ) -> jax.Array:
     """Final hidden states x_BTD (after the last norm) of packed rows.
 
     Args:
-        params: tree of `param_shapes`.
+        params: tree of `param_shapes`; under shard_map this device's parts, as `placement` describes them.
         tokens_BT: int32 ids.
         positions_BT: int32 positions inside each segment.
         segment_ids_BT: int32; tokens attend causally within their segment, 0 is padding.
         config: model shape.
-        attention_backend: see `ops.attention.attention`.
-        remat: recompute each layer in the backward pass; activations kept fall to one x_BTD a layer.
+        placement: this device's part; the default computes the whole.
+        remat: what is kept of each layer for the backward pass, one of REMAT.
     """
     dtype = jnp.dtype(config.dtype)
     cos_BTk, sin_BTk = rotary(positions_BT, config)
-    x_BTD = params["embedding"][tokens_BT].astype(dtype)
+    x_BTD = placement.embed(params["embedding"], tokens_BT, dtype)
 
     def layer(x_BTD, w):
-        q_BTHK, k_BTNK, v_BTNK = project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
-        o_BTHK = attention(
-            q_BTHK,
-            k_BTNK,
-            v_BTNK,
-            query_positions_BT=positions_BT,
-            key_positions_BS=positions_BT,
-            query_segments_BT=segment_ids_BT,
-            key_segments_BS=segment_ids_BT,
-            in_order=True,
-            backend=attention_backend,
-        )
-        x_BTD = x_BTD + attention_output(o_BTHK, w)
-        return x_BTD + mlp(x_BTD, w, config), None
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
+        w = placement.layer(w, dtype)
+        q_BTHK, k_BTNK, v_BTNK = project_qkv(x_BTD, w, cos_BTk, sin_BTk, config, placement)
+        o_BTHK = placement.attend(q_BTHK, k_BTNK, v_BTNK, positions_BT, segment_ids_BT)
+        x_BTD = x_BTD + attention_output(o_BTHK, w, placement)
+        return x_BTD + mlp(x_BTD, w, config, placement), None
 
-    body = jax.checkpoint(layer) if remat else layer
+    body = layer if remat == "none" else jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=False)
     x_BTD, _ = jax.lax.scan(body, x_BTD, params["layers"], unroll=config.num_layers <= UNROLLED_LAYERS)
     return rms_norm(x_BTD, params["final_norm"], config.rms_norm_eps)
 
 
 def rotary(positions_BT: jax.Array, config: Qwen2Config) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) of the rotary angles, float32[B, T, K/2] each; computed once for all layers."""
-    return rope_tables(positions_BT, config.head_dim, config.rope_theta)
+    return rope_tables(
+        positions_BT,
+        config.head_dim,
+        config.rope_theta,
+        yarn_factor=config.yarn_factor,
+        original_context=config.original_context,
+    )
 
 
-def project_qkv(x_BTD, w, cos_BTk, sin_BTk, config):
-    """Normed, projected and rotated (q_BTHK, k_BTNK, v_BTNK) of one layer, whose parameters are `w`."""
+def project_qkv(x_BTD, w, cos_BTk, sin_BTk, config, placement: Placement = WHOLE):
+    """Normed, projected and rotated (q_BTHK, k_BTNK, v_BTNK) of one layer, whose gathered parameters are `w`."""
     B, T, _ = x_BTD.shape
-    h_BTD = rms_norm(x_BTD, w["attention_norm"], config.rms_norm_eps)
+    h_BTD = placement.enter(rms_norm(x_BTD, w["attention_norm"], config.rms_norm_eps))
 
-    def project(name, heads):
-        return (dense(h_BTD, w[f"{name}_kernel"]) + w[f"{name}_bias"].astype(h_BTD.dtype)).reshape(
-            B, T, heads, config.head_dim
-        )
+    def project(name):  # to the heads that are here
+        projected = dense(h_BTD, w[f"{name}_kernel"]) + w[f"{name}_bias"].astype(h_BTD.dtype)
+        return projected.reshape(B, T, -1, config.head_dim)
 
-    q_BTHK = apply_rope(project("q", config.num_heads), cos_BTk, sin_BTk)
-    k_BTNK = apply_rope(project("k", config.num_kv_heads), cos_BTk, sin_BTk)
-    return q_BTHK, k_BTNK, project("v", config.num_kv_heads)
+    return apply_rope(project("q"), cos_BTk, sin_BTk), apply_rope(project("k"), cos_BTk, sin_BTk), project("v")
 
 
-def attention_output(o_BTHK, w):
+def attention_output(o_BTHK, w, placement: Placement = WHOLE):
     """What attention adds to the residual stream."""
-    return dense(o_BTHK.reshape(*o_BTHK.shape[:2], -1), w["output_kernel"])
+    return placement.leave(dense(o_BTHK.reshape(*o_BTHK.shape[:2], -1), w["output_kernel"]))
 
 
-def mlp(x_BTD, w, config):
+def mlp(x_BTD, w, config, placement: Placement = WHOLE):
     """What the gated MLP adds to the residual stream."""
-    h_BTD = rms_norm(x_BTD, w["mlp_norm"], config.rms_norm_eps)
-    return dense(jax.nn.silu(dense(h_BTD, w["gate_kernel"])) * dense(h_BTD, w["up_kernel"]), w["down_kernel"])
+    h_BTD = placement.enter(rms_norm(x_BTD, w["mlp_norm"], config.rms_norm_eps))
+    return placement.leave(
+        dense(jax.nn.silu(dense(h_BTD, w["gate_kernel"])) * dense(h_BTD, w["up_kernel"]), w["down_kernel"])
+    )
 
 
 def rms_norm(x, scale, eps):

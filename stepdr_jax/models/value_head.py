@@ -33,17 +33,8 @@ def values(
     segment_ids_BT: jax.Array,
     config: qwen2.Qwen2Config,
     *,
-    attention_backend: str = "auto",
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """v_BT float32: the value after reading tokens 0..t of the segment."""
-    x_BTD = qwen2.hidden_states(
-        params["decoder"],
-        tokens_BT,
-        positions_BT,
-        segment_ids_BT,
-        config,
-        attention_backend=attention_backend,
-        remat=remat,
-    )
+    x_BTD = qwen2.hidden_states(params["decoder"], tokens_BT, positions_BT, segment_ids_BT, config, remat=remat)
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), params["value_kernel"]) + params["value_bias"]

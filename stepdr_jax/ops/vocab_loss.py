@@ -1,18 +1,49 @@
 """Per-token statistics of a vocabulary distribution, without ever holding the whole [N, V] array of logits.
 
 Mid-training, SFT, the PPO actor and its reference all take log-probability, entropy and log-partition from here. The
-backward pass recomputes each chunk's logits from x and w, so the memory is O(chunk * V) in both directions: float32
-logits of one 128K-token sequence over 152K words would be 74 GiB.
+vocabulary is walked in tiles and the tokens in chunks, with a running log-sum-exp; the backward pass recomputes each
+piece's logits from x and w. Memory is O(chunk * V / tiles) in both directions: float32 logits of one 128K-token
+sequence over 152K words would be 74 GiB. Under shard_map the unembedding may be split: a tile is gathered when its turn
+comes and its gradient is scattered before the next one, so neither is ever whole on a device.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How the unembedding given to `token_stats` is stored and split.
+
+    transposed: stored [V, D] (tied to the embedding) instead of [D, V].
+    d_axes, v_axes: mesh axes that D and V are split over and that a tile is gathered from.
+    tensor: (axis, size) that V is split over and stays split over: each device sees its own words, and statistics are
+        summed. ("", 1) when there is none.
+    tiles: slices of V, each computed in its turn.
+    """
+
+    transposed: bool = False
+    d_axes: tuple[str, ...] = ()
+    v_axes: tuple[str, ...] = ()
+    tensor: tuple[str, int] = ("", 1)
+    tiles: int = 1
+
+    @property
+    def v_dim(self) -> int:
+        return 0 if self.transposed else 1
+
+
 def token_stats(
-    x_ND: jax.Array, w_DV: jax.Array, targets_N: jax.Array, *, chunk: int, temperature: float = 1.0
+    x_ND: jax.Array,
+    w: jax.Array,
+    targets_N: jax.Array,
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+    head: Head = Head(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probability of the target, entropy and log-partition of softmax(x @ w / temperature), per token.
 
@@ -21,99 +52,175 @@ def token_stats(
 
     Args:
         x_ND: final hidden states.
-        w_DV: unembedding.
+        w: unembedding w_DV, or w_VD when head.transposed.
         targets_N: int32 target ids in [0, V).
         chunk: tokens whose logits exist at a time; N need not be a multiple.
         temperature: divides the logits.
+        head: layout of w; inside shard_map, its mesh axes.
 
     Returns:
         (logprob_N, entropy_N in nats, logz_N), float32.
     """
     if chunk < 1:
         raise ValueError(f"expected chunk of at least 1 token, got {chunk}")
+    if w.shape[head.v_dim] % head.tiles:
+        raise ValueError(f"expected a number of tiles that divides {w.shape[head.v_dim]} words, got {head.tiles}")
     N = x_ND.shape[0]
     chunk = min(chunk, N)
     pad = -N % chunk
     if pad:  # zero rows give finite statistics, and get zero cotangents when sliced off
         x_ND = jnp.pad(x_ND, ((0, pad), (0, 0)))
         targets_N = jnp.pad(targets_N, (0, pad))
-    stats = _chunked(x_ND, w_DV, targets_N, chunk, float(temperature))
+    stats = _stats(x_ND, w, targets_N, chunk, float(temperature), head)
     return tuple(s_N[:N] for s_N in stats)
 
 
-def _logits(x_cD, w_DV, temperature):
-    logits_cV = jnp.einsum("cD,DV->cV", x_cD, w_DV, preferred_element_type=jnp.float32)
+def _gathered(tile, head: Head):
+    for axis in reversed(head.d_axes):
+        tile = jax.lax.all_gather(tile, axis, axis=1 - head.v_dim, tiled=True)
+    for axis in reversed(head.v_axes):
+        tile = jax.lax.all_gather(tile, axis, axis=head.v_dim, tiled=True)
+    return tile
+
+
+def _scattered(g_tile, head: Head):
+    """The transpose of `_gathered`: this device's part of the sum of all devices' gradients."""
+    for axis in head.v_axes:
+        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=head.v_dim, tiled=True)
+    for axis in head.d_axes:
+        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=1 - head.v_dim, tiled=True)
+    return g_tile
+
+
+def _tile(w, index, dtype, head: Head):
+    """(tile of the unembedding in dtype, int32 ids of its words)."""
+    words = w.shape[head.v_dim] // head.tiles
+    piece = jax.lax.dynamic_slice_in_dim(w, index * words, words, axis=head.v_dim) if head.tiles > 1 else w
+    tile = _gathered(piece.astype(dtype), head)
+    blocks = tile.shape[head.v_dim] // words
+    first = jax.lax.axis_index(head.tensor[0]) * (w.shape[head.v_dim] * blocks) if head.tensor[1] > 1 else 0
+    block_starts = first + jnp.arange(blocks, dtype=jnp.int32) * w.shape[head.v_dim] + index * words
+    return tile, (block_starts[:, None] + jnp.arange(words, dtype=jnp.int32)).reshape(-1)
+
+
+def _logits(x_cD, tile, temperature, head: Head):
+    logits_cV = jnp.einsum(
+        "cD,VD->cV" if head.transposed else "cD,DV->cV", x_cD, tile, preferred_element_type=jnp.float32
+    )
     return logits_cV if temperature == 1.0 else logits_cV / temperature
 
 
-def _forward_chunk(x_cD, w_DV, targets_c, temperature):
-    logits_cV = _logits(x_cD, w_DV, temperature)
+def _sums(x_cD, targets_c, tile, ids_V, temperature, head: Head):
+    """(largest logit, sum of exp, sum of exp * logit, logit of the target or 0), the sums relative to the largest."""
+    logits_cV = _logits(x_cD, tile, temperature, head)
     largest_c = jnp.max(logits_cV, axis=-1)
     exp_cV = jnp.exp(logits_cV - largest_c[:, None])
-    total_c = jnp.sum(exp_cV, axis=-1)
-    logz_c = jnp.log(total_c) + largest_c
-    mean_logit_c = jnp.sum(exp_cV * logits_cV, axis=-1) / total_c
-    target_logit_c = jnp.take_along_axis(logits_cV, targets_c[:, None], axis=-1)[:, 0]
-    return target_logit_c - logz_c, logz_c - mean_logit_c, logz_c
+    target_c = jnp.sum(jnp.where(targets_c[:, None] == ids_V, logits_cV, 0.0), axis=-1)
+    return largest_c, jnp.sum(exp_cV, axis=-1), jnp.sum(exp_cV * logits_cV, axis=-1), target_c
 
 
-def _backward_chunk(x_cD, w_DV, targets_c, entropy_c, logz_c, cotangents, temperature):
-    """Gradients of one chunk: with z the scaled logits and p = softmax(z),
+def _merged(a, b):
+    largest = jnp.maximum(a[0], b[0])
+    scale_a, scale_b = jnp.exp(a[0] - largest), jnp.exp(b[0] - largest)
+    return largest, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b, a[3] + b[3]
+
+
+def _in_chunks(body, arrays, chunk):
+    """body over pieces of `chunk` tokens of each [N, ...] array; results joined again."""
+    N = arrays[0].shape[0]
+    if N == chunk:
+        return body(arrays)
+    split = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), arrays)
+    _, out = jax.lax.scan(lambda _, piece: (None, body(piece)), None, split)
+    return jax.tree.map(lambda a: a.reshape(N, *a.shape[2:]), out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _stats(x_ND, w, targets_N, chunk, temperature, head):
+    def tile_sums(index):
+        tile, ids_V = _tile(w, index, x_ND.dtype, head)
+        return _in_chunks(lambda xt: _sums(*xt, tile, ids_V, temperature, head), (x_ND, targets_N), chunk)
+
+    sums = tile_sums(0)
+    if head.tiles > 1:
+        sums, _ = jax.lax.scan(lambda s, index: (_merged(s, tile_sums(index)), None), sums, jnp.arange(1, head.tiles))
+    largest_N, total_N, weighted_N, target_N = sums
+    if head.tensor[1] > 1:
+        axis = head.tensor[0]
+        over_all = jax.lax.pmax(largest_N, axis)
+        scale_N = jnp.exp(largest_N - over_all)
+        largest_N = over_all
+        total_N, weighted_N, target_N = jax.lax.psum((total_N * scale_N, weighted_N * scale_N, target_N), axis)
+    logz_N = jnp.log(total_N) + largest_N
+    return target_N - logz_N, logz_N - weighted_N / total_N, logz_N
+
+
+def _forward(x_ND, w, targets_N, chunk, temperature, head):
+    logprob_N, entropy_N, logz_N = _stats(x_ND, w, targets_N, chunk, temperature, head)
+    return (logprob_N, entropy_N, logz_N), (x_ND, w, targets_N, entropy_N, logz_N)
+
+
+def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile, ids_V, temperature, head):
+    """Gradient of the logits of one piece: with z the scaled logits and p = softmax(z),
 
     d logprob / dz = onehot - p,   d entropy / dz = -p (log p + entropy),   d logz / dz = p.
     """
     g_logprob_c, g_entropy_c, g_logz_c = cotangents
-    logits_cV = _logits(x_cD, w_DV, temperature)
-    logp_cV = logits_cV - logz_c[:, None]
+    logp_cV = _logits(x_cD, tile, temperature, head) - logz_c[:, None]
     slope_c = g_logz_c - g_logprob_c - g_entropy_c * entropy_c
     g_cV = jnp.exp(logp_cV) * (slope_c[:, None] - g_entropy_c[:, None] * logp_cV)
-    hit_cV = targets_c[:, None] == jnp.arange(w_DV.shape[1], dtype=targets_c.dtype)
-    g_cV = jnp.where(hit_cV, g_cV + g_logprob_c[:, None], g_cV)
+    g_cV = jnp.where(targets_c[:, None] == ids_V, g_cV + g_logprob_c[:, None], g_cV)
     if temperature != 1.0:
         g_cV = g_cV / temperature
-    g_cV = g_cV.astype(x_cD.dtype)
-    g_x_cD = jnp.einsum("cV,DV->cD", g_cV, w_DV, preferred_element_type=jnp.float32)
-    g_w_DV = jnp.einsum("cD,cV->DV", x_cD, g_cV, preferred_element_type=jnp.float32)
-    return g_x_cD, g_w_DV
+    return g_cV.astype(x_cD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _chunked(x_ND, w_DV, targets_N, chunk, temperature):
-    w_DV = w_DV.astype(x_ND.dtype)
-    if x_ND.shape[0] == chunk:
-        return _forward_chunk(x_ND, w_DV, targets_N, temperature)
+def _backward(chunk, temperature, head, saved, cotangents):
+    x_ND, w, targets_N, entropy_N, logz_N = saved
+    for_x = "cV,VD->cD" if head.transposed else "cV,DV->cD"
+    for_w = "cV,cD->VD" if head.transposed else "cD,cV->DV"
+    per_token = (x_ND, targets_N, entropy_N, logz_N, tuple(cotangents))
 
-    def body(_, inputs):
-        x_cD, targets_c = inputs
-        return None, _forward_chunk(x_cD, w_DV, targets_c, temperature)
+    def tile_gradients(index):
+        """(gradient of x through this tile, float32[N, D]; gradient of this device's part of the tile)."""
+        tile, ids_V = _tile(w, index, x_ND.dtype, head)
 
-    _, stats = jax.lax.scan(body, None, (x_ND.reshape(-1, chunk, x_ND.shape[1]), targets_N.reshape(-1, chunk)))
-    return tuple(s.reshape(-1) for s in stats)
+        def chunk_gradients(piece):
+            g_cV = _g_logits(*piece, tile, ids_V, temperature, head)
+            operands = (piece[0], g_cV) if not head.transposed else (g_cV, piece[0])
+            return (
+                jnp.einsum(for_x, g_cV, tile, preferred_element_type=jnp.float32),
+                jnp.einsum(for_w, *operands, preferred_element_type=jnp.float32),
+            )
+
+        if x_ND.shape[0] == chunk:
+            g_x_ND, g_tile = chunk_gradients(per_token)
+        else:
+            split = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), per_token)
+
+            def add(g_tile, piece):
+                g_x_cD, more = chunk_gradients(piece)
+                return g_tile + more, g_x_cD
+
+            g_tile, g_x = jax.lax.scan(add, jnp.zeros(tile.shape, jnp.float32), split)
+            g_x_ND = g_x.reshape(x_ND.shape)
+        return g_x_ND, _scattered(g_tile, head)
+
+    if head.tiles == 1:
+        g_x_ND, g_w = tile_gradients(0)
+    else:
+        words = w.shape[head.v_dim] // head.tiles
+
+        def add_tile(carry, index):
+            g_x_ND, g_w = carry
+            more, g_tile = tile_gradients(index)
+            return (g_x_ND + more, jax.lax.dynamic_update_slice_in_dim(g_w, g_tile, index * words, head.v_dim)), None
+
+        start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
+        (g_x_ND, g_w), _ = jax.lax.scan(add_tile, start, jnp.arange(head.tiles))
+    if head.tensor[1] > 1:
+        g_x_ND = jax.lax.psum(g_x_ND, head.tensor[0])
+    return g_x_ND.astype(x_ND.dtype), g_w.astype(w.dtype), None
 
 
-def _chunked_forward(x_ND, w_DV, targets_N, chunk, temperature):
-    logprob_N, entropy_N, logz_N = _chunked(x_ND, w_DV, targets_N, chunk, temperature)
-    return (logprob_N, entropy_N, logz_N), (x_ND, w_DV, targets_N, entropy_N, logz_N)
-
-
-def _chunked_backward(chunk, temperature, saved, cotangents):
-    x_ND, w_DV, targets_N, entropy_N, logz_N = saved
-    w_cast_DV = w_DV.astype(x_ND.dtype)
-    if x_ND.shape[0] == chunk:
-        g_x_ND, g_w_DV = _backward_chunk(x_ND, w_cast_DV, targets_N, entropy_N, logz_N, cotangents, temperature)
-        return g_x_ND.astype(x_ND.dtype), g_w_DV.astype(w_DV.dtype), None
-
-    def body(g_w_DV, inputs):
-        x_cD, targets_c, entropy_c, logz_c, cotangents_c = inputs
-        g_x_cD, g_w_chunk_DV = _backward_chunk(x_cD, w_cast_DV, targets_c, entropy_c, logz_c, cotangents_c, temperature)
-        return g_w_DV + g_w_chunk_DV, g_x_cD.astype(x_cD.dtype)
-
-    def split(a):
-        return a.reshape(-1, chunk, *a.shape[1:])
-
-    inputs = jax.tree.map(split, (x_ND, targets_N, entropy_N, logz_N, tuple(cotangents)))
-    g_w_DV, g_x = jax.lax.scan(body, jnp.zeros(w_DV.shape, jnp.float32), inputs)
-    return g_x.reshape(x_ND.shape), g_w_DV.astype(w_DV.dtype), None
-
-
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_stats.defvjp(_forward, _backward)

@@ -19,7 +19,7 @@ import optax
 
 from stepdr_jax.models import qwen2, value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.ops.vocab_loss import token_stats
+from stepdr_jax.ops.vocab_loss import Head, token_stats
 from stepdr_jax.rl.rollouts import EpisodeArrays
 
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
@@ -169,7 +169,7 @@ class Settings:
     value_clip: float
     kl_coefficient: float
     entropy_coefficient: float
-    remat: bool = False  # recompute layers in the backward pass
+    remat: str = "none"  # see models.qwen2.REMAT
     loss_chunk: int = 2048  # actions per slice of the vocabulary
 
 
@@ -196,10 +196,11 @@ def _action_stats(params, rows, settings: Settings):
     target_N = rows["tokens"].reshape(-1)[rows["index"]]
     logprob_N, entropy_N, _ = token_stats(
         state_ND,
-        qwen2.unembedding(params, settings.model),
+        qwen2.stored_unembedding(params),
         target_N,
         chunk=settings.loss_chunk,
         temperature=settings.temperature,
+        head=Head(transposed=settings.model.tie_embeddings),
     )
     return logprob_N, entropy_N
 

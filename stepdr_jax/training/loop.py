@@ -6,7 +6,6 @@ at any moment and started again ends with the same bits as one that was not.
 """
 
 import dataclasses
-import functools
 import json
 import sys
 import time
@@ -21,11 +20,12 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.sharding.mesh import make_mesh
-from stepdr_jax.sharding.rules import batch_sharding, replicated
+from stepdr_jax.sharding.rules import replicated
 from stepdr_jax.training import checkpoint, metrics, state
 from stepdr_jax.training.compilation import keep_compiled
-from stepdr_jax.training.optimizer import adamw, schedule_of
-from stepdr_jax.training.step import TrainState, empty_window, train_step
+from stepdr_jax.training.optimizer import optimizer_of, schedule_of
+from stepdr_jax.training.program import order_of, parallel_of, train_program
+from stepdr_jax.training.step import TrainState, arrange, empty_window
 
 # These change when a run stops, logs and how it computes, not what it computes.
 FREE = ("checkpoint_every", "keep_checkpoints", "loss_chunk")
@@ -84,34 +84,19 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     keep_compiled(Path(config.run_dir) / ".jax_cache")
     mesh = make_mesh(**config.mesh)
     schedule = schedule_of(settings)
-    optimizer = adamw(schedule, weight_decay=settings.weight_decay, beta2=settings.beta2)
     sources = loader.sources
-    params, _ = state.start_of(config, stage, model)
-    now = state.new_state(params, optimizer, len(sources))
-    shardings = state.state_shardings(now, mesh)
-    step_program = jax.jit(
-        functools.partial(
-            train_step,
-            config=model,
-            optimizer=optimizer,
-            clip_norm=settings.clip_norm,
-            num_sources=len(sources),
-            loss_chunk=settings.loss_chunk,
-            z_loss=settings.z_loss,
-            microbatches=settings.microbatches,
-        ),
-        donate_argnums=0,
-        in_shardings=(shardings, None),
-        out_shardings=shardings,
+    program, abstract, abstract_batch = train_program(
+        config, stage, mesh, vocab_size=model.vocab_size, num_sources=len(sources)
     )
+    order = order_of(parallel_of(config, stage, mesh, model), settings.context)
 
     # ---------------------------------------------------------------- resume
-    abstract = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state.as_tree(now), state.as_tree(shardings)
-    )
-    restored = checkpoint.restore(home / "checkpoints", abstract)
+    restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))
     if restored is None:
-        now, start, tokens, seconds = jax.device_put(now, shardings), 0, 0, 0.0
+        params, _ = state.start_of(config, stage, model)
+        fresh = state.new_state(params, optimizer_of(settings), len(sources))
+        now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        start, tokens, seconds = 0, 0, 0.0
     else:
         now, start = TrainState(**restored.tree), restored.step
         tokens, seconds = restored.metadata["tokens"], restored.metadata["seconds"]
@@ -120,7 +105,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
 
     # ---------------------------------------------------------------- loop
     def put(batch):
-        return {name: jax.device_put(array, batch_sharding(mesh, ndim=np.ndim(array))) for name, array in batch.items()}
+        return {name: jax.device_put(a, abstract_batch[name].sharding) for name, a in arrange(batch, order).items()}
 
     def real_tokens(batch):
         return int(np.count_nonzero(batch["segment_ids"]))
@@ -133,7 +118,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     with jax.transfer_guard("disallow"):
         for step in range(start + 1, settings.steps + 1):
             in_step = real_tokens(batch)
-            now = step_program(now, put(batch))
+            now = program(now, put(batch))
             batch = loader.batch(step) if step < settings.steps else None  # while the devices work
             jax.block_until_ready(now.step)
             if progress is None:

@@ -36,6 +36,11 @@ def schedule_of(stage) -> optax.Schedule:
     )
 
 
+def optimizer_of(stage) -> optax.GradientTransformation:
+    """The optimizer of a training stage's config."""
+    return adamw(schedule_of(stage), weight_decay=stage.weight_decay, beta2=stage.beta2)
+
+
 def adamw(
     schedule: optax.Schedule | float, *, weight_decay: float = 0.0, beta2: float = 0.95
 ) -> optax.GradientTransformation:

@@ -9,10 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
+from stepdr_jax.sharding import rules
+from stepdr_jax.sharding.placement import WHOLE, Placement
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +47,55 @@ def empty_window(num_sources: int) -> dict:
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved."""
+
+    mesh: Mesh | None = None
+    strategy: str = "all_gather"
+    zigzag: bool = False
+    attention: str = "auto"
+    remat: str = "none"
+    vocab_tiles: int = 1
+
+    def placement(self, config: qwen2.Qwen2Config) -> Placement:
+        """What one device needs to know inside shard_map."""
+        if self.mesh is None or self.mesh.size == 1:
+            return Placement(attention=self.attention)
+        specs = rules.param_specs(qwen2.param_shapes(config), self.mesh)
+        layers = {name: axes[1:] for name, axes in specs.pop("layers").items()}  # the scan takes the layer axis off
+        sizes = tuple((axis, size) for axis, size in self.mesh.shape.items() if size > 1)
+        return Placement(sizes, tuple((specs | layers).items()), self.strategy, self.zigzag, self.attention)
+
+
+def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
+    """What a step takes, from a loader's batch: targets and weights, and the order of tokens on the context axis.
+
+    The target of position t is token t+1 when both are of one segment (not padding) and loss_mask[t+1] is set.
+
+    Args:
+        batch: tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T], source int32[B].
+        order: int32[T], a permutation of every row (`ops.context_parallel.zigzag_order`); None keeps it.
+
+    Returns:
+        tokens, targets, segment_ids, positions int32[B, T], weight float32[B, T], source int32[B].
+    """
+    segments_BT = batch["segment_ids"]
+    weight_BT = (segments_BT == np.roll(segments_BT, -1, axis=1)) & (segments_BT != 0)
+    weight_BT &= np.roll(batch["loss_mask"], -1, axis=1)
+    weight_BT[:, -1] = False
+    rows = {
+        "tokens": batch["tokens"],
+        "targets": np.roll(batch["tokens"], -1, axis=1),
+        "positions": batch["positions"],
+        "segment_ids": segments_BT,
+        "weight": weight_BT.astype(np.float32),
+    }
+    if order is not None:
+        rows = {name: row[:, order] for name, row in rows.items()}
+    return rows | {"source": batch["source"]}
+
+
 def loss_sums(
     params: dict,
     batch: dict,
@@ -51,37 +104,41 @@ def loss_sums(
     num_sources: int,
     loss_chunk: int,
     z_loss: float = 0.0,
-    attention_backend: str = "auto",
-    remat: bool = False,
+    placement: Placement = WHOLE,
+    remat: str = "none",
+    vocab_tiles: int = 1,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Summed objective of a packed batch and, per source, summed negative log-likelihood and weight.
 
-    The target of position t is token t+1 when both are of one segment (not padding) and loss_mask[t+1] is set.
-
     Args:
         params: parameter tree.
-        batch: tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T], source int32[B].
+        batch: from `arrange`; under shard_map this device's part.
         config: model shape.
         num_sources: mixture components that `source` numbers.
         loss_chunk: tokens whose logits exist at a time.
         z_loss: weight of the squared log-partition.
-        attention_backend, remat: see `qwen2.hidden_states`.
+        placement, remat: see `qwen2.hidden_states`.
+        vocab_tiles: slices of the vocabulary whose unembedding is gathered at a time.
 
     Returns:
         (sum over target tokens of nll + z_loss * logz^2, (nll sums [num_sources], weights [num_sources])).
     """
-    tokens_BT, segments_BT = batch["tokens"], batch["segment_ids"]
     x_BTD = qwen2.hidden_states(
-        params, tokens_BT, batch["positions"], segments_BT, config, attention_backend=attention_backend, remat=remat
+        params,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        config,
+        placement=placement,
+        remat=remat,
     )
-    targets_BT = jnp.roll(tokens_BT, -1, axis=1)
-    same_BT = (segments_BT == jnp.roll(segments_BT, -1, axis=1)) & (segments_BT != 0)
-    weight_BT = (same_BT & jnp.roll(batch["loss_mask"], -1, axis=1)).astype(jnp.float32).at[:, -1].set(0.0)
+    weight_BT = batch["weight"]
     logprob_N, _, logz_N = token_stats(
         x_BTD.reshape(-1, x_BTD.shape[-1]),
-        qwen2.unembedding(params, config),
-        targets_BT.reshape(-1),
+        qwen2.stored_unembedding(params),
+        batch["targets"].reshape(-1),
         chunk=loss_chunk,
+        head=placement.head(transposed=config.tie_embeddings, tiles=vocab_tiles),
     )
     nll_BT = -logprob_N.reshape(weight_BT.shape) * weight_BT
     z_BT = jnp.square(logz_N).reshape(weight_BT.shape) * weight_BT
@@ -90,31 +147,85 @@ def loss_sums(
     return nll_BT.sum() + z_loss * z_BT.sum(), (nll_S, weight_S)
 
 
-def gradients(params: dict, batch: dict, config: qwen2.Qwen2Config, *, microbatches: int = 1, **options):
+def gradients(
+    params: dict,
+    batch: dict,
+    config: qwen2.Qwen2Config,
+    *,
+    microbatches: int = 1,
+    parallel: Parallel = Parallel(),
+    **options,
+):
     """Mean gradient over the batch's target tokens: (gradient, nll sums [S], weights [S]).
 
-    Microbatches are rows taken with a stride, so each keeps the batch's split over devices; gradients are accumulated
-    in float32.
+    Each device cuts its own rows into microbatches; gradients are accumulated in the parameters' dtype.
     """
+    placement = parallel.placement(config)
+    options |= dict(placement=placement, remat=parallel.remat, vocab_tiles=parallel.vocab_tiles)
     grad = jax.grad(loss_sums, has_aux=True)
-    if microbatches == 1:
-        total, (nll_S, weight_S) = grad(params, batch, config, **options)
-    else:
-        cut = jax.tree.map(
-            lambda a: jnp.moveaxis(a.reshape(a.shape[0] // microbatches, microbatches, *a.shape[1:]), 1, 0), batch
-        )
 
-        def add(carry, micro):
-            part = grad(params, micro, config, **options)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, part), None
+    def local(params, batch):
+        if microbatches == 1:
+            return grad(params, batch, config, **options)
+        cut = jax.tree.map(lambda a: a.reshape(microbatches, a.shape[0] // microbatches, *a.shape[1:]), batch)
 
-        zero = (
-            jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
-            (jnp.zeros((options["num_sources"],)), jnp.zeros((options["num_sources"],))),
-        )
-        (total, (nll_S, weight_S)), _ = jax.lax.scan(add, zero, cut)
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, grad(params, micro, config, **options)), None
+
+        sums_S = jnp.zeros((options["num_sources"],))
+        return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), (sums_S, sums_S)), cut)[0]
+
+    if placement.sizes:
+        local = _on_every_device(local, params, batch, parallel.mesh, gradient=True)
+    total, (nll_S, weight_S) = local(params, batch)
     scale = 1.0 / jnp.maximum(weight_S.sum(), 1.0)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), nll_S, weight_S
+
+
+def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: Parallel = Parallel(), **options):
+    """(nll sums [S], weights [S]) of a batch; options as of `loss_sums`."""
+    placement = parallel.placement(config)
+    options |= dict(placement=placement, vocab_tiles=parallel.vocab_tiles)
+
+    def local(params, batch):
+        return loss_sums(params, batch, config, **options)[1]
+
+    return (
+        _on_every_device(local, params, batch, parallel.mesh)(params, batch)
+        if placement.sizes
+        else local(params, batch)
+    )
+
+
+def _on_every_device(local, params, batch, mesh: Mesh, *, gradient: bool = False):
+    """`local` under shard_map on each device's part, its sums over all rows summed.
+
+    With `gradient` it returns (gradient, sums): parts of gradients are summed over the axes that hold copies of a
+    parameter; the transposes of gathers have summed them over the others.
+    """
+    specs = rules.param_specs(params, mesh)
+    copies = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
+
+    def summed(axes, g):
+        held = {axis for dim in axes for axis in dim}
+        return jax.lax.psum(g, tuple(axis for axis in copies if axis not in held))
+
+    def work(params, batch):
+        out = local(params, batch)
+        if not gradient:
+            return jax.lax.psum(out, copies)
+        return jax.tree.map(lambda g, axes: summed(axes, g), out[0], specs), jax.lax.psum(out[1], copies)
+
+    partition = jax.tree.map(lambda s: s.spec, rules.param_shardings(params, mesh))
+    rows = {name: rules.batch_sharding(mesh, ndim=a.ndim).spec for name, a in batch.items()}
+    everywhere = jax.sharding.PartitionSpec()
+    return jax.shard_map(
+        work,
+        mesh=mesh,
+        in_specs=(partition, rows),
+        out_specs=(partition, everywhere) if gradient else everywhere,
+        check_vma=False,
+    )
 
 
 def apply_gradient(params, optimizer_state, gradient, optimizer: optax.GradientTransformation, clip_norm: float):
@@ -147,7 +258,7 @@ def train_step(
     clip_norm: float,
     **options,
 ) -> TrainState:
-    """Takes one step. A step whose gradient is not finite moves only the data position and the count of skips."""
+    """Takes one step on a batch of `arrange`; options as of `gradients`. A step whose gradient is not finite moves only the data position and the count of skips."""
     gradient, nll_S, weight_S = gradients(state.params, batch, config, **options)
     params, optimizer_state, norm, finite = apply_gradient(
         state.params, state.optimizer, gradient, optimizer, clip_norm

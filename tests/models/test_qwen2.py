@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax.models import hf, qwen2, value_head
+from stepdr_jax.sharding.placement import Placement
 
 
 def small(**overrides) -> qwen2.Qwen2Config:
@@ -116,7 +117,7 @@ def test_remat_and_blockwise_change_no_gradient():
         return jnp.sum(jnp.square(x_BTD) * jnp.asarray(segments > 0)[..., None])
 
     expected = jax.jit(jax.grad(loss))(params)
-    for options in (dict(remat=True), dict(attention_backend="blockwise")):
+    for options in (dict(remat="layer"), dict(remat="attention"), dict(placement=Placement(attention="blockwise"))):
         actual = jax.jit(jax.grad(functools.partial(loss, **options)))(params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-3), actual, expected)
 

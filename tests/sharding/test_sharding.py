@@ -17,14 +17,30 @@ from stepdr_jax.sharding.rules import ShardingRules, param_shardings
 SCRIPT = Path(__file__).with_name("eight_devices.py")
 
 
-def test_eight_devices_with_microbatches_give_the_losses_of_one_without():
+@pytest.fixture(scope="module")
+def runs():
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, eight = (json.loads(done.stdout)[name] for name in ("one", "eight"))
-    assert (one["devices"], eight["devices"]) == (1, 8)
-    np.testing.assert_allclose(eight["losses"], one["losses"], rtol=0, atol=1e-5)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "share"),
+    [
+        ("data fsdp tensor", "one", 1 / 4),  # whole in data; with microbatches
+        ("fsdp context", "one", 1 / 8),  # ring, rematerialised
+        ("fsdp context tensor", "one", 1 / 8),  # all-gather, head in tiles
+        ("tied fsdp context", "tied one", 1 / 8),
+    ],
+)
+def test_every_axis_gives_the_losses_and_gradients_of_one_device(runs, name, alone, share):
+    one, many = runs[alone], runs[name]
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(many["held_out"], one["held_out"], rtol=0, atol=1e-5)
+    for leaf, norm in one["gradient"].items():
+        assert many["gradient"][leaf] == pytest.approx(norm, rel=1e-4, abs=1e-7), leaf
+    assert many["share"] == many["moment_share"] == share
     assert one["share"] == 1
-    assert eight["share"] == eight["moment_share"] == 1 / 4  # split by fsdp and tensor, whole in data
 
 
 def test_a_mesh_that_does_not_fit_the_devices_names_the_field():
@@ -36,8 +52,9 @@ def test_every_parameter_has_a_rule_and_dimensions_that_do_not_divide_stay_whole
     config = qwen2.Qwen2Config(7, 6, 1, 2, 1, 2, 5, 1e4, 1e-6, False)
     mesh = jax.sharding.AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
     shardings = param_shardings(qwen2.param_shapes(config), mesh)
-    assert tuple(shardings["embedding"].spec) == (None, "fsdp")  # 7 words do not split over 4, 6 dimensions do over 2
-    assert tuple(shardings["layers"]["q_kernel"].spec) == (None, "fsdp", "tensor")
+    assert tuple(shardings["embedding"].spec) == (None, "context")  # 7 words do not split over fsdp 2
+    assert tuple(shardings["layers"]["q_kernel"].spec) == (None, ("fsdp", "context"), "tensor")
+    assert tuple(shardings["layers"]["down_kernel"].spec) == (None, None, None)  # nor 5 over tensor 4
 
 
 def test_a_rule_that_uses_an_axis_twice_is_refused():

@@ -10,7 +10,7 @@ import pytest
 from stepdr_jax.models import qwen2
 from stepdr_jax.training import state
 from stepdr_jax.training.optimizer import adamw, wsd_schedule
-from stepdr_jax.training.step import gradients, loss_sums, train_step
+from stepdr_jax.training.step import arrange, gradients, loss_sums, train_step
 from tests.training.tiny import VOCAB, Memory
 
 MODEL = qwen2.Qwen2Config(VOCAB, 16, 1, 2, 1, 8, 32, 1e4, 1e-6, True)
@@ -48,7 +48,7 @@ def by_hand(params, batch):
 def test_loss_is_the_sum_over_targets_inside_segments(params):
     batch = Memory().batch(0)
     batch["loss_mask"][:, 5:9] = False
-    total, (nll, weight) = jax.jit(functools.partial(loss_sums, config=MODEL, **OPTIONS))(params, batch)
+    total, (nll, weight) = jax.jit(functools.partial(loss_sums, config=MODEL, **OPTIONS))(params, arrange(batch))
     expected_total, expected_nll, expected_weight = by_hand(params, batch)
     np.testing.assert_array_equal(weight, expected_weight)
     np.testing.assert_allclose(nll, expected_nll, rtol=1e-5)
@@ -59,23 +59,23 @@ def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole(params):
     batch = Memory().batch(1)
     batch["loss_mask"][0] = False
     batch["loss_mask"][1, 10:] = False
-    whole, *sums = program()(params, batch)
-    cut, *cut_sums = program(microbatches=2)(params, batch)
+    whole, *sums = program()(params, arrange(batch))
+    cut, *cut_sums = program(microbatches=2)(params, arrange(batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), cut, whole)
     np.testing.assert_allclose(cut_sums, sums, rtol=1e-6)
 
 
 def test_changing_what_is_no_target_and_no_context_changes_no_gradient(params):
     batch = Memory().batch(2)
-    expected = program()(params, batch)[0]
+    expected = program()(params, arrange(batch))[0]
     batch["tokens"] = np.where(batch["segment_ids"] == 0, 1, batch["tokens"])  # padding
-    jax.tree.map(np.testing.assert_array_equal, program()(params, batch)[0], expected)
+    jax.tree.map(np.testing.assert_array_equal, program()(params, arrange(batch))[0], expected)
 
 
 def test_a_batch_without_targets_moves_nothing_but_the_position(params):
     batch = Memory().batch(3)
     batch["loss_mask"][:] = False
-    gradient, _, weight = program()(params, batch)
+    gradient, _, weight = program()(params, arrange(batch))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
     assert not np.any(weight)
 
@@ -88,10 +88,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):
     broken = jax.tree.map(jnp.copy, params)
     broken["final_norm"] = broken["final_norm"].at[0].set(jnp.inf)
     before = state.new_state(broken, optimizer, 2)
-    after = step(before, Memory().batch(0))
+    after = step(before, arrange(Memory().batch(0)))
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.optimizer), (before.params, before.optimizer))
     assert (int(after.step), int(after.window["skipped"]), int(after.window["steps"])) == (1, 1, 0)
-    healthy = step(state.new_state(params, optimizer, 2), Memory().batch(0))
+    healthy = step(state.new_state(params, optimizer, 2), arrange(Memory().batch(0)))
     assert (int(healthy.window["skipped"]), int(healthy.window["steps"])) == (0, 1)
     assert np.any(healthy.params["embedding"] != params["embedding"])
 

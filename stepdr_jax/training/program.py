@@ -1,0 +1,150 @@
+"""The compiled programs of a training stage, for the devices at hand or for a topology that is only described.
+
+One place decides how a config's step is split over a mesh; the loop runs what the planner compiles.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from stepdr_jax.errors import UserError
+from stepdr_jax.models import qwen2
+from stepdr_jax.ops import context_parallel
+from stepdr_jax.sharding import rules
+from stepdr_jax.training import state
+from stepdr_jax.training.optimizer import optimizer_of
+from stepdr_jax.training.step import Parallel, evaluate, train_step
+
+ROWS = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+    "weight": jnp.float32,
+}
+
+
+def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: qwen2.Qwen2Config) -> Parallel:
+    """config.parallel for one stage on `mesh`, every "auto" resolved.
+
+    Raises:
+        UserError: a size that its mesh axis does not divide; the message names both fields.
+    """
+    settings, asked = config[stage], config.parallel
+    context, tensor = mesh.shape["context"], mesh.shape["tensor"]
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * settings.microbatches
+    if settings.batch % rows:
+        raise UserError(
+            f"{stage}.batch: expected a multiple of mesh.data * mesh.fsdp * {stage}.microbatches = {rows}, got "
+            f"{settings.batch}"
+        )
+    for name, size in (
+        ("num_kv_heads", model.num_kv_heads),
+        ("intermediate_size", model.intermediate_size),
+        ("vocab_size", model.vocab_size),
+    ):
+        if size % tensor:
+            raise UserError(f"mesh.tensor: expected a divisor of model.{name} {size}, got {tensor}")
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    attention = "splash" if asked.attention == "auto" and on_tpu else asked.attention
+    strategy, zigzag = asked.context_strategy, bool(asked.zigzag) and context > 1
+    if context > 1:
+        shape = dict(heads=model.num_heads // tensor, kv_heads=model.num_kv_heads // tensor, axis_size=context)
+        if strategy == "auto":
+            strategy = "ring"
+        context_parallel.check_layout(settings.context, strategy=strategy, zigzag=zigzag, backend=attention, **shape)
+    elif strategy == "auto":
+        strategy = "all_gather"  # never used
+    parallel = Parallel(mesh, strategy, zigzag, attention, asked.remat, asked.vocab_tiles)
+    head = parallel.placement(model).head(transposed=model.tie_embeddings)
+    words = model.vocab_size // int(
+        np.prod([mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis] or [1])
+    )
+    if words % asked.vocab_tiles:
+        raise UserError(
+            f"parallel.vocab_tiles: expected a divisor of the {words} words a device has, got {asked.vocab_tiles}"
+        )
+    return parallel
+
+
+def order_of(parallel: Parallel, length: int) -> np.ndarray | None:
+    """The order of a row's tokens that `step.arrange` takes; None where the row's own will do."""
+    shards = parallel.mesh.shape["context"]
+    return context_parallel.zigzag_order(length, shards) if parallel.zigzag and shards > 1 else None
+
+
+def train_program(
+    config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, *, vocab_size: int, num_sources: int = 1
+) -> tuple[jax.stages.Wrapped, state.TrainState, dict]:
+    """The training step of a stage: (jitted (state, batch) -> state, abstract state, abstract batch).
+
+    The state is donated. Abstract values are ShapeDtypeStructs with their shardings: what to place real arrays by, and
+    all that `.lower(state, batch)` needs.
+
+    Args:
+        config: the run's config.
+        stage: midtrain1, midtrain2 or sft.
+        mesh: from `sharding.mesh.make_mesh`, or of a described topology.
+        vocab_size: rows of the embedding.
+        num_sources: mixture components.
+    """
+    settings = config[stage]
+    model = qwen2.Qwen2Config.from_config(config.model, vocab_size)
+    optimizer = optimizer_of(settings)
+    parallel = parallel_of(config, stage, mesh, model)
+    shapes = jax.eval_shape(lambda: state.new_state(_zeros(qwen2.param_shapes(model)), optimizer, num_sources))
+    shardings = state.state_shardings(shapes, mesh)
+    program = jax.jit(
+        functools.partial(
+            train_step,
+            config=model,
+            optimizer=optimizer,
+            clip_norm=settings.clip_norm,
+            num_sources=num_sources,
+            loss_chunk=settings.loss_chunk,
+            z_loss=settings.z_loss,
+            microbatches=settings.microbatches,
+            parallel=parallel,
+        ),
+        donate_argnums=0,
+        in_shardings=(shardings, None),
+        out_shardings=shardings,
+    )
+    return program, _with_shardings(shapes, shardings), _abstract_batch(settings, mesh)
+
+
+def eval_program(
+    config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, *, vocab_size: int, num_sources: int = 1
+) -> tuple[jax.stages.Wrapped, dict, dict]:
+    """The loss of a stage's batch: (jitted (params, batch) -> (nll sums, weights), abstract params, abstract batch)."""
+    settings = config[stage]
+    model = qwen2.Qwen2Config.from_config(config.model, vocab_size)
+    shapes = qwen2.param_shapes(model)
+    program = jax.jit(
+        functools.partial(
+            evaluate,
+            config=model,
+            num_sources=num_sources,
+            loss_chunk=settings.loss_chunk,
+            parallel=parallel_of(config, stage, mesh, model),
+        )
+    )
+    return program, _with_shardings(shapes, rules.param_shardings(shapes, mesh)), _abstract_batch(settings, mesh)
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _with_shardings(shapes, shardings):
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+
+
+def _abstract_batch(settings, mesh) -> dict:
+    rows, row = rules.batch_sharding(mesh), rules.batch_sharding(mesh, ndim=1)
+    shape = (settings.batch, settings.context)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in ROWS.items()}
+    return batch | {"source": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=row)}
