@@ -108,7 +108,9 @@ def param_shapes(config: Qwen2Config) -> dict:
 def init_params(config: Qwen2Config, key: jax.Array) -> dict:
     """Random parameters: norms one, biases zero, the rest normal with deviation 0.02 (Qwen2's initializer_range).
 
-    Projections that write to the residual stream are divided by sqrt(2 L), so its size does not grow with depth.
+    Projections that write to the residual stream are divided by sqrt(2 L), so its size does not grow with depth. Those
+    of queries and keys have a deviation of at least 0.5 / sqrt(D): with 0.02 a narrow model's attention starts uniform
+    and, by the seed's luck, may stay so for a thousand steps (docs/benchmarks.md).
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(config))
     keys = jax.random.split(key, len(leaves))
@@ -122,6 +124,8 @@ def init_params(config: Qwen2Config, key: jax.Array) -> dict:
         scale = 0.02
         if name in ("output_kernel", "down_kernel"):
             scale /= (2 * config.num_layers) ** 0.5
+        if name in ("q_kernel", "k_kernel"):
+            scale = max(scale, 0.5 / config.hidden_size**0.5)
         return (scale * jax.random.normal(key, shape.shape, jnp.float32)).astype(shape.dtype)
 
     return jax.tree.unflatten(tree, [leaf(path, shape, k) for (path, shape), k in zip(leaves, keys, strict=True)])
