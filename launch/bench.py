@@ -203,7 +203,7 @@ def _their_sampler(config, prompts, new: int):
     from stepdr_jax.training import state
 
     ours = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
-    tensors = hf.to_hf(state.initial_params(ours, config.seed), ours)
+    tensors = dict(hf.tensors(ours, state.initial_params(ours, config.seed)))
     torch, model = _their_model(config, use_cache=True)
     model.eval()
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, strict=False)

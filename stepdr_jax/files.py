@@ -28,6 +28,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sync_directory(path: str | os.PathLike) -> None:
+    """Makes the names in a directory durable, as fsync does the content of a file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomic(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes `content` so that a reader sees the old file or the new one, never a part."""
     data = content.encode() if isinstance(content, str) else content
