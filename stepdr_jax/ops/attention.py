@@ -7,8 +7,14 @@ Segment 0 is padding; padding sees only padding, which keeps every softmax row n
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-MASKED = -1e30  # finite: a row that is wholly masked in one key block must not produce NaN
+from stepdr_jax.ops import blockwise, splash
+from stepdr_jax.ops.flash import MASKED, Kernel, Positions, flash, tag
+
+BACKENDS = ("auto", "reference", "prefix", "blockwise", "splash", "cudnn")
+_LONG = 1024  # keys: above it, scores in one piece cost more than tiles
+_CUDNN_LONG = 8192  # keys: above it, the mask that the library needs for packed rows is too large
 
 
 def attention(
@@ -26,6 +32,8 @@ def attention(
 ) -> jax.Array:
     """Causal attention within segments; returns o_BTHK in q's dtype.
 
+    What the backward pass needs is named `attention_out` and `attention_lse`, so that a remat policy can keep it.
+
     Args:
         q_BTHK: queries; H is a multiple of N, and query head h reads key head h // (H / N).
         k_BSNK, v_BSNK: keys and values.
@@ -36,24 +44,54 @@ def attention(
         backend: `reference` holds scores [B, H, T, S] in float32; `prefix` takes queries in tiles of 64 against the
             keys up to the tile's end, recomputed in the backward pass: half the work and cache-sized pieces, the
             fastest on a CPU, in_order only; `blockwise` never holds more than [B, H, block, block] scores, forward
-            or backward. `auto` chooses by length.
+            or backward, on any device; `splash` is a TPU's, memory linear in length, in_order only, lengths in
+            multiples of 128; `cudnn` is a GPU's, 16 bit only, forward and backward without scores but with a mask
+            [B, 1, T, S] of q's dtype, which packing needs. `auto` chooses by device, order and length.
         block: queries and keys of one tile of `blockwise`.
+
+    Raises:
+        ValueError: the backend is unknown or cannot serve these arguments.
     """
     if backend == "auto":
-        if k_BSNK.shape[1] > 2 * block:
-            backend = "blockwise"
-        else:
-            backend = "prefix" if in_order else "reference"
-    arguments = (q_BTHK, k_BSNK, v_BSNK, query_positions_BT, key_positions_BS, query_segments_BT, key_segments_BS)
-    if backend == "reference":
-        return _reference(*arguments)
-    if backend == "blockwise":
-        return _blockwise(*arguments, block)
+        backend = _choose(q_BTHK, k_BSNK, in_order)
+    if backend not in BACKENDS:
+        raise ValueError(f"expected attention backend {', '.join(BACKENDS)}, got {backend!r}")
+    if backend in ("prefix", "splash") and not in_order:
+        raise ValueError(f"expected rows in order for attention backend {backend}, got in_order=False")
     if backend == "prefix":
-        if not in_order:
-            raise ValueError("expected rows in order for attention backend prefix, got in_order=False")
         return _prefix(q_BTHK, k_BSNK, v_BSNK, query_positions_BT, query_segments_BT)
-    raise ValueError(f"expected attention backend auto, reference, prefix or blockwise, got {backend!r}")
+    if backend in ("blockwise", "splash"):
+        positions = None if in_order else Positions(query_positions_BT, key_positions_BS)
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK * q_BTHK.shape[-1] ** -0.5, k_BSNK, v_BSNK))
+        o_BHTK = flash(kernel(backend, block), True, q, k, v, query_segments_BT, key_segments_BS, positions)
+        return jnp.swapaxes(o_BHTK, 1, 2)
+    visible_BTS = _visible(query_positions_BT, key_positions_BS, query_segments_BT, key_segments_BS)
+    return (_cudnn if backend == "cudnn" else _reference)(q_BTHK, k_BSNK, v_BSNK, visible_BTS)
+
+
+def platform() -> str:
+    """`tpu`, `gpu` or `cpu`: of the mesh under shard_map (also one of a TPU that is only compiled for), else JAX's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def kernel(backend: str, block: int = 512) -> Kernel:
+    """The kernel that sequences split over devices are computed with: `blockwise`, `splash` or `auto`."""
+    if backend == "auto":
+        backend = "splash" if platform() == "tpu" else "blockwise"
+    return splash.kernel() if backend == "splash" else blockwise.kernel(block)
+
+
+def _choose(q_BTHK, k_BSNK, in_order: bool) -> str:
+    (_, T, _, K), S, device = q_BTHK.shape, k_BSNK.shape[1], platform()
+    if device == "tpu" and in_order and T % splash.LANES == 0:
+        return "splash"
+    if device == "gpu" and q_BTHK.dtype.itemsize == 2 and K % 8 == 0 and K <= 128 and 1 < T and S <= _CUDNN_LONG:
+        return "cudnn"
+    if S > _LONG:
+        return "blockwise"
+    return "prefix" if in_order else "reference"
 
 
 def _visible(query_positions, key_positions, query_segments, key_segments) -> jax.Array:
@@ -62,15 +100,23 @@ def _visible(query_positions, key_positions, query_segments, key_segments) -> ja
     return causal & (query_segments[:, :, None] == key_segments[:, None, :])
 
 
-def _reference(q_BTHK, k_BSNK, v_BSNK, query_positions, key_positions, query_segments, key_segments):
+def _reference(q_BTHK, k_BSNK, v_BSNK, visible_BTS):
     B, T, H, K = q_BTHK.shape
     N = k_BSNK.shape[2]
-    visible = _visible(query_positions, key_positions, query_segments, key_segments)
     q_BTNGK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K)
     scores = jnp.einsum("BTNGK,BSNK->BNGTS", q_BTNGK, k_BSNK, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores, MASKED)
+    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSNK.dtype)
-    return jnp.einsum("BNGTS,BSNK->BTNGK", weights, v_BSNK).reshape(B, T, H, K)
+    return checkpoint_name(jnp.einsum("BNGTS,BSNK->BTNGK", weights, v_BSNK).reshape(B, T, H, K), "attention_out")
+
+
+def _cudnn(q_BTHK, k_BSNK, v_BSNK, visible_BTS):
+    if platform() != "gpu":
+        raise ValueError(f"expected a GPU for attention backend cudnn, got {platform()}; use auto")
+    if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"expected bfloat16 or float16 for attention backend cudnn, got {q_BTHK.dtype}; use blockwise")
+    o_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSNK, v_BSNK, mask=visible_BTS[:, None], implementation="cudnn")
+    return checkpoint_name(o_BTHK, "attention_out")
 
 
 PREFIX_TILE = 64  # queries; measured on a CPU at 256 and 512 tokens, 32 to 128 differ little
@@ -121,7 +167,7 @@ def _prefix_forward(q_nXQK, k_XSK, v_XSK, positions_BT, segments_BT):
         out = jnp.einsum("XQS,XSK->XQK", weights.astype(v_XSK.dtype), v_XSK[:, :S], preferred_element_type=jnp.float32)
         outs.append(out / total[..., None])
         logzs.append(largest + jnp.log(total))
-    o_nXQK, logz_nXQ = jnp.stack(outs), jnp.stack(logzs)
+    o_nXQK, logz_nXQ = tag(jnp.stack(outs), jnp.stack(logzs))
     return o_nXQK, (q_nXQK, k_XSK, v_XSK, positions_BT, segments_BT, o_nXQK, logz_nXQ)
 
 
@@ -156,100 +202,3 @@ def _pad_blocks(x, block, axis=1):
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, -x.shape[axis] % block)
     return jnp.pad(x, pad)
-
-
-def _split_blocks(x, block):
-    """[B, T, ...] -> [T / block, B, block, ...], the layout that scans walk."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
-
-
-def _join_blocks(x):
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def _blockwise(q_BTHK, k_BSNK, v_BSNK, query_positions, key_positions, query_segments, key_segments, block):
-    B, T, H, K = q_BTHK.shape
-    N = k_BSNK.shape[2]
-    q_BTNGK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K)
-    padded = [_pad_blocks(x, block) for x in (q_BTNGK, k_BSNK, v_BSNK, query_positions, query_segments)]
-    q, k, v, query_positions, query_segments = padded
-    key_positions, key_segments = _pad_blocks(key_positions, block), _pad_blocks(key_segments, block)
-    queries = tuple(_split_blocks(x, block) for x in (q, query_positions, query_segments))
-    keys = tuple(_split_blocks(x, block) for x in (k, v, key_positions, key_segments))
-    out = _join_blocks(_flash(queries, keys)[0])
-    return out[:, :T].reshape(B, T, H, K).astype(q_BTHK.dtype)
-
-
-def _tile_scores(q, query_positions, query_segments, k, key_positions, key_segments):
-    scores = jnp.einsum("BTNGK,BSNK->BNGTS", q, k, preferred_element_type=jnp.float32)
-    visible = _visible(query_positions, key_positions, query_segments, key_segments)
-    return jnp.where(visible[:, None, None], scores, MASKED)
-
-
-@jax.custom_vjp
-def _flash(queries, keys):
-    """Online softmax over key tiles, one query tile at a time: (out float32 [nq,B,t,N,G,K], logz [nq,B,N,G,t])."""
-
-    def query_tile(_, query):
-        q, query_positions, query_segments = query
-        B, t, N, G, K = q.shape
-
-        def key_tile(carry, key):
-            k, v, key_positions, key_segments = key
-            total, denominator, largest = carry
-            scores = _tile_scores(q, query_positions, query_segments, k, key_positions, key_segments)
-            new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-            weights = jnp.exp(scores - new_largest[..., None])
-            shrink = jnp.exp(largest - new_largest)
-            part = jnp.einsum("BNGTS,BSNK->BNGTK", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            total = total * shrink[..., None] + part
-            return (total, denominator * shrink + jnp.sum(weights, axis=-1), new_largest), None
-
-        start = (
-            jnp.zeros((B, N, G, t, K), jnp.float32),
-            jnp.zeros((B, N, G, t), jnp.float32),
-            jnp.full((B, N, G, t), MASKED, jnp.float32),
-        )
-        (total, denominator, largest), _ = jax.lax.scan(key_tile, start, keys)
-        out = jnp.einsum("BNGTK->BTNGK", total / denominator[..., None])
-        return None, (out, largest + jnp.log(denominator))
-
-    return jax.lax.scan(query_tile, None, queries)[1]
-
-
-def _flash_forward(queries, keys):
-    out, logz = _flash(queries, keys)
-    return (out, logz), (queries, keys, out, logz)
-
-
-def _flash_backward(saved, cotangents):
-    """Recomputes each tile's weights from the saved log-partition; memory stays one tile plus the gradients."""
-    queries, keys, out, logz = saved
-    g_out, g_logz = cotangents
-    q_dtype, k_dtype, v_dtype = queries[0].dtype, keys[0].dtype, keys[1].dtype
-    # d scores = weights * (g_out . v - sum(g_out * out) + g_logz)
-    offset = g_logz - jnp.einsum("qBTNGK,qBTNGK->qBNGT", g_out, out)
-
-    def query_tile(carry, query):
-        q, query_positions, query_segments, g, logz_tile, offset_tile = query
-
-        def key_tile(g_q, key):
-            k, v, key_positions, key_segments = key
-            scores = _tile_scores(q, query_positions, query_segments, k, key_positions, key_segments)
-            weights = jnp.exp(scores - logz_tile[..., None])
-            g_v = jnp.einsum("BNGTS,BTNGK->BSNK", weights, g)
-            g_scores = weights * (jnp.einsum("BTNGK,BSNK->BNGTS", g, v.astype(jnp.float32)) + offset_tile[..., None])
-            g_q = g_q + jnp.einsum("BNGTS,BSNK->BTNGK", g_scores, k.astype(jnp.float32))
-            g_k = jnp.einsum("BNGTS,BTNGK->BSNK", g_scores, q.astype(jnp.float32))
-            return g_q, (g_k, g_v)
-
-        g_q, (g_k, g_v) = jax.lax.scan(key_tile, jnp.zeros(q.shape, jnp.float32), keys)
-        return (carry[0] + g_k, carry[1] + g_v), g_q
-
-    start = (jnp.zeros(keys[0].shape, jnp.float32), jnp.zeros(keys[1].shape, jnp.float32))
-    (g_k, g_v), g_q = jax.lax.scan(query_tile, start, (*queries, g_out, logz, offset))
-    return (g_q.astype(q_dtype), None, None), (g_k.astype(k_dtype), g_v.astype(v_dtype), None, None)
-
-
-_flash.defvjp(_flash_forward, _flash_backward)

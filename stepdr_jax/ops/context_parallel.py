@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.ops import blockwise
-from stepdr_jax.ops.flash import Kernel, Rows, flash, output_offset, tag
+from stepdr_jax.ops.attention import kernel
+from stepdr_jax.ops.flash import Rows, flash, output_offset, tag
 from stepdr_jax.ops.ring import Ring, ring_attention
 
 STRATEGIES = ("ring", "all_gather", "ulysses", "none")
@@ -74,11 +74,6 @@ def context_attention(
     else:
         o_BHTK = _ulysses(chosen, ring, q_BHTK, k_BNTK, v_BNTK, segment_ids_BT)
     return jnp.swapaxes(o_BHTK, 1, 2)
-
-
-def kernel(backend: str) -> Kernel:
-    """The kernel of a backend."""
-    return blockwise.kernel()
 
 
 def zigzag_order(length: int, shards: int) -> np.ndarray:

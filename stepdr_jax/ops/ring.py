@@ -9,7 +9,8 @@ Hop by hop, with n devices, `me` this one and `source` the one whose keys are he
 
 A hop's transfer must run under its kernel. XLA would rather place it beside; an optimization barrier over the kernel's
 results and what arrives pins it. Gradients of keys set out with the own ones, travel with the keys in float32, and
-come home under a last tile of own keys that is kept back for that.
+come home under a last tile of own keys that is kept back for that. Segment ids do not travel: they are gathered once,
+4 bytes a token, because transfers too small to matter still cost their latency each hop.
 """
 
 import functools
@@ -67,10 +68,10 @@ def _hop_queries(ring: Ring, queries, earlier):
     return _stack(high, _select(earlier, low, high))
 
 
-def _hop_keys(ring: Ring, keys, earlier):
+def _hop_keys(ring: Ring, kv, segments_nB1T, source, earlier):
+    keys = kv, jax.lax.dynamic_index_in_dim(segments_nB1T, source, keepdims=False)
     if not ring.zigzag:
-        kv, segments = keys
-        return kv, jnp.where(earlier, segments, _NOWHERE)
+        return keys[0], jnp.where(earlier, keys[1], _NOWHERE)
     low, high = _half(keys, 0), _half(keys, 1)
     return _stack(low, _select(earlier, low, high))
 
@@ -97,17 +98,20 @@ def ring_attention(kernel: Kernel, ring: Ring, q_BHTK, k_BNTK, v_BNTK, segments_
 def _forward(kernel, ring, q_BHTK, k_BNTK, v_BNTK, segments_BT):
     me = jax.lax.axis_index(ring.axis)
     segments = segments_BT[:, None]
-    queries, keys = (q_BHTK, segments), (jnp.concatenate((k_BNTK, v_BNTK), axis=1), segments)
+    segments_nB1T = jax.lax.all_gather(segments, ring.axis)
+    queries, kv = (q_BHTK, segments), jnp.concatenate((k_BNTK, v_BNTK), axis=1)
 
-    arriving = _send(ring, keys)
-    result = _call(kernel.forward, in_order(q_BHTK.shape[2]), queries, keys)
-    result, keys = _together(ring, (result, arriving))
+    arriving = _send(ring, kv)
+    result = _call(kernel.forward, in_order(q_BHTK.shape[2]), queries, (kv, segments))
+    result, kv = _together(ring, (result, arriving))
     done = [merge(_half(result, 0)), merge(_half(result, 1))] if ring.zigzag else [merge(result)]
 
-    def hop(done, keys, step, last=False):
-        earlier = (me - step) % ring.size < me
-        arriving = keys if last else _send(ring, keys)
-        tiles = _call(kernel.forward, None, _hop_queries(ring, queries, earlier), _hop_keys(ring, keys, earlier))
+    def hop(done, kv, step, last=False):
+        source = (me - step) % ring.size
+        earlier = source < me
+        arriving = kv if last else _send(ring, kv)
+        keys = _hop_keys(ring, kv, segments_nB1T, source, earlier)
+        tiles = _call(kernel.forward, None, _hop_queries(ring, queries, earlier), keys)
         tiles, arriving = _together(ring, (tiles, arriving))
         if not ring.zigzag:
             return [merge(done[0], tiles)], arriving
@@ -118,36 +122,37 @@ def _forward(kernel, ring, q_BHTK, k_BNTK, v_BNTK, segments_BT):
 
     if ring.size > 2:
         steps = jnp.arange(1, ring.size - 1)
-        (done, keys), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (done, keys), steps)
-    done, _ = hop(done, keys, ring.size - 1, last=True)
+        (done, kv), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (done, kv), steps)
+    done, _ = hop(done, kv, ring.size - 1, last=True)
     o, lse = (jnp.concatenate(parts, axis=2) for parts in zip(*done, strict=True))
     o, lse = tag(o.astype(q_BHTK.dtype), lse)
-    return o, (q_BHTK, k_BNTK, v_BNTK, segments_BT, o, lse)
+    return o, (q_BHTK, k_BNTK, v_BNTK, segments_nB1T, o, lse)
 
 
 def _backward(kernel, ring, saved, g_BHTK):
-    q_BHTK, k_BNTK, v_BNTK, segments_BT, o, lse = saved
+    q_BHTK, k_BNTK, v_BNTK, segments_nB1T, o, lse = saved
     me = jax.lax.axis_index(ring.axis)
-    segments = segments_BT[:, None]
+    segments = jax.lax.dynamic_index_in_dim(segments_nB1T, me, keepdims=False)
     queries = (q_BHTK, segments, g_BHTK, lse, output_offset(g_BHTK, o))
-    own = (jnp.concatenate((k_BNTK, v_BNTK), axis=1), segments)
+    own = jnp.concatenate((k_BNTK, v_BNTK), axis=1), segments
     backward = functools.partial(_grads, kernel.backward)
 
     def f32(x):
         return jax.tree.map(lambda a: a.astype(jnp.float32), x)
 
     # Own rows: the two causal half tiles now, under the first transfer; the full one under the last.
-    arriving = _send(ring, own)
+    arriving = _send(ring, own[0])
     halves = [_stack(_half(x, 0), _half(x, 1)) for x in (queries, own)]
     grads = backward(in_order(q_BHTK.shape[2] // 2), *halves)
-    grads, keys = _together(ring, (grads, arriving))
+    grads, kv = _together(ring, (grads, arriving))
     g_q, g_kv = (jnp.concatenate(parts, axis=2) for parts in zip(*_unstack(f32(grads)), strict=True))
 
-    def hop(g_q, g_kv, keys, step, last=False):
-        earlier = (me - step) % ring.size < me
-        arriving = keys if last else _send(ring, keys)
-        arriving_g = _send(ring, g_kv)
-        grads = backward(None, _hop_queries(ring, queries, earlier), _hop_keys(ring, keys, earlier))
+    def hop(g_q, g_kv, kv, step, last=False):
+        source = (me - step) % ring.size
+        earlier = source < me
+        arriving, arriving_g = kv if last else _send(ring, kv), _send(ring, g_kv)
+        keys = _hop_keys(ring, kv, segments_nB1T, source, earlier)
+        grads = backward(None, _hop_queries(ring, queries, earlier), keys)
         grads, arriving, arriving_g = _together(ring, (grads, arriving, arriving_g))
         if not ring.zigzag:
             add_q, add_kv = f32(grads)
@@ -162,8 +167,8 @@ def _backward(kernel, ring, saved, g_BHTK):
 
     if ring.size > 2:
         steps = jnp.arange(1, ring.size - 1)
-        (g_q, g_kv, keys), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (g_q, g_kv, keys), steps)
-    g_q, g_kv, _ = hop(g_q, g_kv, keys, ring.size - 1, last=True)
+        (g_q, g_kv, kv), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (g_q, g_kv, kv), steps)
+    g_q, g_kv, _ = hop(g_q, g_kv, kv, ring.size - 1, last=True)
 
     home = _send(ring, g_kv)
     grads = backward(None, _half(queries, 1), _half(own, 0))
