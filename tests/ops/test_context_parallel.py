@@ -15,16 +15,25 @@ from stepdr_jax.ops.context_parallel import check_layout, zigzag_order
 HERE = Path(__file__).parent
 
 
-def test_strategies_equal_dense_attention_on_eight_devices():
-    """Values and gradients: strategy x packed or not x zigzag or plain x 2, 4, 8 devices, with and without GQA."""
+def wrong_cases(script, *arguments, count, tolerance):
+    """Cases that the script prints whose errors are too large."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(HERE / "eight_devices.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(HERE / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(cases) == 36
-    wrong = [case for case in cases if not max(case["errors"]) < 2e-6]
-    assert not wrong, wrong
+    assert len(cases) == count
+    return [case for case in cases if not max(case["errors"]) < tolerance]
+
+
+def test_strategies_equal_dense_attention_on_eight_devices():
+    """Values and gradients: strategy x packed or not x zigzag or plain x 2, 4, 8 devices, with and without GQA."""
+    assert not wrong_cases("eight_devices.py", count=36, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("cases, count", [("quick", 2), pytest.param("slow", 4, marks=pytest.mark.slow)])
+def test_splash_interpreted_equals_dense_attention(cases, count):
+    assert not wrong_cases("splash_interpreted.py", cases, count=count, tolerance=5e-6)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
