@@ -26,7 +26,7 @@ BASE_KEY = 0  # root of all sampling keys; a request's own seed is folded into i
 
 @functools.partial(jax.jit, static_argnames="config")
 def prepare(params: dict, *, config: Qwen2Config) -> dict:
-    """Copies a parameter tree into the sampler's layout: layers unstacked, unembedding in compute dtype.
+    """Copies a parameter tree into the sampler's layout: layers unstacked, unembedding [D, V] in compute dtype.
 
     A copy, because the trainer donates its own parameters to its step.
     """
@@ -36,7 +36,7 @@ def prepare(params: dict, *, config: Qwen2Config) -> dict:
         "embedding": jnp.copy(params["embedding"]),
         "final_norm": jnp.copy(params["final_norm"]),
         "layers": layers,
-        "unembedding": jnp.copy(unembedding(params, config)).astype(dtype),
+        "unembedding": jnp.copy(unembedding(params).T).astype(dtype),
     }
 
 

@@ -42,7 +42,7 @@ LAYER_NAMES = {
 TOP_NAMES = {
     "embedding": ("model.embed_tokens.weight", False),
     "final_norm": ("model.norm.weight", False),
-    "unembedding": ("lm_head.weight", True),
+    "unembedding": ("lm_head.weight", False),
 }
 CHUNK = 2**28  # bytes of one parameter that are read before they go to the devices
 SHOWN = 12  # problems that one error lists

@@ -2,7 +2,7 @@
 
 Parameters are a nested dict; every leaf under "layers" has a leading layer axis from initialisation to disk:
 
-    embedding [V, D]                 unembedding [D, V] (absent when embeddings are tied)
+    embedding [V, D]                 unembedding [V, D] (absent when embeddings are tied)
     final_norm [D]
     layers: attention_norm [L, D]    q_kernel [L, D, H*K]   q_bias [L, H*K]    k_*, v_* [L, D, N*K] [L, N*K]
             output_kernel [L, H*K, D]
@@ -100,7 +100,7 @@ def param_shapes(config: Qwen2Config) -> dict:
         },
     }
     if not c.tie_embeddings:
-        shapes["unembedding"] = (D, V)
+        shapes["unembedding"] = (V, D)
     dtype = jnp.dtype(c.param_dtype)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), shapes, is_leaf=lambda s: isinstance(s, tuple))
 
@@ -131,13 +131,8 @@ def init_params(config: Qwen2Config, key: jax.Array) -> dict:
     return jax.tree.unflatten(tree, [leaf(path, shape, k) for (path, shape), k in zip(leaves, keys, strict=True)])
 
 
-def unembedding(params: dict, config: Qwen2Config) -> jax.Array:
-    """w_DV: logits are hidden states @ w_DV."""
-    return params["embedding"].T if config.tie_embeddings else params["unembedding"]
-
-
-def stored_unembedding(params: dict) -> jax.Array:
-    """w_DV, or with tied embeddings w_VD, as `ops.vocab_loss.token_stats` takes it."""
+def unembedding(params: dict) -> jax.Array:
+    """w_VD: logits are hidden states @ w_VD.T; the embedding itself where they are tied."""
     return params.get("unembedding", params["embedding"])
 
 
@@ -146,8 +141,8 @@ def forward(
 ) -> jax.Array:
     """float32 logits_BTV of packed rows. Holds all of them at once: for inspection and tests, not for training."""
     x_BTD = hidden_states(params, tokens_BT, positions_BT, segment_ids_BT, config)
-    w_DV = unembedding(params, config).astype(x_BTD.dtype)
-    return jnp.einsum("BTD,DV->BTV", x_BTD, w_DV, preferred_element_type=jnp.float32)
+    w_VD = unembedding(params).astype(x_BTD.dtype)
+    return jnp.einsum("BTD,VD->BTV", x_BTD, w_VD, preferred_element_type=jnp.float32)
 
 
 def hidden_states(

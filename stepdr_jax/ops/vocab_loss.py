@@ -2,7 +2,7 @@
 
 Mid-training, SFT, the PPO actor and its reference all take log-probability, entropy and log-partition from here. The
 vocabulary is walked in tiles and the tokens in chunks, with a running log-sum-exp; the backward pass recomputes each
-piece's logits from x and w. Memory is O(chunk * V / tiles) in both directions: float32 logits of one 128K-token
+piece's logits from x and w_VD. Memory is O(chunk * V / tiles) in both directions: float32 logits of one 128K-token
 sequence over 152K words would be 74 GiB. Under shard_map the unembedding may be split: a tile is gathered when its turn
 comes and its gradient is scattered before the next one, so neither is ever whole on a device.
 """
@@ -16,43 +16,37 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How the unembedding given to `token_stats` is stored and split.
+    """How the unembedding w_VD given to `token_stats` is split.
 
-    transposed: stored [V, D] (tied to the embedding) instead of [D, V].
-    d_axes, v_axes: mesh axes that D and V are split over and that a tile is gathered from.
+    v_axes, d_axes: mesh axes that V and D are split over and that a tile is gathered from.
     tensor: (axis, size) that V is split over and stays split over: each device sees its own words, and statistics are
         summed. ("", 1) when there is none.
     tiles: slices of V, each computed in its turn.
     """
 
-    transposed: bool = False
-    d_axes: tuple[str, ...] = ()
     v_axes: tuple[str, ...] = ()
+    d_axes: tuple[str, ...] = ()
     tensor: tuple[str, int] = ("", 1)
     tiles: int = 1
-
-    @property
-    def v_dim(self) -> int:
-        return 0 if self.transposed else 1
 
 
 def token_stats(
     x_ND: jax.Array,
-    w: jax.Array,
+    w_VD: jax.Array,
     targets_N: jax.Array,
     *,
     chunk: int,
     temperature: float = 1.0,
     head: Head = Head(),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability of the target, entropy and log-partition of softmax(x @ w / temperature), per token.
+    """Log-probability of the target, entropy and log-partition of softmax(x @ w_VD.T / temperature), per token.
 
     Gradients are exact through all three results. Matrix products run in x's dtype and accumulate in float32; all
     else is float32.
 
     Args:
         x_ND: final hidden states.
-        w: unembedding w_DV, or w_VD when head.transposed.
+        w_VD: unembedding.
         targets_N: int32 target ids in [0, V).
         chunk: tokens whose logits exist at a time; N need not be a multiple.
         temperature: divides the logits.
@@ -63,56 +57,54 @@ def token_stats(
     """
     if chunk < 1:
         raise ValueError(f"expected chunk of at least 1 token, got {chunk}")
-    if w.shape[head.v_dim] % head.tiles:
-        raise ValueError(f"expected a number of tiles that divides {w.shape[head.v_dim]} words, got {head.tiles}")
+    if w_VD.shape[0] % head.tiles:
+        raise ValueError(f"expected a number of tiles that divides {w_VD.shape[0]} words, got {head.tiles}")
     N = x_ND.shape[0]
     chunk = min(chunk, N)
     pad = -N % chunk
     if pad:  # zero rows give finite statistics, and get zero cotangents when sliced off
         x_ND = jnp.pad(x_ND, ((0, pad), (0, 0)))
         targets_N = jnp.pad(targets_N, (0, pad))
-    stats = _stats(x_ND, w, targets_N, chunk, float(temperature), head)
+    stats = _stats(x_ND, w_VD, targets_N, chunk, float(temperature), head)
     return tuple(s_N[:N] for s_N in stats)
 
 
-def _gathered(tile, head: Head):
+def _gathered(tile_VD, head: Head):
     for axis in reversed(head.d_axes):
-        tile = jax.lax.all_gather(tile, axis, axis=1 - head.v_dim, tiled=True)
+        tile_VD = jax.lax.all_gather(tile_VD, axis, axis=1, tiled=True)
     for axis in reversed(head.v_axes):
-        tile = jax.lax.all_gather(tile, axis, axis=head.v_dim, tiled=True)
-    return tile
+        tile_VD = jax.lax.all_gather(tile_VD, axis, axis=0, tiled=True)
+    return tile_VD
 
 
 def _scattered(g_tile, head: Head):
     """The transpose of `_gathered`: this device's part of the sum of all devices' gradients."""
     for axis in head.v_axes:
-        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=head.v_dim, tiled=True)
+        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=0, tiled=True)
     for axis in head.d_axes:
-        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=1 - head.v_dim, tiled=True)
+        g_tile = jax.lax.psum_scatter(g_tile, axis, scatter_dimension=1, tiled=True)
     return g_tile
 
 
-def _tile(w, index, dtype, head: Head):
+def _tile(w_VD, index, dtype, head: Head):
     """(tile of the unembedding in dtype, int32 ids of its words)."""
-    words = w.shape[head.v_dim] // head.tiles
-    piece = jax.lax.dynamic_slice_in_dim(w, index * words, words, axis=head.v_dim) if head.tiles > 1 else w
-    tile = _gathered(piece.astype(dtype), head)
-    blocks = tile.shape[head.v_dim] // words
-    first = jax.lax.axis_index(head.tensor[0]) * (w.shape[head.v_dim] * blocks) if head.tensor[1] > 1 else 0
-    block_starts = first + jnp.arange(blocks, dtype=jnp.int32) * w.shape[head.v_dim] + index * words
-    return tile, (block_starts[:, None] + jnp.arange(words, dtype=jnp.int32)).reshape(-1)
+    words = w_VD.shape[0] // head.tiles
+    piece = jax.lax.dynamic_slice_in_dim(w_VD, index * words, words, axis=0) if head.tiles > 1 else w_VD
+    tile_VD = _gathered(piece.astype(dtype), head)
+    blocks = tile_VD.shape[0] // words
+    first = jax.lax.axis_index(head.tensor[0]) * (w_VD.shape[0] * blocks) if head.tensor[1] > 1 else 0
+    block_starts = first + jnp.arange(blocks, dtype=jnp.int32) * w_VD.shape[0] + index * words
+    return tile_VD, (block_starts[:, None] + jnp.arange(words, dtype=jnp.int32)).reshape(-1)
 
 
-def _logits(x_cD, tile, temperature, head: Head):
-    logits_cV = jnp.einsum(
-        "cD,VD->cV" if head.transposed else "cD,DV->cV", x_cD, tile, preferred_element_type=jnp.float32
-    )
+def _logits(x_cD, tile_VD, temperature):
+    logits_cV = jnp.einsum("cD,VD->cV", x_cD, tile_VD, preferred_element_type=jnp.float32)
     return logits_cV if temperature == 1.0 else logits_cV / temperature
 
 
-def _sums(x_cD, targets_c, tile, ids_V, temperature, head: Head):
+def _sums(x_cD, targets_c, tile_VD, ids_V, temperature):
     """(largest logit, sum of exp, sum of exp * logit, logit of the target or 0), the sums relative to the largest."""
-    logits_cV = _logits(x_cD, tile, temperature, head)
+    logits_cV = _logits(x_cD, tile_VD, temperature)
     largest_c = jnp.max(logits_cV, axis=-1)
     exp_cV = jnp.exp(logits_cV - largest_c[:, None])
     target_c = jnp.sum(jnp.where(targets_c[:, None] == ids_V, logits_cV, 0.0), axis=-1)
@@ -136,14 +128,17 @@ def _in_chunks(body, arrays, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _stats(x_ND, w, targets_N, chunk, temperature, head):
+def _stats(x_ND, w_VD, targets_N, chunk, temperature, head):
     def tile_sums(index):
-        tile, ids_V = _tile(w, index, x_ND.dtype, head)
-        return _in_chunks(lambda xt: _sums(*xt, tile, ids_V, temperature, head), (x_ND, targets_N), chunk)
+        tile_VD, ids_V = _tile(w_VD, index, x_ND.dtype, head)
+        return _in_chunks(lambda xt: _sums(*xt, tile_VD, ids_V, temperature), (x_ND, targets_N), chunk)
 
-    sums = tile_sums(0)
-    if head.tiles > 1:
-        sums, _ = jax.lax.scan(lambda s, index: (_merged(s, tile_sums(index)), None), sums, jnp.arange(1, head.tiles))
+    if head.tiles == 1:
+        sums = tile_sums(0)
+    else:
+        zero_N = jnp.zeros(x_ND.shape[:1], jnp.float32)
+        nothing = (zero_N - 1e30, zero_N, zero_N, zero_N)
+        sums, _ = jax.lax.scan(lambda s, index: (_merged(s, tile_sums(index)), None), nothing, jnp.arange(head.tiles))
     largest_N, total_N, weighted_N, target_N = sums
     if head.tensor[1] > 1:
         axis = head.tensor[0]
@@ -155,18 +150,18 @@ def _stats(x_ND, w, targets_N, chunk, temperature, head):
     return target_N - logz_N, logz_N - weighted_N / total_N, logz_N
 
 
-def _forward(x_ND, w, targets_N, chunk, temperature, head):
-    logprob_N, entropy_N, logz_N = _stats(x_ND, w, targets_N, chunk, temperature, head)
-    return (logprob_N, entropy_N, logz_N), (x_ND, w, targets_N, entropy_N, logz_N)
+def _forward(x_ND, w_VD, targets_N, chunk, temperature, head):
+    logprob_N, entropy_N, logz_N = _stats(x_ND, w_VD, targets_N, chunk, temperature, head)
+    return (logprob_N, entropy_N, logz_N), (x_ND, w_VD, targets_N, entropy_N, logz_N)
 
 
-def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile, ids_V, temperature, head):
+def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile_VD, ids_V, temperature):
     """Gradient of the logits of one piece: with z the scaled logits and p = softmax(z),
 
     d logprob / dz = onehot - p,   d entropy / dz = -p (log p + entropy),   d logz / dz = p.
     """
     g_logprob_c, g_entropy_c, g_logz_c = cotangents
-    logp_cV = _logits(x_cD, tile, temperature, head) - logz_c[:, None]
+    logp_cV = _logits(x_cD, tile_VD, temperature) - logz_c[:, None]
     slope_c = g_logz_c - g_logprob_c - g_entropy_c * entropy_c
     g_cV = jnp.exp(logp_cV) * (slope_c[:, None] - g_entropy_c[:, None] * logp_cV)
     g_cV = jnp.where(targets_c[:, None] == ids_V, g_cV + g_logprob_c[:, None], g_cV)
@@ -176,21 +171,18 @@ def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile, ids_V, tempe
 
 
 def _backward(chunk, temperature, head, saved, cotangents):
-    x_ND, w, targets_N, entropy_N, logz_N = saved
-    for_x = "cV,VD->cD" if head.transposed else "cV,DV->cD"
-    for_w = "cV,cD->VD" if head.transposed else "cD,cV->DV"
+    x_ND, w_VD, targets_N, entropy_N, logz_N = saved
     per_token = (x_ND, targets_N, entropy_N, logz_N, tuple(cotangents))
 
     def tile_gradients(index):
         """(gradient of x through this tile, float32[N, D]; gradient of this device's part of the tile)."""
-        tile, ids_V = _tile(w, index, x_ND.dtype, head)
+        tile_VD, ids_V = _tile(w_VD, index, x_ND.dtype, head)
 
         def chunk_gradients(piece):
-            g_cV = _g_logits(*piece, tile, ids_V, temperature, head)
-            operands = (piece[0], g_cV) if not head.transposed else (g_cV, piece[0])
+            g_cV = _g_logits(*piece, tile_VD, ids_V, temperature)
             return (
-                jnp.einsum(for_x, g_cV, tile, preferred_element_type=jnp.float32),
-                jnp.einsum(for_w, *operands, preferred_element_type=jnp.float32),
+                jnp.einsum("cV,VD->cD", g_cV, tile_VD, preferred_element_type=jnp.float32),
+                jnp.einsum("cV,cD->VD", g_cV, piece[0], preferred_element_type=jnp.float32),
             )
 
         if x_ND.shape[0] == chunk:
@@ -202,25 +194,25 @@ def _backward(chunk, temperature, head, saved, cotangents):
                 g_x_cD, more = chunk_gradients(piece)
                 return g_tile + more, g_x_cD
 
-            g_tile, g_x = jax.lax.scan(add, jnp.zeros(tile.shape, jnp.float32), split)
+            g_tile, g_x = jax.lax.scan(add, jnp.zeros(tile_VD.shape, jnp.float32), split)
             g_x_ND = g_x.reshape(x_ND.shape)
         return g_x_ND, _scattered(g_tile, head)
 
     if head.tiles == 1:
         g_x_ND, g_w = tile_gradients(0)
     else:
-        words = w.shape[head.v_dim] // head.tiles
+        words = w_VD.shape[0] // head.tiles
 
         def add_tile(carry, index):
             g_x_ND, g_w = carry
             more, g_tile = tile_gradients(index)
-            return (g_x_ND + more, jax.lax.dynamic_update_slice_in_dim(g_w, g_tile, index * words, head.v_dim)), None
+            return (g_x_ND + more, jax.lax.dynamic_update_slice_in_dim(g_w, g_tile, index * words, 0)), None
 
-        start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(w.shape, jnp.float32))
+        start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(w_VD.shape, jnp.float32))
         (g_x_ND, g_w), _ = jax.lax.scan(add_tile, start, jnp.arange(head.tiles))
     if head.tensor[1] > 1:
         g_x_ND = jax.lax.psum(g_x_ND, head.tensor[0])
-    return g_x_ND.astype(x_ND.dtype), g_w.astype(w.dtype), None
+    return g_x_ND.astype(x_ND.dtype), g_w.astype(w_VD.dtype), None
 
 
 _stats.defvjp(_forward, _backward)

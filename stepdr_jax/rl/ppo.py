@@ -19,7 +19,7 @@ import optax
 
 from stepdr_jax.models import qwen2, value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.ops.vocab_loss import Head, token_stats
+from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.rl.rollouts import EpisodeArrays
 
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
@@ -196,11 +196,10 @@ def _action_stats(params, rows, settings: Settings):
     target_N = rows["tokens"].reshape(-1)[rows["index"]]
     logprob_N, entropy_N, _ = token_stats(
         state_ND,
-        qwen2.stored_unembedding(params),
+        qwen2.unembedding(params),
         target_N,
         chunk=settings.loss_chunk,
         temperature=settings.temperature,
-        head=Head(transposed=settings.model.tie_embeddings),
     )
     return logprob_N, entropy_N
 

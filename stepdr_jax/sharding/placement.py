@@ -69,12 +69,11 @@ class Placement:
             x_BTD = jax.lax.all_to_all(x_BTD, axis, split_axis=1, concat_axis=2, tiled=True)
         return x_BTD
 
-    def head(self, *, transposed: bool, tiles: int = 1) -> Head:
-        """How the unembedding is split, for the vocabulary loss; `transposed` when it is the embedding's table."""
-        dims = self.spec("embedding" if transposed else "unembedding", 2)
-        d_axes, v_axes = dims[::-1] if transposed else dims
+    def head(self, *, tied: bool, tiles: int = 1) -> Head:
+        """How the unembedding, or the embedding it is `tied` to, is split, for the vocabulary loss."""
+        v_axes, d_axes = self.spec("embedding" if tied else "unembedding", 2)
         tensor = ("tensor", self.size("tensor")) if "tensor" in v_axes else ("", 1)
-        return Head(transposed, d_axes, tuple(axis for axis in v_axes if axis != "tensor"), tensor, tiles)
+        return Head(tuple(axis for axis in v_axes if axis != "tensor"), d_axes, tensor, tiles)
 
     def enter(self, x: jax.Array) -> jax.Array:
         """Before kernels split by column over tensor: x itself; its gradient is summed over them."""

@@ -1,7 +1,8 @@
 """Which dimension of which array is split over which mesh axis; the model's mathematics knows nothing of it.
 
 Read beside models/qwen2.py: one field per parameter, with its shape. Kernels are split over fsdp and context on their
-first dimension: a slice of it is contiguous in memory, so that gathers and reduce-scatters move whole tiles. A dimension
+first dimension: a slice of it is contiguous in memory, so that gathers and reduce-scatters move whole tiles; context
+comes first, which XLA for TPU makes reduce-scatters of throughout (the other order leaves all-reduces). A dimension
 is split over the axes of its rule for as long as they divide it (small models on large meshes), so every rule is safe
 for every size.
 """
@@ -20,20 +21,20 @@ class ShardingRules:
     """Logical placement; each entry names the mesh axis of one dimension."""
 
     embedding: tuple[Axis, ...] = ("fsdp", "context")  # V D; see Placement.embed
-    unembedding: tuple[Axis, ...] = (("fsdp", "context"), "tensor")  # D V
+    unembedding: tuple[Axis, ...] = (("tensor", "context", "fsdp"), None)  # V D
     final_norm: tuple[Axis, ...] = (None,)  # D
     attention_norm: tuple[Axis, ...] = (None, None)  # L D
-    q_kernel: tuple[Axis, ...] = (None, ("fsdp", "context"), "tensor")  # L D H*K
+    q_kernel: tuple[Axis, ...] = (None, ("context", "fsdp"), "tensor")  # L D H*K
     q_bias: tuple[Axis, ...] = (None, "tensor")  # L H*K
-    k_kernel: tuple[Axis, ...] = (None, ("fsdp", "context"), "tensor")  # L D N*K
+    k_kernel: tuple[Axis, ...] = (None, ("context", "fsdp"), "tensor")  # L D N*K
     k_bias: tuple[Axis, ...] = (None, "tensor")  # L N*K
-    v_kernel: tuple[Axis, ...] = (None, ("fsdp", "context"), "tensor")  # L D N*K
+    v_kernel: tuple[Axis, ...] = (None, ("context", "fsdp"), "tensor")  # L D N*K
     v_bias: tuple[Axis, ...] = (None, "tensor")  # L N*K
-    output_kernel: tuple[Axis, ...] = (None, ("tensor", "fsdp", "context"), None)  # L H*K D
+    output_kernel: tuple[Axis, ...] = (None, ("tensor", "context", "fsdp"), None)  # L H*K D
     mlp_norm: tuple[Axis, ...] = (None, None)  # L D
-    gate_kernel: tuple[Axis, ...] = (None, ("fsdp", "context"), "tensor")  # L D F
-    up_kernel: tuple[Axis, ...] = (None, ("fsdp", "context"), "tensor")  # L D F
-    down_kernel: tuple[Axis, ...] = (None, ("tensor", "fsdp", "context"), None)  # L F D
+    gate_kernel: tuple[Axis, ...] = (None, ("context", "fsdp"), "tensor")  # L D F
+    up_kernel: tuple[Axis, ...] = (None, ("context", "fsdp"), "tensor")  # L D F
+    down_kernel: tuple[Axis, ...] = (None, ("tensor", "context", "fsdp"), None)  # L F D
     value_kernel: tuple[Axis, ...] = (None,)  # D
     value_bias: tuple[Axis, ...] = ()
     batch: tuple[Axis, ...] = (("data", "fsdp"), "context")  # B T

@@ -59,7 +59,7 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
     elif strategy == "auto":
         strategy = "all_gather"  # never used
     parallel = Parallel(mesh, strategy, zigzag, attention, asked.remat, asked.vocab_tiles)
-    head = parallel.placement(model).head(transposed=model.tie_embeddings)
+    head = parallel.placement(model).head(tied=model.tie_embeddings)
     words = model.vocab_size // int(
         np.prod([mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis] or [1])
     )

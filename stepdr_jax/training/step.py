@@ -135,10 +135,10 @@ def loss_sums(
     weight_BT = batch["weight"]
     logprob_N, _, logz_N = token_stats(
         x_BTD.reshape(-1, x_BTD.shape[-1]),
-        qwen2.stored_unembedding(params),
+        qwen2.unembedding(params),
         batch["targets"].reshape(-1),
         chunk=loss_chunk,
-        head=placement.head(transposed=config.tie_embeddings, tiles=vocab_tiles),
+        head=placement.head(tied=config.tie_embeddings, tiles=vocab_tiles),
     )
     nll_BT = -logprob_N.reshape(weight_BT.shape) * weight_BT
     z_BT = jnp.square(logz_N).reshape(weight_BT.shape) * weight_BT

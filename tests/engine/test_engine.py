@@ -180,7 +180,7 @@ def test_log_probabilities_are_the_trainers(reference):
         at = np.asarray(positions)
         logprob_N, _, _ = token_stats(
             hidden(ids)[at - 1],
-            qwen2.unembedding(PARAMS, CONFIG),
+            qwen2.unembedding(PARAMS),
             np.asarray(ids)[at],
             chunk=64,
             temperature=temperature,
@@ -196,7 +196,7 @@ def test_greedy_takes_the_most_probable_token():
 
     generation = asyncio.run(run())
     ids = [*prompt(4), *generation.ids]
-    logits_TV = hidden(ids) @ qwen2.unembedding(PARAMS, CONFIG)
+    logits_TV = hidden(ids) @ qwen2.unembedding(PARAMS).T
     assert generation.ids == tuple(np.argmax(logits_TV, -1)[len(prompt(4)) - 1 : len(ids) - 1].tolist())
 
 

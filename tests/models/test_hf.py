@@ -173,7 +173,7 @@ def test_the_reference_implementation_of_the_format_reads_what_is_written(saved)
     for path in folder.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(path)
     assert len(tensors) == 3 + 2 * 12
-    np.testing.assert_array_equal(tensors["lm_head.weight"], params["unembedding"].T)
+    np.testing.assert_array_equal(tensors["lm_head.weight"], params["unembedding"])
     np.testing.assert_array_equal(tensors["model.layers.1.mlp.down_proj.weight"], params["layers"]["down_kernel"][1].T)
     np.testing.assert_array_equal(tensors["model.layers.1.self_attn.k_proj.bias"], params["layers"]["k_bias"][1])
 

@@ -5,26 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from stepdr_jax.ops.vocab_loss import token_stats
+from stepdr_jax.ops.vocab_loss import Head, token_stats
 
 
-def example(N=10, D=6, V=23):
+def example(N=10, D=6, V=24):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(N, D)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
     return x, w, jnp.asarray(rng.integers(0, V, N), jnp.int32)
 
 
 def plain(x, w, targets, temperature):
-    logits = x @ w / temperature
+    logits = x @ w.T / temperature
     logp = jax.nn.log_softmax(logits)
     logprob = jnp.take_along_axis(logp, targets[:, None], axis=-1)[:, 0]
     return logprob, -jnp.sum(jnp.exp(logp) * logp, axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 10, 64])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_equal_plain_softmax(chunk, temperature):
+@pytest.mark.parametrize(("temperature", "tiles"), [(1.0, 1), (0.7, 1), (0.7, 3)])
+def test_values_and_gradients_equal_plain_softmax(chunk, temperature, tiles):
     x, w, targets = example()
 
     def loss(x, w, function):
@@ -32,7 +32,7 @@ def test_values_and_gradients_equal_plain_softmax(chunk, temperature):
         return jnp.sum(jnp.sin(logprob) + 0.5 * jnp.cos(entropy) + 0.1 * logz**2)
 
     def ours(x, w):
-        return token_stats(x, w, targets, chunk=chunk, temperature=temperature)
+        return token_stats(x, w, targets, chunk=chunk, temperature=temperature, head=Head(tiles=tiles))
 
     def theirs(x, w):
         return plain(x, w, targets, temperature)
@@ -51,7 +51,7 @@ def test_large_logits_stay_finite():
 
 def test_no_array_of_tokens_by_vocabulary_exists_beyond_a_chunk():
     N, V, chunk = 64, 1000, 8
-    x, w, targets = jnp.zeros((N, 4)), jnp.zeros((4, V)), jnp.zeros((N,), jnp.int32)
+    x, w, targets = jnp.zeros((N, 4)), jnp.zeros((V, 4)), jnp.zeros((N,), jnp.int32)
 
     def loss(x, w):
         return token_stats(x, w, targets, chunk=chunk)[0].sum()

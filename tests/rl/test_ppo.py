@@ -164,7 +164,7 @@ def test_values_and_log_probabilities_are_read_before_the_token(updated):
     places, ones = np.arange(length, dtype=np.int32)[None], np.ones((1, length), np.int32)
     v = np.asarray(value_head.values(state["critic"], tokens, places, ones, MODEL))[0]
     x = qwen2.hidden_states(state["params"], tokens, places, ones, MODEL)[0]
-    logp = np.asarray(jax.nn.log_softmax(x @ qwen2.unembedding(state["params"], MODEL)))
+    logp = np.asarray(jax.nn.log_softmax(x @ qwen2.unembedding(state["params"]).T))
     for t in np.flatnonzero(episodes.action_mask_ET[e]):
         np.testing.assert_allclose(details.values_ET[e, t], v[t - 1], atol=1e-5)
         np.testing.assert_allclose(details.logprobs_ET[e, t], logp[t - 1, tokens[0, t]], atol=1e-4)

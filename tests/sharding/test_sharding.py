@@ -53,7 +53,7 @@ def test_every_parameter_has_a_rule_and_dimensions_that_do_not_divide_stay_whole
     mesh = jax.sharding.AbstractMesh((1, 2, 1, 4), ("data", "fsdp", "context", "tensor"))
     shardings = param_shardings(qwen2.param_shapes(config), mesh)
     assert tuple(shardings["embedding"].spec) == (None, "context")  # 7 words do not split over fsdp 2
-    assert tuple(shardings["layers"]["q_kernel"].spec) == (None, ("fsdp", "context"), "tensor")
+    assert tuple(shardings["layers"]["q_kernel"].spec) == (None, ("context", "fsdp"), "tensor")
     assert tuple(shardings["layers"]["down_kernel"].spec) == (None, None, None)  # nor 5 over tensor 4
 
 

@@ -30,7 +30,7 @@ def program(**options):
 def by_hand(params, batch):
     """Sums over targets, token by token, from the whole logits."""
     x = qwen2.hidden_states(params, batch["tokens"], batch["positions"], batch["segment_ids"], MODEL)
-    logits = np.asarray(x @ qwen2.unembedding(params, MODEL), np.float64)
+    logits = np.asarray(x @ qwen2.unembedding(params).T, np.float64)
     logz = np.log(np.exp(logits).sum(-1))
     nll, weight, total = np.zeros(2), np.zeros(2), 0.0
     B, T = batch["tokens"].shape
