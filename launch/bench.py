@@ -6,6 +6,9 @@ in turns, so that a busy machine slows both; the medians are compared.
 
 --what=sample: tokens sampled per second by `ppo.slots` sequences of config.model at once, prompts included, ours against
 `generate` of transformers on the same weights.
+
+--what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
+writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
 """
 
 import functools
@@ -16,15 +19,16 @@ import time
 
 from absl import flags
 
-from launch import entry
+from launch import bench_convert, entry
 from stepdr_jax.errors import UserError
 
-_WHAT = flags.DEFINE_string("what", "train", "train or sample")
+_WHAT = flags.DEFINE_string("what", "train", "train, sample or convert")
+_SIZE = flags.DEFINE_string("size", "0.5B", "of Qwen2.5, for --what=convert")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after one that is not counted")
 
 
 def main(config) -> None:
-    benches = {"train": train, "sample": sample}
+    benches = {"train": train, "sample": sample, "convert": lambda *_: bench_convert.measure(_SIZE.value)}
     if _WHAT.value not in benches:
         raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
     print(json.dumps(benches[_WHAT.value](config, _ROUNDS.value), indent=1))

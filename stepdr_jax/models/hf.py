@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -44,7 +45,7 @@ TOP_NAMES = {
     "final_norm": ("model.norm.weight", False),
     "unembedding": ("lm_head.weight", False),
 }
-CHUNK = 2**28  # bytes of one parameter that are read before they go to the devices
+CHUNK = 2**26  # bytes of one parameter that are read before they go to the devices
 SHOWN = 12  # problems that one error lists
 Report = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -213,22 +214,39 @@ def _set_layers(array, piece, first):
 
 def _from_files(source: list, shape: tuple[int, ...], dtype, sharding) -> jax.Array:
     """The array of one parameter (or of some layers of it); equal slices of several devices are read once."""
+    stacked = source[0][1].layer is not None
     slices = {}
 
     def read(index):
-        ranges = [range(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
-        key = tuple(ranges)
-        if key not in slices:
-            stacked = source[0][1].layer is not None
+        ranges = tuple(range(*one.indices(size)) for one, size in zip(index, shape, strict=True))
+        if ranges not in slices:
             layers, inner = (ranges[0], ranges[1:]) if stacked else (range(1), ranges)
+            reads = []
             out = np.empty([len(layers), *map(len, inner)], dtype)
-            for o, i in enumerate(layers):
-                stored, place = source[i]
-                _copy(out[o], stored.map(), tuple(slice(r.start, r.stop) for r in inner), place.transposed)
-            slices[key] = out if stacked else out[0]
-        return slices[key]
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                for i, one in zip(layers, out, strict=True):
+                    parts = _parts(one, inner, source[i][1].transposed)
+                    reads += [threads.submit(_read, *source[i], *part) for part in parts]
+            for done in reads:
+                done.result()  # raises what the thread raised
+            slices[ranges] = out if stacked else out[0]
+        return slices[ranges]
 
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
+
+
+def _parts(out: np.ndarray, inner: tuple[range, ...], transposed: bool) -> Iterator[tuple[np.ndarray, tuple]]:
+    """(part of `out`, its index in our array of one layer) for each thousand rows of the stored tensor."""
+    axis = 1 if transposed else 0
+    for first in range(0, out.shape[axis], 1024):
+        last = min(first + 1024, out.shape[axis])
+        index = [slice(one.start, one.stop) for one in inner]
+        index[axis] = slice(inner[axis].start + first, inner[axis].start + last)
+        yield out[:, first:last] if transposed else out[first:last], tuple(index)
+
+
+def _read(stored: safetensors.Stored, place: Place, out: np.ndarray, index: tuple[slice, ...]) -> None:
+    _copy(out, stored.map(), index, place.transposed)
 
 
 def _copy(out: np.ndarray, tensor: np.ndarray, index: tuple[slice, ...], transposed: bool) -> None:

@@ -1,6 +1,7 @@
 """Checkpoint folders: what is wrong with one is told at once, and what is right arrives whole wherever it is placed."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import safetensors.numpy
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import hf, qwen2
 
-SCRIPT = Path(__file__).with_name("place_on_eight_devices.py")
+EIGHT_DEVICES = Path(__file__).with_name("place_on_eight_devices.py")
+TWO_PROCESSES = Path(__file__).with_name("load_in_two_processes.py")
 
 
 def small(**overrides) -> qwen2.Qwen2Config:
@@ -261,7 +263,10 @@ def test_eight_devices_get_their_slices_and_give_them_back(saved, tmp_path):
     """Only the bytes of a device's slice are read for it: the script counts them."""
     config, params, folder = saved
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder), str(tmp_path / "back")], capture_output=True, text=True, check=False
+        [sys.executable, str(EIGHT_DEVICES), str(folder), str(tmp_path / "back")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
@@ -269,4 +274,27 @@ def test_eight_devices_get_their_slices_and_give_them_back(saved, tmp_path):
     assert result["share of embedding"] < 1
     for name, (read, size) in result["values read"].items():
         assert read == size, name
+    assert_equal(hf.load(tmp_path / "back")[1], params)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_reads_its_own_slices_and_the_first_writes(saved, tmp_path):
+    _, params, folder = saved
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    commands = [
+        [sys.executable, str(TWO_PROCESSES), str(number), str(port), str(folder), str(tmp_path / "back")]
+        for number in range(2)
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in processes:
+            out, _ = process.communicate(timeout=120)
+            assert process.returncode == 0
+            counts = json.loads(out.splitlines()[-1])
+            assert counts["read"] == counts["here"] < 0.6 * counts["all"]
+    finally:
+        for process in processes:  # one that waits for the other's failure
+            process.kill()
     assert_equal(hf.load(tmp_path / "back")[1], params)
