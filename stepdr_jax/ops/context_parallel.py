@@ -1,11 +1,7 @@
-"""Attention over sequences that are split over the mesh axis `context`: layout, strategies, and the choice of one.
+"""Attention over sequences that are split over the mesh axis `context`; the layout is context_layout's.
 
-Layout: a row of length L is cut for n devices either plainly (device r has the r-th of n parts) or in zigzag: of 2n
-chunks device r has chunk r and chunk 2n-1-r, which gives every device the same causal work. Zigzag is a permutation of
-the batch, done once; nothing but attention needs to know. Either way a device's tokens lie in row order, positions
-restart and rise with each segment, and so row order within a segment is causality: no positions need to travel.
-
-Costs per layer, with T = L / n local tokens, H query and N kv heads of K: docs/long_context.md.
+Either way a device's tokens lie in row order and positions restart and rise with each segment, so row order within a
+segment is causality, and no positions need to travel. What each strategy costs: docs/long_context.md.
 """
 
 import functools
@@ -14,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from stepdr_jax.errors import UserError
 from stepdr_jax.ops.attention import kernel
+from stepdr_jax.ops.context_layout import check_layout, choose, hop_pairs, zigzag_order
 from stepdr_jax.ops.flash import Rows, flash, output_offset, tag
 from stepdr_jax.ops.ring import Ring, ring_attention
 
-STRATEGIES = ("ring", "all_gather", "ulysses", "none")
+__all__ = ["check_layout", "choose", "context_attention", "hop_pairs", "zigzag_order"]
 
 
 def context_attention(
@@ -50,7 +46,7 @@ def context_attention(
     Returns:
         o_BTHK in q's dtype. It and the log-sum-exp are named `attention_out` and `attention_lse` for remat policies.
     """
-    del positions_BT  # see the module's docstring
+    del positions_BT  # row order says the same, see above
     T = q_BTHK.shape[1]
     check_layout(
         T * axis_size,
@@ -74,58 +70,6 @@ def context_attention(
     else:
         o_BHTK = _ulysses(chosen, ring, q_BHTK, k_BNTK, v_BNTK, segment_ids_BT)
     return jnp.swapaxes(o_BHTK, 1, 2)
-
-
-def zigzag_order(length: int, shards: int) -> np.ndarray:
-    """int32[length]: row[order], cut in `shards` contiguous parts, is the zigzag layout; argsort(order) undoes it.
-
-    Raises:
-        UserError: 2 * shards does not divide length.
-    """
-    if length % (2 * shards):
-        raise UserError(f"context: expected a multiple of {2 * shards} (2 x mesh.context) for zigzag, got {length}")
-    chunks = np.arange(length, dtype=np.int32).reshape(2 * shards, -1)
-    pairs = [[shard, 2 * shards - 1 - shard] for shard in range(shards)]
-    return chunks[np.array(pairs).ravel()].ravel()
-
-
-def check_layout(
-    length: int, heads: int, kv_heads: int, *, strategy: str, axis_size: int, zigzag: bool, backend: str = "auto"
-) -> None:
-    """Raises UserError, naming the config field, where a strategy cannot serve a shape; for configs and call sites.
-
-    heads, kv_heads: those of one device, that is divided by mesh.tensor.
-    """
-    if strategy not in STRATEGIES:
-        raise UserError(f"parallel.context_strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if backend not in ("auto", "blockwise", "splash"):
-        raise UserError(
-            f"parallel.attention: expected auto, blockwise or splash where mesh.context > 1, got {backend!r}"
-        )
-    if axis_size == 1:
-        return
-    if strategy == "none":
-        raise UserError(
-            f"parallel.context_strategy: none needs mesh.context=1, got {axis_size}; set ring, all_gather or ulysses"
-        )
-    parts = 2 * axis_size if zigzag or strategy == "ring" else axis_size
-    if length % parts:
-        raise UserError(
-            f"context: expected a multiple of {parts} tokens for mesh.context={axis_size}, "
-            f"strategy {strategy}{' in zigzag' if zigzag else ''}, got {length}; "
-            f"the next that fits is {length + -length % parts}"
-        )
-    if strategy == "ulysses":
-        if heads % axis_size:
-            raise UserError(
-                f"parallel.context_strategy: ulysses needs query heads divisible by mesh.context, got {heads} heads "
-                f"and mesh.context={axis_size}; set ring or all_gather"
-            )
-        if kv_heads % axis_size and axis_size % kv_heads:
-            raise UserError(
-                f"parallel.context_strategy: ulysses needs kv heads that divide mesh.context or are divided by it, got "
-                f"{kv_heads} kv heads and mesh.context={axis_size}; set ring or all_gather"
-            )
 
 
 def _to_row(ring: Ring, x):

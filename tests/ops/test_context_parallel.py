@@ -6,11 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.ops.context_parallel import check_layout, zigzag_order
+from stepdr_jax.ops import context_parallel
+from stepdr_jax.ops.context_parallel import check_layout, choose, context_attention, hop_pairs, zigzag_order
+from stepdr_jax.ops.flash import Kernel
 
 HERE = Path(__file__).parent
 
@@ -65,3 +71,73 @@ def test_shapes_that_a_strategy_cannot_serve_are_refused(message, change):
     check_layout(**shape)
     with pytest.raises(UserError, match=message):
         check_layout(**shape | change)
+
+
+def compiled_pairs(monkeypatch, strategy, n, zigzag, length=64):
+    """The program that all devices run, and the query-key pairs of each kernel call in it, device by device."""
+    calls = []
+
+    def forward(q, k, v, query_segments, key_segments, order):
+        tiles, T, S = q.shape[0], q.shape[2], k.shape[2]  # one row: the rest of the batch are tiles
+        calls.append([T * S * tiles] if order is None else [int(rows.sum()) + T for rows in order.table])
+        return q, q[..., 0]
+
+    monkeypatch.setattr(context_parallel, "kernel", lambda backend: Kernel(forward, None))
+
+    def run(*arguments):
+        return context_attention(*arguments, strategy=strategy, axis_size=n, zigzag=zigzag)
+
+    split = jax.shard_map(
+        run,
+        mesh=AbstractMesh((n,), ("context",)),
+        in_specs=P(None, "context"),
+        out_specs=P(None, "context"),
+        check_vma=False,
+    )
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    arrays = jax.ShapeDtypeStruct((1, length, 16, 4), jnp.float32)
+    return str(jax.make_jaxpr(split)(arrays, arrays, arrays, tokens, tokens)), calls
+
+
+@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize("zigzag", [True, False])
+def test_ring_positions_run_one_program_with_the_work_of_the_formula(monkeypatch, n, zigzag):
+    program, (own, loop, last) = compiled_pairs(monkeypatch, "ring", n, zigzag)
+    assert "cond[" not in program
+    first, *others = hop_pairs(64, strategy="ring", axis_size=n, zigzag=zigzag)
+    assert own == [first]
+    assert loop == last == [others[0]]
+    assert len(others) == n - 1 and len(set(others)) == 1
+
+
+def test_gathered_keys_in_zigzag_are_equal_work_and_plain_ones_are_not(monkeypatch):
+    for zigzag in (True, False):
+        _, (work,) = compiled_pairs(monkeypatch, "all_gather", 8, zigzag)
+        assert len(work) == 8
+        assert (len(set(work)) == 1) == zigzag
+        assert [max(work)] == hop_pairs(64, strategy="all_gather", axis_size=8, zigzag=zigzag)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "all_gather", "ulysses"])
+@pytest.mark.parametrize("n", [8, 16, 64])
+def test_zigzag_wastes_no_causal_work(strategy, n):
+    length = 131072
+    causal = length * (length + 1) // 2
+    assert 1 <= n * sum(hop_pairs(length, strategy=strategy, axis_size=n, zigzag=True)) / causal < 1.05
+    plain = n * sum(hop_pairs(length, strategy="ring", axis_size=n, zigzag=False)) / causal
+    assert plain > 1.8
+
+
+def test_choice_follows_links_memory_and_heads():
+    shape = dict(length=131072, heads=40, kv_heads=8, head_dim=128)
+    assert choose(**shape, axis_size=1)[0] == "none"
+    assert choose(**shape, axis_size=16, device_kind="TPU v5")[0] == "ring"
+    strategy, reason = choose(**shape, axis_size=16, device_kind="TPU v5 lite")
+    assert strategy == "all_gather" and "synchronous" in reason
+    strategy, reason = choose(**shape, axis_size=16, device_kind="TPU v5 lite", free_bytes=2**28)
+    assert strategy == "ring" and "1.00 GiB of 0.25 free" in reason
+    assert choose(**shape, axis_size=16, device_kind="cpu")[0] == "all_gather"
+    few_groups = dict(length=131072, heads=8, kv_heads=8, head_dim=128)
+    assert choose(**few_groups, axis_size=4, device_kind="TPU v5 lite")[0] == "ulysses"
+    with pytest.raises(UserError, match="context: expected a multiple of 32"):
+        choose(131080, 40, 8, 128, axis_size=16)
