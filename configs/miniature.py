@@ -87,6 +87,7 @@ def get_config() -> ConfigDict:
             original_context=32768,  # Qwen2.5's trained length
         )
     )
+    config.initial_checkpoint = ""  # folder from launch.convert that midtrain1 starts from; empty = random parameters
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
     config.parallel = ConfigDict(
         dict(

@@ -303,7 +303,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     keep_compiled(run_dir / ".jax_cache")
     engine = JaxEngine(
         state.load_params(config, config.seed, stage),
-        Qwen2Config.from_config(config.model, tokenizer.vocab_size),
+        Qwen2Config.from_config(config.model, state.vocab_size(config)),
         slots=config.ppo.slots,
         shards=config.ppo.shards,
         max_len=config.agent.max_episode_tokens,

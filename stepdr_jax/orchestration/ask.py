@@ -94,7 +94,7 @@ def trained_policy(
     keep_compiled(Path(config.run_dir) / ".jax_cache")
     engine = JaxEngine(
         state.load_params(config, config.seed, stage),
-        qwen2.Qwen2Config.from_config(config.model, tokenizer.vocab_size),
+        qwen2.Qwen2Config.from_config(config.model, state.vocab_size(config)),
         slots=1,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(tokenizer.im_end, tokenizer.endoftext),

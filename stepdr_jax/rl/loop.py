@@ -126,7 +126,7 @@ def prepare(config: ConfigDict) -> Parts:
     names = {row[lang] for row in files.read_jsonl(entities) for lang in ("en", "zh") if row.get(lang)}
     return Parts(
         tokenizer=tokenizer,
-        model=Qwen2Config.from_config(config.model, tokenizer.vocab_size),
+        model=Qwen2Config.from_config(config.model, state.vocab_size(config)),
         actor=actor,
         tasks=tasks,
         rubric_sets=rubric_sets,

@@ -110,6 +110,19 @@ def restore(directory: str | os.PathLike, abstract: Any, *, report=None) -> Rest
     return None
 
 
+def latest_metadata(directory: str | os.PathLike) -> dict:
+    """What was saved beside the latest checkpoint. Raises UserError when there is none that can be read."""
+    for step in reversed(steps(directory)):
+        try:
+            return json.loads((Path(directory) / f"{step:08d}" / "manifest.json").read_text())["metadata"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    raise UserError(
+        f"{directory} has no checkpoint; make one from Hugging Face's files with "
+        "python -m launch.convert --hf=DIR --out=DIR"
+    )
+
+
 def steps(directory: str | os.PathLike) -> list[int]:
     """Steps that have a checkpoint, whole or damaged, in increasing order."""
     directory = Path(directory)

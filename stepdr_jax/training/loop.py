@@ -47,7 +47,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
         config: the run's config.
         stage: midtrain1, midtrain2 or sft.
         loader: batches by step; default the run's data on disk.
-        vocab_size: default the run's tokenizer's.
+        vocab_size: default `state.vocab_size`.
 
     Raises:
         UserError: missing or damaged input, a config that differs from the one the run directory was made with, a full
@@ -66,8 +66,8 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
 
     # ---------------------------------------------------------------- data
     if loader is None:
-        loader, vocab_size = _open_data(config, stage)
-    elif vocab_size is None:
+        loader = _open_data(config, stage)
+    if vocab_size is None:
         vocab_size = state.vocab_size(config)
 
     # ---------------------------------------------------------------- settings
@@ -93,9 +93,9 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     # ---------------------------------------------------------------- resume
     restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))
     if restored is None:
-        params, _ = state.start_of(config, stage, model)
-        fresh = state.new_state(params, optimizer_of(settings), len(sources))
-        now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
+        placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        params = state.start_of(config, stage, model, placed.params)
+        now = jax.device_put(state.new_state(params, optimizer_of(settings), len(sources)), placed)
         start, tokens, seconds = 0, 0, 0.0
     else:
         now, start = TrainState(**restored.tree), restored.step
@@ -171,14 +171,14 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     return done
 
 
-def _open_data(config, stage: str) -> tuple[Batches, int]:
+def _open_data(config, stage: str) -> Batches:
     from stepdr_jax.data.loader import Loader  # here: grain takes a second to import
     from stepdr_jax.tokens.tokenizer import Tokenizer
 
     run_dir = Path(config.run_dir)
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
     settings = config[stage]
-    loader = Loader(
+    return Loader(
         run_dir / "data",
         stage,
         dict(settings.mixture),
@@ -187,7 +187,6 @@ def _open_data(config, stage: str) -> tuple[Batches, int]:
         tokenizer_fingerprint=tokenizer.fingerprint(),
         opening=(settings.opening, settings.opening_steps),
     )
-    return loader, tokenizer.vocab_size
 
 
 def _settings(config, stage: str, model: Qwen2Config, loader: Batches) -> dict:
@@ -197,6 +196,7 @@ def _settings(config, stage: str, model: Qwen2Config, loader: Batches) -> dict:
     flat |= {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
     flat["seed"] = config.seed
     flat["data"] = loader.fingerprint
+    flat["initial_checkpoint"] = config.initial_checkpoint if stage == "midtrain1" else ""
     parent = state.PARENT[stage]
     if parent != "init":
         flat[parent] = files.read_json(state.stage_dir(config, config.seed, parent) / "done.json")["params_sha256"]

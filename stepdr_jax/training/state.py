@@ -1,7 +1,7 @@
 """Where training starts and what it leaves: initial parameters of a stage, finished parameters of any stage.
 
-Initialisation precedence: midtrain1 starts from random parameters of (config.model, seed); midtrain2 from the end of
-midtrain1; sft from the end of midtrain2; ppo from the end of sft. All of one seed.
+Initialisation precedence: midtrain1 starts from config.initial_checkpoint where there is one (Qwen2.5, converted), else
+from random parameters of (config.model, seed); midtrain2 from the end of midtrain1; sft from the end of midtrain2; ppo from the end of sft. All of one seed.
 """
 
 import dataclasses
@@ -32,54 +32,51 @@ def stage_dir(config, seed: int, stage: str) -> Path:
 
 
 def vocab_size(config) -> int:
-    """Of the run's tokenizer. Raises UserError when it does not exist yet."""
+    """Rows of the embedding: the run's tokenizer's ids, or as many as config.initial_checkpoint has (Qwen2.5 pads).
+
+    Raises UserError when there is no tokenizer yet, or more ids than rows.
+    """
     from stepdr_jax.tokens.tokenizer import Tokenizer  # here: trained stages know their vocabulary without it
 
-    return Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json").vocab_size
+    path = Path(config.run_dir) / "tokenizer" / "tokenizer.json"
+    ids = Tokenizer.load(path).vocab_size
+    if not config.initial_checkpoint:
+        return ids
+    rows = checkpoint.latest_metadata(config.initial_checkpoint)["model"]["vocab_size"]
+    if rows < ids:
+        raise UserError(
+            f"initial_checkpoint: {config.initial_checkpoint} has {rows} words, {path} has {ids}; set tokenizer.path to "
+            "the tokenizer.json beside the checkpoint"
+        )
+    return rows
 
 
-def initial_params(model: qwen2.Qwen2Config, seed: int) -> dict:
-    """Random parameters; the same for the same seed whatever the mesh."""
-    return jax.jit(qwen2.init_params, static_argnums=0)(model, jax.random.key(seed))
+def initial_params(model: qwen2.Qwen2Config, seed: int, shardings: dict | None = None) -> dict:
+    """Random parameters; the same for the same seed whatever the mesh. With `shardings` each device makes its part."""
+    return jax.jit(qwen2.init_params, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
 
 
-def load_params(config, seed: int, stage: str) -> dict:
-    """Parameters at the end of a stage, on the default device.
+def load_params(config, seed: int, stage: str, shardings: dict | None = None) -> dict:
+    """Parameters at the end of a stage, placed by `shardings`, else on the default device.
 
     Args:
         config: the run's config; its model section must be the one the stage was trained with.
         seed: training seed.
         stage: init, midtrain1, midtrain2, sft or ppo.
+        shardings: tree of NamedSharding, as the parameters.
 
     Raises:
         UserError: when the stage has not finished, its checkpoints are damaged, or its model is another.
     """
     if stage == "init":
-        return initial_params(qwen2.Qwen2Config.from_config(config.model, vocab_size(config)), seed)
+        return _start(config, qwen2.Qwen2Config.from_config(config.model, vocab_size(config)), seed, shardings)
     home = stage_dir(config, seed, stage)
     if not (home / "done.json").exists():
         raise UserError(
             f"stage {stage} of seed {seed} is not finished in {home}; "
             f"run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed} first"
         )
-
-    def abstract(metadata):
-        model = qwen2.Qwen2Config(**metadata["model"])
-        for name, ours in dict(config.model).items():
-            theirs = getattr(model, name)
-            if name not in ("dtype", "param_dtype") and theirs != ours:
-                raise UserError(
-                    f"{home} was trained with model.{name} = {theirs}, this config has {ours}; "
-                    "give the config it was trained with, or another run_dir"
-                )
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return {
-            "params": jax.tree.map(
-                lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), qwen2.param_shapes(model)
-            )
-        }
-
-    restored = checkpoint.restore(home / "checkpoints", abstract)
+    restored = _restore_params(config, home / "checkpoints", shardings)
     if restored is None:
         raise UserError(
             f"{home} says done but has no checkpoint; delete {home} and run {COMMAND[stage]} "
@@ -95,14 +92,39 @@ def load_params(config, seed: int, stage: str) -> dict:
     return params
 
 
-def start_of(config, stage: str, model: qwen2.Qwen2Config) -> tuple[dict, str]:
-    """(parameters a training stage starts from, a name for them that changes when they do)."""
+def start_of(config, stage: str, model: qwen2.Qwen2Config, shardings: dict | None = None) -> dict:
+    """Parameters that a training stage starts from."""
     parent = PARENT[stage]
     if parent == "init":
-        return initial_params(model, config.seed), f"init seed {config.seed}"
-    params = load_params(config, config.seed, parent)
-    done = files.read_json(stage_dir(config, config.seed, parent) / "done.json")
-    return params, f"{parent} {done['params_sha256'][:16]}"
+        return _start(config, model, config.seed, shardings)
+    return load_params(config, config.seed, parent, shardings)
+
+
+def _start(config, model: qwen2.Qwen2Config, seed: int, shardings: dict | None) -> dict:
+    if not config.initial_checkpoint:
+        return initial_params(model, seed, shardings)
+    checkpoint.latest_metadata(config.initial_checkpoint)
+    return _restore_params(config, Path(config.initial_checkpoint), shardings).tree["params"]
+
+
+def _restore_params(config, directory: Path, shardings: dict | None) -> checkpoint.Restored | None:
+    """The parameters of the latest checkpoint in `directory`, whose model must be config.model."""
+
+    def abstract(metadata):
+        model = qwen2.Qwen2Config(**metadata["model"])
+        for name, ours in dict(config.model).items():
+            theirs = getattr(model, name)
+            if name not in ("dtype", "param_dtype") and theirs != ours:
+                raise UserError(
+                    f"{directory} is of a model with model.{name} = {theirs}, this config has {ours}; "
+                    "give the config it was trained with, or another run_dir"
+                )
+        shapes = qwen2.param_shapes(model)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = shardings or jax.tree.map(lambda _: device, shapes)
+        return {"params": jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)}
+
+    return checkpoint.restore(directory, abstract)
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation, num_sources: int) -> TrainState:

@@ -1,0 +1,40 @@
+"""A stage can start from a converted checkpoint; one that does not fit is refused before any work."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from stepdr_jax.errors import UserError
+from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.training import checkpoint, state
+from tests.training.tiny import VOCAB, tiny_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    config.initial_checkpoint = str(tmp_path / "converted")
+    return config
+
+
+def save(config, **changes):
+    model = dataclasses.replace(Qwen2Config.from_config(config.model, VOCAB), **changes)
+    params = state.initial_params(model, 7)
+    checkpoint.save(config.initial_checkpoint, 0, {"params": params}, {"model": dataclasses.asdict(model)}, keep=1)
+    return params
+
+
+def test_midtraining_starts_from_the_checkpoint(config):
+    expected = save(config)
+    start = state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+    jax.tree.map(np.testing.assert_array_equal, start, expected)
+
+
+def test_a_checkpoint_of_another_model_or_none_is_named(config):
+    with pytest.raises(UserError, match="converted has no checkpoint.*launch.convert"):
+        state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+    save(config, rope_theta=5.0)
+    with pytest.raises(UserError, match="model.rope_theta = 5.0, this config has"):
+        state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
