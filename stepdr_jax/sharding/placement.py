@@ -28,7 +28,7 @@ class Placement:
 
     sizes: tuple[tuple[str, int], ...] = ()
     specs: tuple[tuple[str, Spec], ...] = ()
-    strategy: str = "all_gather"
+    strategy: str = "none"
     zigzag: bool = False
     attention: str = "auto"
 

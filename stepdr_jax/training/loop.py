@@ -88,7 +88,10 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     program, abstract, abstract_batch = train_program(
         config, stage, mesh, vocab_size=model.vocab_size, num_sources=len(sources)
     )
-    order = order_of(parallel_of(config, stage, mesh, model), settings.context)
+    parallel = parallel_of(config, stage, mesh, model)
+    order = order_of(parallel, settings.context)
+    if mesh.size > 1:
+        _say(f"{stage}  {mesh.size} devices, context strategy {parallel.strategy}: {parallel.reason}")
 
     # ---------------------------------------------------------------- resume
     restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))

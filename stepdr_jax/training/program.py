@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
-from stepdr_jax.ops import context_parallel
+from stepdr_jax.ops import context_layout
 from stepdr_jax.sharding import rules
 from stepdr_jax.training import state
 from stepdr_jax.training.optimizer import optimizer_of
@@ -48,17 +48,25 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
     ):
         if size % tensor:
             raise UserError(f"mesh.tensor: expected a divisor of model.{name} {size}, got {tensor}")
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
-    attention = "splash" if asked.attention == "auto" and on_tpu else asked.attention
-    strategy, zigzag = asked.context_strategy, bool(asked.zigzag) and context > 1
-    if context > 1:
-        shape = dict(heads=model.num_heads // tensor, kv_heads=model.num_kv_heads // tensor, axis_size=context)
+    device = mesh.devices.flat[0]
+    attention = "splash" if asked.attention == "auto" and device.platform == "tpu" else asked.attention
+    strategy, zigzag, reason = asked.context_strategy, bool(asked.zigzag) and context > 1, "as configured"
+    if context == 1:
+        strategy, reason = "none", "mesh.context is 1"
+    else:
+        heads = (model.num_heads // tensor, model.num_kv_heads // tensor)
+        layout = dict(axis_size=context, zigzag=zigzag)
         if strategy == "auto":
-            strategy = "ring"
-        context_parallel.check_layout(settings.context, strategy=strategy, zigzag=zigzag, backend=attention, **shape)
-    elif strategy == "auto":
-        strategy = "all_gather"  # never used
-    parallel = Parallel(mesh, strategy, zigzag, attention, asked.remat, asked.vocab_tiles)
+            strategy, reason = context_layout.choose(
+                settings.context,
+                *heads,
+                model.head_dim,
+                device_kind=device.device_kind,
+                rows=settings.batch // rows,
+                **layout,
+            )
+        context_layout.check_layout(settings.context, *heads, strategy=strategy, backend=attention, **layout)
+    parallel = Parallel(mesh, strategy, reason, zigzag, attention, asked.remat, asked.vocab_tiles)
     head = parallel.placement(model).head(tied=model.tie_embeddings)
     words = model.vocab_size // int(
         np.prod([mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis] or [1])
@@ -73,7 +81,7 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
 def order_of(parallel: Parallel, length: int) -> np.ndarray | None:
     """The order of a row's tokens that `step.arrange` takes; None where the row's own will do."""
     shards = parallel.mesh.shape["context"]
-    return context_parallel.zigzag_order(length, shards) if parallel.zigzag and shards > 1 else None
+    return context_layout.zigzag_order(length, shards) if parallel.zigzag and shards > 1 else None
 
 
 def train_program(

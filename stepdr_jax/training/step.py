@@ -49,10 +49,11 @@ def empty_window(num_sources: int) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved."""
+    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved; `reason` says why so."""
 
     mesh: Mesh | None = None
-    strategy: str = "all_gather"
+    strategy: str = "none"
+    reason: str = ""
     zigzag: bool = False
     attention: str = "auto"
     remat: str = "none"
