@@ -6,7 +6,8 @@
 --out becomes a folder of one checkpoint, of step 0, in the layout that training writes: stacked layers, parameters alone,
 float32 unless --dtype says otherwise. --checkpoint takes such a folder, a trained stage (its latest whole checkpoint is
 used; the optimizer's state is left behind). Both write under another name first, so that an interrupted command leaves
-nothing that loads; parameters are spread over config.mesh. Tokenizer files go along where they are found.
+nothing that loads. Parameters are spread over config.mesh, or over all devices if that is one; JAX_PLATFORMS=cpu keeps them
+in host memory. Tokenizer files go along where they are found.
 """
 
 import dataclasses
@@ -57,11 +58,10 @@ def main(config) -> None:
 def to_checkpoint(config, source: Path, target: Path, dtype: str) -> None:
     """Reads a Hugging Face folder onto config.mesh and writes it as step 0 of the new folder `target`."""
     from stepdr_jax.models import hf
-    from stepdr_jax.sharding.mesh import make_mesh
     from stepdr_jax.training import checkpoint
 
     _require_new(target, "--out")
-    model, params = hf.load(source, mesh=make_mesh(**config.mesh), param_dtype=dtype, report=_bar("reading"))
+    model, params = hf.load(source, mesh=_mesh(config), param_dtype=dtype, report=_bar("reading"))
     _say(f"writing {target}")
     metadata = {"stage": "hf", "model": dataclasses.asdict(model), "source": str(source.resolve())}
     copied = _copy_tokenizer(source, target / "tokenizer")  # first: the checkpoint is what makes the folder count
@@ -73,13 +73,12 @@ def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | 
     """Reads the latest checkpoint under `source` onto config.mesh and writes the new folder `target`."""
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
-    from stepdr_jax.sharding.mesh import make_mesh
     from stepdr_jax.sharding.rules import param_shardings
     from stepdr_jax.training import checkpoint
 
     _require_new(target, "--hf_out")
     directory = _find(source)
-    mesh = make_mesh(**config.mesh)
+    mesh = _mesh(config)
 
     def abstract(metadata):
         import jax
@@ -96,6 +95,15 @@ def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | 
     copied = next((n for home in homes if (n := _copy_tokenizer(home / "tokenizer", target))), 0)
     hf.save(model, params, target, dtype=dtype, max_position_embeddings=longest, report=_bar("writing"))
     _say(f"done: {target}  step {restored.step}  {_billions(params)}  {copied} tokenizer files")
+
+
+def _mesh(config):
+    import jax
+
+    from stepdr_jax.sharding.mesh import make_mesh
+
+    one = all(size == 1 for size in dict(config.mesh).values())
+    return make_mesh(fsdp=jax.device_count()) if one else make_mesh(**config.mesh)
 
 
 def _find(source: Path) -> Path:

@@ -5,6 +5,7 @@ Neither direction holds the model in host memory: reading holds what this host's
 parameter (at least of one layer of it), writing one tensor.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -191,8 +192,11 @@ def _place(source: list, shape: jax.ShapeDtypeStruct, sharding, advance: Callabl
     values = math.prod(shape.shape)
     layers = len(source)
     split = sharding.shard_shape(shape.shape)
-    here = len({str(index) for index in sharding.addressable_devices_indices_map(shape.shape).values()})
-    bytes_here = here * math.prod(split) * shape.dtype.itemsize
+    on_host = collections.defaultdict(set)
+    for device, index in sharding.devices_indices_map(shape.shape).items():
+        on_host[device.process_index].add(str(index))
+    # Of the host with most: all processes must run the same updates.
+    bytes_here = max(map(len, on_host.values())) * math.prod(split) * shape.dtype.itemsize
     if layers == 1 or split[0] < layers or bytes_here <= CHUNK:
         array = _from_files(source, shape.shape, shape.dtype, sharding)
         advance(values)
@@ -200,14 +204,14 @@ def _place(source: list, shape: jax.ShapeDtypeStruct, sharding, advance: Callabl
     fitting = [n for n in range(1, layers) if layers % n == 0 and bytes_here * n <= CHUNK * layers]
     at_once = max(fitting, default=1)
     array = jax.jit(functools.partial(jnp.zeros, shape.shape, shape.dtype), out_shardings=sharding)()
+    set_layers = jax.jit(_set_layers, donate_argnums=0, out_shardings=sharding)
     for first in range(0, layers, at_once):
         piece = _from_files(source[first : first + at_once], (at_once, *shape.shape[1:]), shape.dtype, sharding)
-        array = jax.block_until_ready(_set_layers(array, piece, np.int32(first)))
+        array = jax.block_until_ready(set_layers(array, piece, np.int32(first)))
         advance(values * at_once // layers)
     return array
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _set_layers(array, piece, first):
     return jax.lax.dynamic_update_slice_in_dim(array, piece, first, 0)
 

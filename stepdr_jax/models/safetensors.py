@@ -86,8 +86,9 @@ def header(path: Path) -> tuple[dict[str, Stored], list[str]]:
             first, last = entry["data_offsets"]
             stored = Stored(path, entry["dtype"], tuple(entry["shape"]), start + first)
             end = max(end, last)
-            if stored.dtype in DTYPES and last - first != math.prod(stored.shape) * DTYPES[stored.dtype].itemsize:
-                problems.append(f"{name} in {path.name} has {last - first} bytes, too few or many for {stored.shape}")
+            needed = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize if stored.dtype in DTYPES else last - first
+            if first < 0 or last - first != needed:
+                problems.append(f"{name} in {path.name} is at bytes {first} to {last}, expected {needed} of them")
             tensors[name] = stored
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{path.name} has an unreadable header ({type(error).__name__})"]

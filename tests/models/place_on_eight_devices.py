@@ -13,6 +13,7 @@ import jax  # noqa: E402
 
 from stepdr_jax.models import hf  # noqa: E402
 from stepdr_jax.sharding.mesh import make_mesh  # noqa: E402
+from stepdr_jax.sharding.rules import param_shardings  # noqa: E402
 
 read: dict[tuple[str, int], int] = {}
 copy, from_files = hf._copy, hf._from_files
@@ -30,7 +31,11 @@ def counted_from_files(source, *rest):
 
 
 hf._copy, hf._from_files = counted_copy, counted_from_files
-config, params = hf.load(sys.argv[1], mesh=make_mesh(data=1, fsdp=2, context=2, tensor=2))
+hf.CHUNK = 1000  # so that some parameters come in pieces
+mesh = make_mesh(data=1, fsdp=2, context=2, tensor=2)
+config, params = hf.load(sys.argv[1], mesh=mesh)
+wanted = param_shardings(params, mesh)
+placed = jax.tree.map(lambda leaf, sharding: leaf.sharding.is_equivalent_to(sharding, leaf.ndim), params, wanted)
 values = {name: (read[name], leaf.size) for name, leaf in (params | params["layers"]).items() if name != "layers"}
 hf._copy = copy
 hf.save(config, params, sys.argv[2])
@@ -46,6 +51,7 @@ print(
             "share of q_kernel": share(params["layers"]["q_kernel"]),
             "share of embedding": share(params["embedding"]),
             "values read": values,
+            "placed by the rules": all(jax.tree.leaves(placed)),
         }
     )
 )

@@ -270,6 +270,7 @@ def test_eight_devices_get_their_slices_and_give_them_back(saved, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout)
+    assert result["placed by the rules"]
     assert result["share of q_kernel"] == 1 / 8
     assert result["share of embedding"] < 1
     for name, (read, size) in result["values read"].items():
