@@ -66,7 +66,7 @@ def to_checkpoint(config, source: Path, target: Path, dtype: str) -> None:
     metadata = {"stage": "hf", "model": dataclasses.asdict(model), "source": str(source.resolve())}
     copied = _copy_tokenizer(source, target / "tokenizer")  # first: the checkpoint is what makes the folder count
     checkpoint.save(target, 0, {"params": params}, metadata, keep=1)
-    _say(f"done: {target}  {_billions(params)}  {dtype}  {copied} tokenizer files")
+    _say(f"done: {target}  {_billions(params)}  {dtype}  {copied} tokenizer and settings files copied")
 
 
 def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | None) -> None:
@@ -94,7 +94,7 @@ def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | 
     homes = [directory.absolute(), *directory.absolute().parents[:3]]
     copied = next((n for home in homes if (n := _copy_tokenizer(home / "tokenizer", target))), 0)
     hf.save(model, params, target, dtype=dtype, max_position_embeddings=longest, report=_bar("writing"))
-    _say(f"done: {target}  step {restored.step}  {_billions(params)}  {copied} tokenizer files")
+    _say(f"done: {target}  step {restored.step}  {_billions(params)}  {copied} tokenizer and settings files copied")
 
 
 def _mesh(config):
@@ -136,13 +136,16 @@ def _copy_tokenizer(source: Path, target: Path) -> int:
 
 
 def _bar(stage: str):
-    """Reports of bytes as a bar in megabytes."""
-    bar = None
+    """Reports of bytes as a bar."""
+    bar, size = None, 1
 
     def report(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or Progress(stage, total // 10**6, "MB", every=5)
-        bar.update(done // 10**6 - bar.done)
+        nonlocal bar, size
+        if bar is None:
+            size = 10**6 if total >= 10**7 else 10**3
+            bar = Progress(stage, total // size, "MB" if size == 10**6 else "kB", every=5)
+        if done == total or bar.done < done // size < bar.total:  # a rounded total is reached once
+            bar.update(done // size - bar.done)
 
     return report
 

@@ -289,7 +289,7 @@ def save(
         max_shard_bytes: of one file, unless a single tensor is larger.
         dtype: float32, bfloat16 or float16; default the parameters' own.
         max_position_embeddings: longest sequence to declare; default the one that YaRN reaches, or original_context.
-        report: called with (bytes written, bytes in all) after each tensor.
+        report: called with (bytes fetched, bytes in all) as each tensor goes to its file.
 
     Raises:
         ValueError: when params and config do not belong together.
@@ -381,9 +381,9 @@ def _cut(sizes: list[int], most: float) -> list[slice]:
 def _reported(arrays: Iterator[np.ndarray], total: int, report: Report) -> Iterator[np.ndarray]:
     done = 0
     for array in arrays:
-        yield array
         done += array.nbytes
         report(done, total)
+        yield array
 
 
 @contextlib.contextmanager
