@@ -3,8 +3,6 @@
 Rows go to run_dir/seed<k>/eval/<stage>.jsonl. A stage that is evaluated already is left alone; an interrupted one continues.
 """
 
-import contextlib
-
 from absl import flags
 
 from launch import entry, tool_host
@@ -17,18 +15,11 @@ flags.DEFINE_list("stages", [], "stages to evaluate, comma-separated: init, midt
 def main(config) -> None:
     stages = FLAGS.stages or qa.trained_stages(config)
     if not all(qa.finished(config, stage) for stage in stages):
-        with host_of(config) as host:
+        with tool_host.of(config, f"seed{config.seed}.evaluate") as host:
             for stage in stages:
                 qa.evaluate(config, stage, host)
     for stage in stages:
         print(qa.result_path(config, stage))
-
-
-def host_of(config) -> contextlib.AbstractContextManager[qa.Host]:
-    """The tool host at config.tools.address, or one of our own for the time of the evaluation."""
-    if config.tools.address:
-        return contextlib.nullcontext(qa.RemoteHost(config.tools.address))
-    return tool_host.own(config, f"seed{config.seed}.evaluate")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """Starts the tool host that a script owns, from the `tools` section of its config."""
 
+import contextlib
 from pathlib import Path
 
 from tools_env.process import ToolHost
+
+
+def of(config, name: str) -> contextlib.AbstractContextManager[ToolHost | None]:
+    """A tool host of our own for a while, or None where config.tools.address names one that someone else runs."""
+    return contextlib.nullcontext() if config.tools.address else own(config, name)
 
 
 def own(config, name: str, **overrides) -> ToolHost:

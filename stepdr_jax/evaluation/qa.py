@@ -6,12 +6,10 @@ once more and then reported as missing, never as 0.
 """
 
 import asyncio
-import dataclasses
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from ml_collections import ConfigDict
 
@@ -19,6 +17,7 @@ from stepdr_jax import files, records
 from stepdr_jax.agent import react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy, Policy
+from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import STAGES, Result
@@ -211,29 +210,6 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     return records.content_id("", *parts)
 
 
-class Host(Protocol):
-    """A running tool host (tools_env.process.ToolHost, or RemoteHost)."""
-
-    address: str
-
-    def alive(self) -> bool: ...
-
-    def restart(self) -> str: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteHost:
-    """A tool host that someone else runs: it can be waited for, not restarted."""
-
-    address: str
-
-    def alive(self) -> bool:
-        return True
-
-    def restart(self) -> str:
-        return self.address
-
-
 def finished(config: ConfigDict, stage: str) -> Path | None:
     """The path of a stage's rows when all of them are there and belong to the checkpoint and settings at hand."""
     tasks, _ = load_tasks(config)
@@ -244,8 +220,10 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
     return path if len(rows) == len(tasks) * config.eval.samples else None
 
 
-def evaluate(config: ConfigDict, stage: str, host: Host) -> Path:
+def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
+
+    `host` is our own tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
@@ -310,7 +288,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
         stop_ids=(tokenizer.im_end, tokenizer.endoftext),
     )
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools = HealthyTools(host, call_timeout=config.tools.call_timeout)
+    tools = Tools.of(config, host)
     try:
         return await run_tasks(
             tasks,
@@ -332,23 +310,6 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
         )
     finally:
         await tools.close()
-
-
-class HealthyTools:
-    """A client of a tool host that is restarted when it has died."""
-
-    def __init__(self, host: Host, *, call_timeout: float):
-        self._host, self._lock = host, asyncio.Lock()
-        self._tools = ToolsClient(host.address, call_timeout=call_timeout)
-
-    async def client(self) -> ToolsClient:
-        async with self._lock:  # one restart, however many episodes found it dead
-            if not self._host.alive():
-                await asyncio.to_thread(self._host.restart)
-        return self._tools
-
-    async def close(self) -> None:
-        await self._tools.close()
 
 
 def entity_names(run_dir: Path) -> list[str]:

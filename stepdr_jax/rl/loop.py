@@ -28,6 +28,7 @@ from stepdr_jax import files, records
 from stepdr_jax.agent import react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
+from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
@@ -35,7 +36,7 @@ from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import Finish, RubricSet, Task
 from stepdr_jax.rl import learner, rollouts
-from stepdr_jax.rl.rollouts import Episode, Host, Tools
+from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.tokens.tokenizer import Tokenizer
@@ -96,9 +97,7 @@ def run(config: ConfigDict, start_host: Callable[[], contextlib.AbstractContextM
         return done
     parts = prepare(config)
     with start_host() as host:
-        address = host.address if host is not None else config.tools.address
-        tools = functools.partial(Tools, address, call_timeout=config.tools.call_timeout, host=host)
-        return train(config, dataclasses.replace(parts, tools=tools))
+        return train(config, dataclasses.replace(parts, tools=lambda: Tools.of(config, host)))
 
 
 def prepare(config: ConfigDict) -> Parts:

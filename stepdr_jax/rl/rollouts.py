@@ -6,7 +6,6 @@ Which episode gets which reward depends on its index and seed only, never on the
 import asyncio
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -77,37 +76,6 @@ def arrays(episodes: Sequence[Episode], max_len: int) -> EpisodeArrays:
         logprobs_ET[row, :length] = log["logprobs"][:length]
         lengths_E[row], rewards_E[row], kept_E[row] = length, episode.scored.reward, True
     return EpisodeArrays(tokens_ET, lengths_E, action_mask_ET, logprobs_ET, rewards_E, kept_E)
-
-
-class Host(Protocol):
-    """A running tool host (`tools_env.process.ToolHost`)."""
-
-    address: str
-
-    def alive(self) -> bool: ...
-
-    def restart(self) -> str: ...
-
-
-class Tools:
-    """A client of a tool host; restarts the host when it owns it and finds it dead."""
-
-    def __init__(self, address: str, *, call_timeout: float, host: Host | None = None, token: str | None = None):
-        self.host, self.restarts = host, 0
-        self._lock = asyncio.Lock()
-        self._client = ToolsClient(address, token=token, call_timeout=call_timeout)
-
-    async def client(self) -> ToolsClient:
-        """The client, after making sure that an owned host is alive."""
-        if self.host is not None:
-            async with self._lock:  # one restart, however many episodes found it dead
-                if not self.host.alive():
-                    self.restarts += 1
-                    await asyncio.to_thread(self.host.restart)
-        return self._client
-
-    async def close(self) -> None:
-        await self._client.close()
 
 
 async def collect(

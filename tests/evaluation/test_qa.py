@@ -166,26 +166,6 @@ def test_rows_survive_the_file(tmp_path):
     assert results.read(tmp_path / "sft.jsonl") == rows
 
 
-def test_host_is_restarted_once_for_all_who_find_it_dead():
-    class Host:
-        address, restarts = "127.0.0.1:1", 0
-
-        def alive(self):
-            return self.restarts > 0
-
-        def restart(self):
-            self.restarts += 1
-            return self.address
-
-    async def work():
-        host = Host()
-        healthy = qa.HealthyTools(host, call_timeout=1.0)
-        await asyncio.gather(*(healthy.client() for _ in range(5)))
-        return host.restarts
-
-    assert asyncio.run(work()) == 1
-
-
 def test_an_interrupted_evaluation_keeps_whole_measured_rows_of_the_same_settings(tmp_path):
     from stepdr_jax import files
 

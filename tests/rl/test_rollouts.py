@@ -7,6 +7,7 @@ import pytest
 
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
+from stepdr_jax.agent.tools import Tools
 from stepdr_jax.engine.fake import FakeEngine
 from stepdr_jax.records import Answer, Finish, Judgment, Rubric, RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.rl import reward, rollouts
@@ -175,7 +176,7 @@ def test_an_owned_dead_host_is_restarted_once_for_all_episodes():
 
     async def run():
         host = Host()
-        tools = rollouts.Tools(host.address, call_timeout=1.0, host=host)
+        tools = Tools(host.address, call_timeout=1.0, host=host)
         await asyncio.gather(*(tools.client() for _ in range(5)))
         await tools.close()
         return host.starts, tools.restarts

@@ -1,0 +1,45 @@
+"""The tools of a run: a client that many episodes share, and the host behind it, restarted when it has died."""
+
+import asyncio
+from typing import Protocol
+
+from ml_collections import ConfigDict
+
+from tools_env.client import ToolsClient
+
+
+class Host(Protocol):
+    """A running tool host (`tools_env.process.ToolHost`)."""
+
+    address: str
+
+    def alive(self) -> bool: ...
+
+    def restart(self) -> str: ...
+
+
+class Tools:
+    """A client of a tool host; restarts the host when it owns it and finds it dead."""
+
+    def __init__(self, address: str, *, call_timeout: float, host: Host | None = None, token: str | None = None):
+        self.host, self.restarts = host, 0
+        self._lock = asyncio.Lock()
+        self._client = ToolsClient(address, token=token, call_timeout=call_timeout)
+
+    @classmethod
+    def of(cls, config: ConfigDict, host: Host | None) -> "Tools":
+        """Those of our own `host`, or where it is None of the one at config.tools.address."""
+        address = config.tools.address if host is None else host.address
+        return cls(address, call_timeout=config.tools.call_timeout, host=host)
+
+    async def client(self) -> ToolsClient:
+        """The client, after making sure that an owned host is alive."""
+        if self.host is not None:
+            async with self._lock:  # one restart, however many episodes found it dead
+                if not self.host.alive():
+                    self.restarts += 1
+                    await asyncio.to_thread(self.host.restart)
+        return self._client
+
+    async def close(self) -> None:
+        await self._client.close()
