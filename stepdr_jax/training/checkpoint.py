@@ -65,7 +65,7 @@ def save(directory: str | os.PathLike, step: int, tree: Any, metadata: dict, *, 
         digests = {str(path.relative_to(hidden)): _digest(path) for path in sorted(_files(hidden))}
         files.write_json(hidden / "manifest.json", {"step": step, "metadata": metadata, "files": digests})
         os.rename(hidden, final)
-        _sync_directory(directory)
+        files.sync_directory(directory)
     except Exception as error:
         shutil.rmtree(hidden, ignore_errors=True)
         if _disk_full(error):
@@ -180,14 +180,6 @@ def _files(root: Path):
 def _digest(path: Path) -> list:
     with open(path, "rb") as file:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk_full(error: BaseException | None) -> bool:
