@@ -9,6 +9,9 @@ in turns, so that a busy machine slows both; the medians are compared.
 
 --what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
 writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
+
+--what=attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
+devices; sizes are its own, not the config's.
 """
 
 import functools
@@ -19,16 +22,21 @@ import time
 
 from absl import flags
 
-from launch import bench_convert, entry
+from launch import bench_attention, bench_convert, entry
 from stepdr_jax.errors import UserError
 
-_WHAT = flags.DEFINE_string("what", "train", "train, sample or convert")
+_WHAT = flags.DEFINE_string("what", "train", "train, sample, convert or attention")
 _SIZE = flags.DEFINE_string("size", "0.5B", "of Qwen2.5, for --what=convert")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after one that is not counted")
 
 
 def main(config) -> None:
-    benches = {"train": train, "sample": sample, "convert": lambda *_: bench_convert.measure(_SIZE.value)}
+    benches = {
+        "train": train,
+        "sample": sample,
+        "convert": lambda *_: bench_convert.measure(_SIZE.value),
+        "attention": lambda _, rounds: bench_attention.measure(rounds),
+    }
     if _WHAT.value not in benches:
         raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
     print(json.dumps(benches[_WHAT.value](config, _ROUNDS.value), indent=1))

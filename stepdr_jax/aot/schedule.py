@@ -18,6 +18,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
+_SCATTER = "all-reduce-scatter"  # how XLA calls the computation of a fused reduce-scatter
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%?([\w.\-]+) = (.*)$", re.DOTALL)
 _OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
@@ -149,18 +150,19 @@ def kernels_of(program: Program, instructions) -> Iterator[str]:
 def transfers(program: Program) -> list[Transfer]:
     """Every collective of the program, computation by computation, in schedule order of the starts.
 
-    Covers plain collectives, `X-start`/`X-done`, and `async-start`/`async-done` around a computation with one inside.
+    Covers plain collectives, `X-start`/`X-done`, `async-start`/`async-done` around a computation with one inside, and
+    the fusion of an all-reduce with a slice that is how a reduce-scatter mostly looks on a TPU.
     """
-    inside_async = {
+    wrapped = {
         name
         for body in program.values()
         for instruction in body
-        if instruction.opcode == "async-start"
         for name in instruction.called
+        if instruction.opcode == "async-start" or name.startswith(_SCATTER)
     }
     found = []
     for computation, body in program.items():
-        if computation in inside_async:
+        if computation in wrapped:
             continue
         for at, instruction in enumerate(body):
             kind, start = _kind(program, instruction)
@@ -182,6 +184,8 @@ def _kind(program: Program, instruction: Instruction) -> tuple[str | None, bool]
     if instruction.opcode == "async-start":
         inner = [i.opcode for name in instruction.called for i in program.get(name, ())]
         return next((opcode for opcode in inner if opcode in COLLECTIVES), None), True
+    if instruction.opcode == "fusion" and any(name.startswith(_SCATTER) for name in instruction.called):
+        return "reduce-scatter", False
     base = instruction.opcode.removesuffix("-start")
     return (base if base in COLLECTIVES else None), base != instruction.opcode
 

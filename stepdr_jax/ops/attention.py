@@ -28,7 +28,7 @@ def attention(
     key_segments_BS: jax.Array,
     in_order: bool = False,
     backend: str = "auto",
-    block: int = 512,
+    block: int = 256,
 ) -> jax.Array:
     """Causal attention within segments; returns o_BTHK in q's dtype.
 
@@ -76,7 +76,7 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def kernel(backend: str, block: int = 512) -> Kernel:
+def kernel(backend: str, block: int = 256) -> Kernel:
     """The kernel that sequences split over devices are computed with: `blockwise`, `splash` or `auto`."""
     if backend == "auto":
         backend = "splash" if platform() == "tpu" else "blockwise"

@@ -13,7 +13,7 @@ from stepdr_jax.ops.flash import MASKED, Kernel, Order, Rows
 _NOBODY = -2  # segment of padded keys
 
 
-def kernel(block: int = 512) -> Kernel:
+def kernel(block: int = 256) -> Kernel:
     """Attention in tiles of `block` queries and keys; holds [B, H, block, block] float32 scores and the gradients."""
     return Kernel(functools.partial(_forward, block), functools.partial(_backward, block))
 
