@@ -47,13 +47,13 @@ def _copies(config: ConfigDict) -> float:
 # name: (seconds on two cores, amount of work those seconds were measured with as a function of the config)
 ESTIMATES: dict[str, tuple[float, Callable[[ConfigDict], float]]] = {
     "world": (5, lambda config: 1.0),
-    "synthesize": (40, _tasks),
-    "build_data": (70, _copies),
-    "midtrain1": (130, _tokens("midtrain1")),
-    "midtrain2": (110, _tokens("midtrain2")),
-    "sft": (65, _tokens("sft")),
-    "ppo": (420, _episodes),
-    "evaluate": (75, lambda config: config.eval.tasks * config.eval.samples),
+    "synthesize": (25, _tasks),
+    "build_data": (55, _copies),
+    "midtrain1": (90, _tokens("midtrain1")),
+    "midtrain2": (85, _tokens("midtrain2")),
+    "sft": (45, _tokens("sft")),
+    "ppo": (160, _episodes),
+    "evaluate": (25, lambda config: config.eval.tasks * config.eval.samples),
     "report": (5, lambda config: 1.0),
 }
 
