@@ -11,6 +11,7 @@ import numpy as np
 
 from stepdr_jax.errors import UserError
 
+_LANES = 128  # what the TPU kernel's tiles are multiples of
 STRATEGIES = ("ring", "all_gather", "ulysses", "none")
 
 
@@ -39,6 +40,12 @@ def check_layout(
     if backend not in ("auto", "blockwise", "splash"):
         raise UserError(
             f"parallel.attention: expected auto, blockwise or splash where mesh.context > 1, got {backend!r}"
+        )
+    unit = {"ring": 2 * axis_size, "all_gather": axis_size}.get(strategy, 1) * _LANES
+    if backend == "splash" and length % unit:
+        raise UserError(
+            f"context: expected a multiple of {unit} tokens for attention backend splash, strategy {strategy}, "
+            f"mesh.context={axis_size}, got {length}; set parallel.attention=blockwise to use any length"
         )
     if axis_size == 1:
         return

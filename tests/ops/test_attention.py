@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepdr_jax.ops import attention as module
 from stepdr_jax.ops.attention import attention
 
 
@@ -64,8 +65,17 @@ def test_reference_equals_numpy(heads, kv_heads):
         (150, dict(backend="prefix", in_order=True)),
         (24, dict(backend="blockwise", block=8)),
         (29, dict(backend="blockwise", block=8)),
+        (24, dict(backend="blockwise", block=8, in_order=True)),
+        (29, dict(backend="blockwise", block=8, in_order=True)),
     ],
-    ids=["prefix-one-tile", "prefix-ragged", "blockwise", "blockwise-ragged"],
+    ids=[
+        "prefix-one-tile",
+        "prefix-ragged",
+        "blockwise",
+        "blockwise-ragged",
+        "blockwise-rows",
+        "blockwise-rows-ragged",
+    ],
 )
 def test_backends_equal_reference_in_values_and_gradients(T, options):
     q, k, v, positions, segments = packed(T, 4, 2)
@@ -89,6 +99,44 @@ def test_blockwise_follows_positions_not_row_order():
     np.testing.assert_allclose(shuffled, expected[:, shuffle], atol=1e-5)
 
 
-def test_prefix_refuses_rows_that_are_not_promised_in_order():
-    with pytest.raises(ValueError, match="in_order"):
-        run(*packed(8, 4, 2), backend="prefix")
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("prefix, got in_order=False", dict(backend="prefix")),
+        ("splash, got in_order=False", dict(backend="splash")),
+        ("multiples of 128 tokens .* got 8", dict(backend="splash", in_order=True)),
+        ("expected a GPU for attention backend cudnn, got cpu", dict(backend="cudnn")),
+        ("expected attention backend auto, reference", dict(backend="flash")),
+    ],
+)
+def test_backends_refuse_what_they_cannot_do(message, options):
+    with pytest.raises(ValueError, match=message):
+        run(*packed(8, 4, 2), **options)
+
+
+def test_backend_that_auto_takes(monkeypatch):
+    """By device, order and length."""
+
+    def chosen(device, length, in_order=True, dtype=jnp.bfloat16):
+        monkeypatch.setattr(module, "platform", lambda: device)
+        x = jax.ShapeDtypeStruct((1, length, 4, 64), dtype)
+        return module._choose(x, x, in_order)
+
+    assert [chosen("cpu", n) for n in (256, 2048)] == ["prefix", "blockwise"]
+    assert [chosen("cpu", n, in_order=False) for n in (256, 2048)] == ["reference", "blockwise"]
+    assert [chosen("tpu", n) for n in (256, 2048, 2050)] == ["splash", "splash", "blockwise"]
+    assert [chosen("gpu", n) for n in (2048, 32768)] == ["cudnn", "blockwise"]
+    assert chosen("gpu", 2048, dtype=jnp.float32) == "blockwise"
+
+
+@pytest.mark.parametrize("options", [dict(backend="blockwise"), dict(backend="blockwise", in_order=True)])
+def test_remat_policy_that_keeps_the_output_spares_the_second_forward_pass(options):
+    q, k, v, positions, segments = packed(16, 4, 2)
+
+    def loops(names):
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        layer = jax.checkpoint(lambda q: jnp.sin(run(jnp.sin(q), k, v, positions, segments, **options)), policy=policy)
+        return jax.jit(jax.value_and_grad(lambda q: jnp.sum(layer(q)))).lower(q).as_text().count("stablehlo.while")
+
+    forward = 2  # over tiles of queries, over tiles of keys
+    assert loops(["attention_out", "attention_lse"]) == loops([]) - forward

@@ -64,6 +64,8 @@ def test_zigzag_gives_each_shard_one_early_and_one_late_chunk(shards):
         ("none needs mesh.context=1", dict(strategy="none")),
         ("parallel.context_strategy: expected one of", dict(strategy="rings")),
         ("parallel.attention: expected", dict(backend="cudnn")),
+        ("multiple of 2048 tokens for attention backend splash", dict(strategy="ring", backend="splash", length=1024)),
+        ("multiple of 1024 tokens for attention backend splash", dict(backend="splash", length=1536)),
     ],
 )
 def test_shapes_that_a_strategy_cannot_serve_are_refused(message, change):
