@@ -1,0 +1,75 @@
+"""Qwen2.5-32B at 128K tokens on 128 chips of v5p (4x4x8, sold as v5p-256): mid-training II of the recipe, and what follows.
+
+Made from the miniature, so that every field is there; only what a pod changes is said here. The paper is arXiv 2512.20491.
+`python -m launch.plan --config=configs/midtrain_128k.py --topology=v5p:4x4x8` shows what it takes.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from configs import miniature
+
+SIZE = "32B"  # paper: Qwen2.5-32B-Base
+
+
+def get_config() -> ConfigDict:
+    from stepdr_jax.models import sizes  # here: a config is listed without jax
+
+    config = miniature.get_config().unlock()
+    config.name = "midtrain_128k"
+    config.run_dir = "runs/midtrain_128k"
+    shape = dataclasses.asdict(sizes.size(SIZE))
+    config.tokenizer.vocab_size = shape.pop("vocab_size")  # rows of the embedding, padded as published
+    config.model.update(shape)
+    config.mesh.update(dict(data=1, fsdp=8, context=16, tensor=1))  # one row per fsdp group; 8,192 tokens a chip
+    config.parallel.update(
+        dict(
+            context_strategy="ring",  # its hops run under the kernel on v5p and it holds no gathered keys
+            zigzag=True,  # equal causal work on all 16 positions
+            attention="splash",  # the Pallas kernel; scores never reach HBM
+            remat="layer",  # 5 GiB of layer inputs instead of about 100 GiB of activations a chip
+            vocab_tiles=1,
+        )
+    )
+    config.agent.update(dict(prompt="full", max_turns=30, max_turn_tokens=16384, max_episode_tokens=131072))  # paper
+
+    config.midtrain1.update(
+        dict(
+            context=32768,  # paper
+            batch=32,  # rows; 1M tokens a step as below, ours (the paper is silent)
+            steps=143051,  # paper: 150B tokens / 1,048,576 a step
+            microbatches=4,  # a row at a time per fsdp group
+            checkpoint_every=4768,  # steps; paper: every 5B tokens
+        )
+    )
+    config.midtrain2.update(
+        dict(
+            context=131072,  # paper
+            batch=8,  # rows; 1,048,576 tokens a step, ours (the paper is silent)
+            steps=14305,  # 15B tokens, a tenth of stage I, ours (the paper is silent)
+            checkpoint_every=4768,
+        )
+    )
+    config.sft.update(
+        dict(
+            context=131072,  # the longest episodes of the paper; it is silent on SFT's length
+            batch=8,
+            steps=1000,  # 1B tokens, ours
+            checkpoint_every=250,
+        )
+    )
+    for stage in (config.midtrain1, config.midtrain2, config.sft):
+        stage.update(
+            dict(
+                learning_rate=2e-5,  # ours: a tenth of a 32B model's peak in pre-training, as it continues one
+                final_learning_rate=2e-6,
+                warmup_steps=200,
+                weight_decay=0.1,  # as Qwen2.5 and most pre-training
+                loss_chunk=512,  # tokens whose logits exist at a time: 0.29 GiB in float32
+                opening="",  # the model can copy already
+                opening_steps=0,
+                keep_checkpoints=3,
+            )
+        )
+    return config.lock()

@@ -1,0 +1,51 @@
+"""The rows of docs/plans.md: Qwen2.5-32B on the slices that one would rent for it."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from stepdr_jax.aot import plan as planning
+from stepdr_jax.progress import Progress
+from stepdr_jax.sharding import topology
+
+CONTEXT = 131072
+# slice, (data, fsdp, context, tensor), context, rows
+ROWS = (
+    ("v5p:2x2x2", (1, 1, 8, 1), CONTEXT, 1),
+    ("v5p:4x4x8", (1, 8, 16, 1), CONTEXT, 8),
+    ("v5p:8x8x8", (1, 8, 64, 1), CONTEXT, 8),
+    ("v5p:8x8x8", (1, 8, 64, 1), 8 * CONTEXT, 8),
+    ("2xv5p:8x8x8", (2, 8, 64, 1), CONTEXT, 16),
+    ("v5e:8x8", (1, 2, 32, 1), CONTEXT, 2),
+    ("v5e:16x16", (1, 8, 32, 1), CONTEXT, 8),
+    ("v5e:4x8", (1, 1, 32, 1), CONTEXT, 1),
+    ("v6e:4x8", (1, 1, 32, 1), CONTEXT, 1),
+    ("v6e:8x8", (1, 4, 16, 1), CONTEXT, 4),
+    ("v6e:16x16", (1, 16, 16, 1), CONTEXT, 16),
+    ("v6e:4x4", (1, 1, 16, 1), CONTEXT, 1),
+    ("tpu7x:4x4x4", (1, 8, 16, 1), CONTEXT, 8),
+)
+
+
+def config_of(mesh: tuple[int, ...], context: int, rows: int) -> ConfigDict:
+    """configs/midtrain_128k.py with another mesh and batch."""
+    from configs import midtrain_128k
+
+    data, fsdp, shards, tensor = mesh
+    return planning.changed(
+        midtrain_128k.get_config(),
+        "midtrain2",
+        mesh=dict(data=data, fsdp=fsdp, context=shards, tensor=tensor),
+        context=context,
+        batch=rows,
+    )
+
+
+def make(settings: planning.Settings) -> list[dict]:
+    """A plan of the train step for each row, code left out (see compile.run)."""
+    progress, plans = Progress("table of plans", len(ROWS), "rows"), []
+    quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache and Path(settings.cache))
+    for name, mesh, context, rows in ROWS:
+        plans.append(planning.plan(config_of(mesh, context, rows), "midtrain2", topology.parse(name), ["train"], quick))
+        progress.update(slice=name)
+    return plans
