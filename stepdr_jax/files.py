@@ -1,11 +1,14 @@
 """Files that are whole or absent: atomic writes, and JSONL that survives a killed writer."""
 
 import contextlib
+import glob
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from stepdr_jax.errors import UserError
 
@@ -15,6 +18,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; on success it is fsynced and renamed to `path`, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -26,6 +30,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed processes had begun to write."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = temporary.name.split(".")[-2]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            temporary.unlink(missing_ok=True)
 
 
 def sync_directory(path: str | os.PathLike) -> None:
