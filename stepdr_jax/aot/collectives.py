@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from stepdr_jax.aot.schedule import Instruction, Program, Transfer, transfers
+from stepdr_jax.aot.schedule import Instruction, Program, transfers
 
 _MATRIX_PRODUCTS = ("convolution", "dot")
 _CONSTANT = re.compile(r"\((-?\d+)\)")
@@ -113,8 +113,7 @@ def summarise(program: Program, sizes: Mapping[str, int]) -> list[dict]:
 
     Each has kind, axes, group (devices in one), bytes (whole array that a device sends, gathers or reduces, once),
     times (executions in a step), loops (trip counts around it), synchronous, hidden (a kernel or matrix product is
-    scheduled between start and done), kernels, name and scope (the line of the model it comes from). A reduce-scatter
-    that XLA for TPU writes as a fusion around an all-reduce counts as a reduce-scatter.
+    scheduled between start and done), kernels, name and scope (the line of the model it comes from).
     """
     loops = executions(program)
     instructions = {(name, i.name): i for name, body in program.items() for i in body}
@@ -126,11 +125,10 @@ def summarise(program: Program, sizes: Mapping[str, int]) -> list[dict]:
         rest = _rest(program, instructions[transfer.computation, transfer.name])
         axes = axes_of(rest, sizes)
         group = int(np.prod([sizes[axis] for axis in axes]))
-        kind = _kind(transfer)
         size = transfer.payload * (group if transfer.kind == "reduce-scatter" else 1)
         found.append(
             {
-                "kind": kind,
+                "kind": transfer.kind,
                 "axes": list(axes),
                 "group": group,
                 "bytes": size,
@@ -152,10 +150,6 @@ def _rest(program: Program, instruction: Instruction) -> str:
         return instruction.rest
     inside = [i.rest for name in instruction.called for i in program.get(name, ())]
     return next((rest for rest in inside if "replica_groups" in rest or "source_target_pairs" in rest), "")
-
-
-def _kind(transfer: Transfer) -> str:
-    return "reduce-scatter" if transfer.computation.startswith("all-reduce-scatter") else transfer.kind
 
 
 def _scope(rest: str) -> str:

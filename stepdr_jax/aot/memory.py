@@ -6,6 +6,7 @@ from pathlib import Path
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+), page \d+, (.*)$")
 _ROW = re.compile(r"^\s*[\d.]+\w+\(\s*\d+%\);\s*([\d.]+)(\w+)\(?[^;]*;\s*\d+;\s*\d+;\s*(.*)$")
 
@@ -48,16 +49,18 @@ def by_allocation(dump: Path) -> dict[str, int]:
     return kinds | {"total": sum(kinds.values()) - 2 * kinds["aliased"]}
 
 
-def shortage(message: str) -> dict[str, float] | None:
-    """{"needed", "limit"} in bytes from the compiler's out-of-memory error; None if the message says something else."""
-    if "RESOURCE_EXHAUSTED" not in message and "memory" not in message.lower():
-        return None
-    found = _USED.search(message)
+def shortage(message: str, arguments: int = 0) -> dict[str, float] | None:
+    """{"needed", "limit"} in bytes from the compiler's out-of-memory error; None if the message says something else.
+
+    arguments: bytes of the program's arguments on a device, which one form of the message leaves out.
+    """
+    total, only_temporaries = _USED.search(message), _TEMPORARIES.search(message)
+    found = total or only_temporaries
     if not found:
         return None
     needed, unit, limit, limit_unit = found.groups()
     return {
-        "needed": float(needed) * _UNITS[unit.upper()],
+        "needed": float(needed) * _UNITS[unit.upper()] + (0 if total else arguments),
         "limit": float(limit) * _UNITS[limit_unit.upper()],
     }
 

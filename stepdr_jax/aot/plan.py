@@ -147,6 +147,10 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
     weaker = [r for r in REMAT_LADDER[REMAT_LADDER.index(config.parallel.remat) + 1 :]]
     if weaker:
         said.append(f"parallel.remat={weaker[0]} keeps less for the backward pass")
+    if config.parallel.vocab_tiles < _tiles(config):
+        said.append(
+            f"parallel.vocab_tiles={_tiles(config)} never has the whole unembedding or its gradient on a device"
+        )
     if section.microbatches < section.batch // (mesh.data * mesh.fsdp):
         said.append(f"{stage}.microbatches={section.microbatches * 2} halves the tokens in flight")
     if config.parallel.context_strategy == "all_gather":
@@ -160,7 +164,7 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
 
 
 def _largest(config, stage, slices, name, field, step, needed, limit, settings) -> int:
-    """The largest size of `field` that compiles, found by a formula fitted to what the compiler said; 0 if none."""
+    """A size of `field` that compiles, the largest by a formula fitted to what the compiler said, else by halving; or 0."""
     section = config[stage]
     whole = formula(config, stage)
     scale = (needed - whole["state"]) / (whole["total"] - whole["state"])
@@ -169,10 +173,11 @@ def _largest(config, stage, slices, name, field, step, needed, limit, settings) 
         guess = formula(changed(config, stage, **{field: size}), stage)
         return guess["state"] + scale * (guess["total"] - guess["state"])
 
-    target, size = 0.97 * limit, section[field]
-    for _ in range(3):
-        size = memory.largest(target, total_of, size - step, step)
-        if not size:
+    size = section[field] - step
+    predicted = memory.largest(0.97 * limit, total_of, size, step)
+    size = predicted or size // 2 // step * step
+    for _ in range(5):
+        if size < step:
             return 0
         other = changed(config, stage, **{field: size})
         request = compile.Request(other, stage, name, str(slices), quick=True)
@@ -182,5 +187,12 @@ def _largest(config, stage, slices, name, field, step, needed, limit, settings) 
             return 0
         if result["status"] == "fits":
             return size
-        target *= 0.9
+        size = size // 2 // step * step
     return 0
+
+
+def _tiles(config) -> int:
+    """The fewest tiles, from 4 on, that divide the words of a device."""
+    mesh = config.mesh
+    words = config.tokenizer.vocab_size // (mesh.fsdp * mesh.context * mesh.tensor)
+    return next((tiles for tiles in range(4, 33) if words % tiles == 0), 1)
