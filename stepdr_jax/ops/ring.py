@@ -10,7 +10,8 @@ Hop by hop, with n devices, `me` this one and `source` the one whose keys are he
 A hop's transfer must run under its kernel. XLA would rather place it beside; an optimization barrier over the kernel's
 results and what arrives pins it. Gradients of keys set out with the own ones, travel with the keys in float32, and
 come home under a last tile of own keys that is kept back for that. Segment ids do not travel: they are gathered once,
-4 bytes a token, because transfers too small to matter still cost their latency each hop.
+4 bytes a token, because transfers too small to matter still cost their latency each hop. The last hop sends keys that
+nobody needs any more, hidden as all are: a hop without would be a third of all kernels to compile and to hold buffers for.
 """
 
 import functools
@@ -106,10 +107,10 @@ def _forward(kernel, ring, q_BHTK, k_BNTK, v_BNTK, segments_BT):
     result, kv = _together(ring, (result, arriving))
     done = [merge(_half(result, 0)), merge(_half(result, 1))] if ring.zigzag else [merge(result)]
 
-    def hop(done, kv, step, last=False):
+    def hop(done, kv, step):
         source = (me - step) % ring.size
         earlier = source < me
-        arriving = kv if last else _send(ring, kv)
+        arriving = _send(ring, kv)
         keys = _hop_keys(ring, kv, segments_nB1T, source, earlier)
         tiles = _call(kernel.forward, None, _hop_queries(ring, queries, earlier), keys)
         tiles, arriving = _together(ring, (tiles, arriving))
@@ -120,10 +121,8 @@ def _forward(kernel, ring, q_BHTK, k_BNTK, v_BNTK, segments_BT):
         high = merge(done[1], always, (o, jnp.where(earlier, MASKED, lse)))
         return [low, high], arriving
 
-    if ring.size > 2:
-        steps = jnp.arange(1, ring.size - 1)
-        (done, kv), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (done, kv), steps)
-    done, _ = hop(done, kv, ring.size - 1, last=True)
+    steps = jnp.arange(1, ring.size)
+    (done, _), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (done, kv), steps)
     o, lse = (jnp.concatenate(parts, axis=2) for parts in zip(*done, strict=True))
     o, lse = tag(o.astype(q_BHTK.dtype), lse)
     return o, (q_BHTK, k_BNTK, v_BNTK, segments_nB1T, o, lse)
@@ -147,10 +146,10 @@ def _backward(kernel, ring, saved, g_BHTK):
     grads, kv = _together(ring, (grads, arriving))
     g_q, g_kv = (jnp.concatenate(parts, axis=2) for parts in zip(*_unstack(f32(grads)), strict=True))
 
-    def hop(g_q, g_kv, kv, step, last=False):
+    def hop(g_q, g_kv, kv, step):
         source = (me - step) % ring.size
         earlier = source < me
-        arriving, arriving_g = kv if last else _send(ring, kv), _send(ring, g_kv)
+        arriving, arriving_g = _send(ring, kv), _send(ring, g_kv)
         keys = _hop_keys(ring, kv, segments_nB1T, source, earlier)
         grads = backward(None, _hop_queries(ring, queries, earlier), keys)
         grads, arriving, arriving_g = _together(ring, (grads, arriving, arriving_g))
@@ -165,10 +164,8 @@ def _backward(kernel, ring, saved, g_BHTK):
             add_kv = jnp.concatenate((always_kv + low_kv, high_kv), axis=2)
         return g_q + add_q, arriving_g + add_kv, arriving
 
-    if ring.size > 2:
-        steps = jnp.arange(1, ring.size - 1)
-        (g_q, g_kv, kv), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (g_q, g_kv, kv), steps)
-    g_q, g_kv, _ = hop(g_q, g_kv, kv, ring.size - 1, last=True)
+    steps = jnp.arange(1, ring.size)
+    (g_q, g_kv, _), _ = jax.lax.scan(lambda carry, step: (hop(*carry, step), None), (g_q, g_kv, kv), steps)
 
     home = _send(ring, g_kv)
     grads = backward(None, _half(queries, 1), _half(own, 0))
