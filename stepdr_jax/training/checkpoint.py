@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -156,6 +157,14 @@ def params_sha256(params: Any) -> str:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
         digest.update(leaf.tobytes())
     return digest.hexdigest()
+
+
+def _raised_anyway(record: logging.LogRecord) -> bool:
+    """False for the stack traces that orbax's threads log of errors which they also raise to us."""
+    return "_SignalingThread" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_raised_anyway)
 
 
 def _write_arrays(path: Path, tree: Any) -> None:
