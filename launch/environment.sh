@@ -2,11 +2,13 @@
 #
 #   prepare_environment    packages of requirements.lock and this package; returns at once when nothing changed
 #   prepare_torch          torch, which only the reference tests use
+#   prepare_libtpu         libtpu (0.2 GB; Linux x86-64 only), with which tests compile for TPUs without one
 #
 # Environment variables: PYTHON (interpreter to build .venv with; default: the first of python3, python3.12, python3.11
 # that is 3.11 or 3.12). pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...) are obeyed.
 
 TORCH_VERSION=2.13.0
+LIBTPU_VERSION=0.0.51 # as in setup.cfg's extra tpu: schedules and memory are tested against this compiler
 NEEDED_GB=5 # TensorFlow alone is 1.8
 
 fail() {
@@ -86,5 +88,12 @@ prepare_environment() {
 prepare_torch() {
   if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('torch').split('+')[0] != '$TORCH_VERSION')" 2>/dev/null; then
     pip_install "torch $TORCH_VERSION for the reference tests" 1 "torch==$TORCH_VERSION" networkx==3.6.1 sympy==1.14.0 mpmath==1.3.0
+  fi
+}
+
+prepare_libtpu() {
+  [ "$(uname -sm)" = "Linux x86_64" ] || { echo "no libtpu for $(uname -sm): tests that compile for TPUs are skipped"; return; }
+  if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('libtpu') != '$LIBTPU_VERSION')" 2>/dev/null; then
+    pip_install "libtpu $LIBTPU_VERSION for tests that compile for TPUs" 1 --no-deps "libtpu==$LIBTPU_VERSION"
   fi
 }

@@ -147,9 +147,9 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
     weaker = [r for r in REMAT_LADDER[REMAT_LADDER.index(config.parallel.remat) + 1 :]]
     if weaker:
         said.append(f"parallel.remat={weaker[0]} keeps less for the backward pass")
-    if config.parallel.vocab_tiles < _tiles(config):
+    if config.parallel.vocab_tiles < tiles_of(config):
         said.append(
-            f"parallel.vocab_tiles={_tiles(config)} never has the whole unembedding or its gradient on a device"
+            f"parallel.vocab_tiles={tiles_of(config)} never has the whole unembedding or its gradient on a device"
         )
     if section.microbatches < section.batch // (mesh.data * mesh.fsdp):
         said.append(f"{stage}.microbatches={section.microbatches * 2} halves the tokens in flight")
@@ -191,7 +191,7 @@ def _largest(config, stage, slices, name, field, step, needed, limit, settings) 
     return 0
 
 
-def _tiles(config) -> int:
+def tiles_of(config: ConfigDict) -> int:
     """The fewest tiles, from 4 on, that divide the words of a device."""
     mesh = config.mesh
     words = config.tokenizer.vocab_size // (mesh.fsdp * mesh.context * mesh.tensor)

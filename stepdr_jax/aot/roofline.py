@@ -18,6 +18,7 @@ ASSUMPTIONS = (
     "synchronous transfers and those with no kernel or product beside them add to the step; the others are hidden up to "
     "the time of the arithmetic",
     "HBM traffic is a formula: optimizer state, gathered weights, inputs and outputs of each product",
+    "with remat=offload, traffic to the host's memory is hidden",
     "no time for the host, for data, or for the launch of kernels",
 )
 

@@ -27,18 +27,22 @@ ROWS = (
 )
 
 
-def config_of(mesh: tuple[int, ...], context: int, rows: int) -> ConfigDict:
-    """configs/midtrain_128k.py with another mesh and batch."""
+def config_of(name: str, mesh: tuple[int, ...], context: int, rows: int) -> ConfigDict:
+    """configs/midtrain_128k.py for another slice: its mesh, rows and vocabulary tiles, and all_gather on v5e, where
+    permutes are synchronous."""
     from configs import midtrain_128k
 
     data, fsdp, shards, tensor = mesh
-    return planning.changed(
+    config = planning.changed(
         midtrain_128k.get_config(),
         "midtrain2",
         mesh=dict(data=data, fsdp=fsdp, context=shards, tensor=tensor),
         context=context,
         batch=rows,
     )
+    strategy = "all_gather" if name.startswith("v5e") else "ring"
+    tiles = planning.tiles_of(config)
+    return planning.changed(config, "midtrain2", parallel=dict(context_strategy=strategy, vocab_tiles=tiles))
 
 
 def make(settings: planning.Settings) -> list[dict]:
@@ -46,6 +50,7 @@ def make(settings: planning.Settings) -> list[dict]:
     progress, plans = Progress("table of plans", len(ROWS), "rows"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache and Path(settings.cache))
     for name, mesh, context, rows in ROWS:
-        plans.append(planning.plan(config_of(mesh, context, rows), "midtrain2", topology.parse(name), ["train"], quick))
+        config = config_of(name, mesh, context, rows)
+        plans.append(planning.plan(config, "midtrain2", topology.parse(name), ["train"], quick))
         progress.update(slice=name)
     return plans
