@@ -49,20 +49,16 @@ def by_allocation(dump: Path) -> dict[str, int]:
     return kinds | {"total": sum(kinds.values()) - 2 * kinds["aliased"]}
 
 
-def shortage(message: str, arguments: int = 0) -> dict[str, float] | None:
+def shortage(message: str) -> dict[str, float] | None:
     """{"needed", "limit"} in bytes from the compiler's out-of-memory error; None if the message says something else.
 
-    arguments: bytes of the program's arguments on a device, which one form of the message leaves out.
+    Of its two forms one speaks of temporaries, but its number includes the arguments.
     """
-    total, only_temporaries = _USED.search(message), _TEMPORARIES.search(message)
-    found = total or only_temporaries
+    found = _USED.search(message) or _TEMPORARIES.search(message)
     if not found:
         return None
     needed, unit, limit, limit_unit = found.groups()
-    return {
-        "needed": float(needed) * _UNITS[unit.upper()] + (0 if total else arguments),
-        "limit": float(limit) * _UNITS[limit_unit.upper()],
-    }
+    return {"needed": float(needed) * _UNITS[unit.upper()], "limit": float(limit) * _UNITS[limit_unit.upper()]}
 
 
 def report_of(dump: Path) -> Path | None:
@@ -106,7 +102,7 @@ def estimate(
         remat, strategy: of config.parallel.
 
     Returns:
-        state (parameters and Adam's moments), saved (what layers keep for the backward pass), weights (gathered
+        state (parameters, Adam's moments, gradient), saved (what layers keep for the backward pass), weights (gathered
         layer and head), work (of one layer and the vocabulary loss), total.
     """
     D, L, F, V, K = model.hidden_size, model.num_layers, model.intermediate_size, model.vocab_size, model.head_dim
@@ -117,9 +113,7 @@ def estimate(
     layer = D * (2 * H * K + 2 * N * K) + 3 * D * F
     head = V * D * (1 if model.tie_embeddings else 2)
     tokens = context * batch / microbatches / (mesh["data"] * mesh["fsdp"] * mesh["context"])
-    state = 3 * master * (L * layer + head) / shards
-    if microbatches > 1:
-        state += master * (L * layer + head) / shards
+    state = 4 * master * (L * layer + head) / shards
     inputs = width * tokens * D
     per_layer = {
         "layer": inputs,

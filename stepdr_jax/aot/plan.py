@@ -144,6 +144,14 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
             said.append(f"{stage}.{field}={size} fits (compiled); {section[field]} does not")
     if not said:
         said.append(f"neither a smaller batch nor a shorter context fits on {slices} with this mesh")
+        if config.model.param_dtype == "float32":
+            light = copy.deepcopy(config).unlock()
+            light.model.param_dtype = "bfloat16"
+            size = _largest(light.lock(), stage, slices, name, "context", 256 * mesh.context, needed, limit, settings)
+            if size:
+                said.append(
+                    f"model.param_dtype=bfloat16 (parameters and moments) with {stage}.context={size} fits (compiled)"
+                )
     weaker = [r for r in REMAT_LADDER[REMAT_LADDER.index(config.parallel.remat) + 1 :]]
     if weaker:
         said.append(f"parallel.remat={weaker[0]} keeps less for the backward pass")
@@ -157,7 +165,7 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
         said.append("parallel.context_strategy=ring holds no gathered keys")
     state = formula(config, stage)["state"]
     said.append(
-        f"parameters and optimizer take {state / 2**30:.1f} GiB of each device here; "
+        f"parameters, optimizer and gradient take {state / 2**30:.1f} GiB of each device here; "
         f"a slice of twice the chips halves that"
     )
     return said

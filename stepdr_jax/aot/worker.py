@@ -7,7 +7,6 @@ libtpu is loaded here and nowhere else, so that a crash, a hang or its memory st
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import pickle
 import resource
@@ -48,7 +47,7 @@ def compile_program(request: dict) -> dict:
     try:
         compiled = lowered.compile(compiler_options={"xla_dump_to": str(dump), "xla_dump_hlo_as_text": True})
     except jax.errors.JaxRuntimeError as error:
-        shortage = memory.shortage(str(error), _bytes(arguments))
+        shortage = memory.shortage(str(error))
         if shortage is None:
             raise
         return result | {"status": "does not fit", "shortage": shortage} | _cost(lowered_at)
@@ -58,12 +57,6 @@ def compile_program(request: dict) -> dict:
     if request.get("save"):
         result["saved"] = _save(compiled, Path(request["save"]))
     return result
-
-
-def _bytes(arguments) -> int:
-    """Of abstract arguments, on one device."""
-    leaves = jax.tree.leaves(arguments)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _cost(since: float) -> dict:
