@@ -1,0 +1,47 @@
+"""Tools that a host serves on request: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
+
+Each is one module of this folder with a function `build(options, resources) -> Tool`; a new tool is a new module. What
+it must release at the end it pushes on `resources`. It raises ToolHostError, naming the fix, where it cannot work.
+"""
+
+import contextlib
+import importlib.util
+import json
+import pkgutil
+
+from tools_env import tools
+from tools_env.errors import ToolHostError
+from tools_env.tools.base import Tool
+
+
+def names() -> list[str]:
+    """Returns what `build` can make."""
+    found = []
+    for module in pkgutil.iter_modules(tools.__path__):
+        spec = importlib.util.find_spec(f"{tools.__name__}.{module.name}")
+        with open(spec.origin, encoding="utf-8") as source:
+            if "\ndef build(options: dict" in source.read():
+                found.append(module.name)
+    return found
+
+
+def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack) -> list[Tool]:
+    """Returns the tools of a list with commas between, on the running event loop. Raises ToolHostError."""
+    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
+    try:
+        options = json.loads(options_json or "{}")
+    except ValueError as error:
+        raise ToolHostError(
+            f"tool_options is not valid JSON ({error}); write an object of tool name to options"
+        ) from None
+    if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
+        raise ToolHostError("tool_options must be an object of tool name to an object of its options")
+    for name in [*chosen, *options]:
+        if name not in names():
+            raise ToolHostError(f"there is no tool {name}; the optional tools are {', '.join(names())}")
+    for name in options:
+        if name not in chosen:
+            raise ToolHostError(f"tool_options names {name}, which is not served; add it to --tools")
+    return [
+        importlib.import_module(f"{tools.__name__}.{name}").build(options.get(name, {}), resources) for name in chosen
+    ]
