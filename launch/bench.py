@@ -14,7 +14,6 @@ writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
 devices; sizes are its own, not the config's.
 """
 
-import functools
 import json
 import os
 import statistics
@@ -127,26 +126,16 @@ def _our_step(config, batch: dict):
     import jax
 
     from stepdr_jax.models.qwen2 import Qwen2Config
+    from stepdr_jax.sharding.mesh import make_mesh
     from stepdr_jax.training import state
-    from stepdr_jax.training.optimizer import adamw
-    from stepdr_jax.training.step import arrange, train_step
+    from stepdr_jax.training.optimizer import optimizer_of
+    from stepdr_jax.training.program import train_program
+    from stepdr_jax.training.step import arrange
 
-    settings = config.midtrain1
-    model = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
-    optimizer = adamw(settings.learning_rate, weight_decay=settings.weight_decay, beta2=settings.beta2)
-    program = jax.jit(
-        functools.partial(
-            train_step,
-            config=model,
-            optimizer=optimizer,
-            clip_norm=settings.clip_norm,
-            num_sources=1,
-            loss_chunk=settings.loss_chunk,
-            z_loss=settings.z_loss,
-        ),
-        donate_argnums=0,
-    )
-    now = state.new_state(state.initial_params(model, config.seed), optimizer, 1)
+    vocabulary = config.tokenizer.vocab_size
+    program, _, _ = train_program(config, "midtrain1", make_mesh(), vocab_size=vocabulary)
+    model = Qwen2Config.from_config(config.model, vocabulary)
+    now = state.new_state(state.initial_params(model, config.seed), optimizer_of(config.midtrain1), 1)
     batch = arrange(batch)
 
     def step():
