@@ -29,7 +29,7 @@ from tools_env.search.index import PassageIndex
 from tools_env.service import ToolService
 from tools_env.sessions import Sessions
 from tools_env.settings import Settings
-from tools_env.tools import file, todo, web
+from tools_env.tools import file, optional, todo, web
 
 SERVICE = tools_pb2.DESCRIPTOR.services_by_name["ToolService"].full_name
 TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
@@ -101,6 +101,7 @@ async def serve(settings: Settings) -> RunningHost:
                 web.make(index, fetcher, cache, sites, settings.topk),
                 file.make(settings.max_file_chars, settings.max_files),
                 todo.TOOL,
+                *optional.build(settings.tools, settings.tool_options, resources),
             ],
             sessions,
             lease=settings.lease,
