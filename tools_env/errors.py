@@ -27,3 +27,11 @@ class UnknownSession(Exception):
 
 class CallIdReused(Exception):
     """A call id came back with another tool or other arguments (gRPC INVALID_ARGUMENT)."""
+
+
+class CallUnfinished(Exception):
+    """A call with effects began and was cut off; repeating it could do its work twice (gRPC ABORTED)."""
+
+
+class Unavailable(Exception):
+    """A part that the service needs does not answer (gRPC UNAVAILABLE); clients retry."""
