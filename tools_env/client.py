@@ -10,6 +10,8 @@ import json
 import random
 import time
 import uuid
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +24,7 @@ OUTCOMES = {
     tools_pb2.OUTCOME_BAD_ARGUMENTS: "bad_arguments",
     tools_pb2.OUTCOME_BUDGET_EXHAUSTED: "budget_exhausted",
 }
-UNAVAILABLE_ATTEMPTS = 5  # a host that stays away this often has lost the session anyway
+UNAVAILABLE_ATTEMPTS = 8  # about five seconds: a worker that died is back by then
 FIRST_BACKOFF = 0.05  # seconds; doubles, with jitter
 MAX_BACKOFF = 1.0
 _OPTIONS = [
@@ -63,7 +65,8 @@ class ToolResult:
     sources: tuple[Source, ...]  # passages that the text shows
     truncated: bool  # the whole result lies in the workspace
     cache_hit: bool
-    remaining: dict[str, int]  # tool_calls, output_tokens, wall_seconds: those that are limited
+    remaining: dict[str, int]  # tool_calls, output_tokens, wall_seconds, calls_per_tool.<tool>: those that are limited
+    faults: tuple[str, ...] = ()  # what was injected because the session asked for it; not for the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,36 +77,61 @@ class ToolSpec:
 
 
 class ToolsClient:
-    """A connection to one tool host. Usable from one event loop after another; a new loop gets a new channel."""
+    """Connections to one tool host. Usable from one event loop after another; a new loop gets new channels."""
 
-    def __init__(self, address: str, *, token: str | None = None, call_timeout: float = 15.0):
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        call_timeout: float = 15.0,
+        channels: int = 1,
+        tls_ca: str | None = None,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+    ):
         """
         Args:
           address: host:port.
           token: bearer token, if the host asks for one.
           call_timeout: seconds for one call, retries included, unless the call names its own.
+          channels: connections that the sessions share; one carries about a thousand sessions.
+          tls_ca: PEM file of the authority that signed the host's certificate; with it the connection is TLS.
+          tls_cert: PEM file of our own certificate, where the host asks for one, and tls_key, its key.
         """
         self.address = address
         self.call_timeout = call_timeout
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._tls = (tls_ca, tls_key, tls_cert)
+        self._pool = channels
+        self._turn = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: tools_pb2_grpc.ToolServiceStub | None = None
+        self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
 
-    def _connected(self) -> tools_pb2_grpc.ToolServiceStub:
+    def _channel(self, address: str = "", place: int = 0) -> grpc.aio.Channel:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop = loop
-            self._channel = grpc.aio.insecure_channel(self.address, options=_OPTIONS)
-            self._stub = tools_pb2_grpc.ToolServiceStub(self._channel)
-        return self._stub
+            self._channels = {}
+        at = (address or self.address, place % self._pool)
+        if at not in self._channels:
+            # A pool of its own: channels to one address would share a connection otherwise.
+            options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+            if self._tls[0]:
+                pem = [Path(path).read_bytes() if path else None for path in self._tls]
+                self._channels[at] = grpc.aio.secure_channel(at[0], grpc.ssl_channel_credentials(*pem), options=options)
+            else:
+                self._channels[at] = grpc.aio.insecure_channel(at[0], options=options)
+        return self._channels[at]
+
+    def _connected(self, address: str = "", place: int = 0) -> tools_pb2_grpc.ToolServiceStub:
+        return tools_pb2_grpc.ToolServiceStub(self._channel(address, place))
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the host's health check says SERVING. Raises ToolInfraError after `timeout` seconds."""
         from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-        self._connected()
-        check = health_pb2_grpc.HealthStub(self._channel).Check
+        check = health_pb2_grpc.HealthStub(self._channel()).Check
         end = time.monotonic() + timeout
         state = "no answer"
         while (left := end - time.monotonic()) > 0:
@@ -129,32 +157,51 @@ class ToolsClient:
         max_tool_calls: int | None = None,
         max_output_tokens: int | None = None,
         wall_seconds: float | None = None,
+        calls_per_tool: Mapping[str, int] | None = None,
         seed: int = 0,
+        faults: Mapping[str, Any] | None = None,
+        cache_mode: str = "",
     ) -> "ToolSession":
-        """Opens an episode's session; None means no limit. Raises ToolInfraError."""
+        """Opens an episode's session. Raises ToolInfraError.
+
+        Args:
+          max_tool_calls, max_output_tokens, wall_seconds, calls_per_tool: limits; None is none.
+          seed: names the episode's draws of faults.
+          faults: a profile of faults to inject, see tools_env/faults.py.
+          cache_mode: "live", "read_through" or "replay_only"; empty: what the host was told.
+        """
         request = tools_pb2.OpenSessionRequest(
             request_id=uuid.uuid4().hex,
             episode_id=episode_id,
             budget=tools_pb2.Budget(
-                tool_calls=max_tool_calls, output_tokens=max_output_tokens, wall_seconds=wall_seconds
+                tool_calls=max_tool_calls,
+                output_tokens=max_output_tokens,
+                wall_seconds=wall_seconds,
+                calls_per_tool=calls_per_tool or {},
             ),
             seed=seed,
+            faults_json=json.dumps(faults) if faults else "",
+            cache_mode=cache_mode,
         )
-        reply = await self._call("OpenSession", request, self.call_timeout)
-        return ToolSession(self, reply.session_id)
+        self._turn += 1
+        place = self._turn
+        reply = await self._call("OpenSession", request, self.call_timeout, place=place)
+        return ToolSession(self, reply.session_id, reply.endpoint, place)
 
     async def close(self) -> None:
-        if self._channel is not None and self._loop is asyncio.get_running_loop():
-            await self._channel.close()
-        self._loop = self._channel = self._stub = None
+        if self._loop is asyncio.get_running_loop():
+            for channel in self._channels.values():
+                await channel.close()
+        self._loop, self._channels = None, {}
 
-    async def _call(self, method: str, request, timeout: float):
+    async def _call(self, method: str, request, timeout: float, *, address: str = "", place: int = 0):
         """One RPC with retries inside one deadline. RESOURCE_EXHAUSTED is retried as long as the deadline allows."""
         end = time.monotonic() + timeout
         backoff, unavailable = FIRST_BACKOFF, 0
+        stub = self._connected(address, place)
         while True:
             try:
-                rpc = getattr(self._connected(), method)
+                rpc = getattr(stub, method)
                 return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
                 status = error.code()
@@ -168,7 +215,7 @@ class ToolsClient:
                 )
                 if not worth or time.monotonic() + pause >= end:
                     raise ToolInfraError(
-                        f"tool host {self.address}: {method}: {status.name}: {error.details()}", status.name
+                        f"tool host {address or self.address}: {method}: {status.name}: {error.details()}", status.name
                     ) from None
                 await asyncio.sleep(pause)
                 backoff = min(2 * backoff, MAX_BACKOFF)
@@ -177,9 +224,10 @@ class ToolsClient:
 class ToolSession:
     """One episode's session. `id` is the host's name for it."""
 
-    def __init__(self, client: ToolsClient, session_id: str):
+    def __init__(self, client: ToolsClient, session_id: str, endpoint: str = "", place: int = 0):
         self._client = client
         self.id = session_id
+        self._where = {"address": endpoint, "place": place}
 
     async def call(
         self, tool: str, arguments: dict[str, Any], *, call_id: str, timeout: float | None = None
@@ -188,7 +236,8 @@ class ToolSession:
         request = tools_pb2.CallToolRequest(
             session_id=self.id, call_id=call_id, tool=tool, arguments_json=json.dumps(arguments)
         )
-        reply = await self._client._call("CallTool", request, self._client.call_timeout if timeout is None else timeout)
+        seconds = self._client.call_timeout if timeout is None else timeout
+        reply = await self._client._call("CallTool", request, seconds, **self._where)
         return ToolResult(
             outcome=OUTCOMES[reply.outcome],
             text=reply.text,
@@ -200,13 +249,21 @@ class ToolSession:
             ),
             truncated=reply.truncated,
             cache_hit=reply.cache_hit,
-            remaining={field.name: int(value) for field, value in reply.remaining.ListFields()},
+            remaining=_remaining(reply.remaining),
+            faults=tuple(reply.faults),
         )
 
     async def close(self) -> None:
         """Ends the session and removes its workspace; a host that is gone has done so already."""
         try:
-            await self._client._call("CloseSession", tools_pb2.CloseSessionRequest(session_id=self.id), 5.0)
+            await self._client._call(
+                "CloseSession", tools_pb2.CloseSessionRequest(session_id=self.id), 5.0, **self._where
+            )
         except ToolInfraError as error:
             if error.status not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                 raise
+
+
+def _remaining(budget) -> dict[str, int]:
+    left = {field.name: int(value) for field, value in budget.ListFields() if field.name != "calls_per_tool"}
+    return left | {f"calls_per_tool.{tool}": calls for tool, calls in budget.calls_per_tool.items()}

@@ -13,12 +13,14 @@ from tools_env.errors import RetryLater
 class Limit:
     """A semaphore with a bounded queue."""
 
-    def __init__(self, name: str, concurrency: int, queue: int):
+    def __init__(self, name: str, concurrency: int, queue: int, gauges=None):
+        """`gauges`: two objects with inc and dec, told of the calls that run and that wait."""
         self.name = name
         self.concurrency = concurrency
         self.queue = queue
         self.waiting = 0
         self._slots = asyncio.Semaphore(concurrency)
+        self._running, self._waiting = gauges or (None, None)
 
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
@@ -30,13 +32,21 @@ class Limit:
                     retry_seconds=0.05 * (1 + self.waiting / self.concurrency),
                 )
             self.waiting += 1
+            if self._waiting is not None:
+                self._waiting.inc()
             try:
                 await self._slots.acquire()
             finally:
                 self.waiting -= 1
+                if self._waiting is not None:
+                    self._waiting.dec()
         else:
             await self._slots.acquire()
+        if self._running is not None:
+            self._running.inc()
         try:
             yield
         finally:
             self._slots.release()
+            if self._running is not None:
+                self._running.dec()

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
 from tools_env.settings import Settings
+from tools_env.workers import flags
 
 TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ class ToolHost:
         max_observation_chars: int = 700,
         fetch_timeout: float = 2.0,
         concurrency: int = 32,
+        workers: int = 1,
         log_path: str | os.PathLike | None = None,
         startup_timeout: float = 120.0,
     ):
@@ -52,6 +54,7 @@ class ToolHost:
             max_observation_chars=max_observation_chars,
             fetch_timeout=fetch_timeout,
             concurrency=concurrency,
+            workers=workers,
         )
         self._log_path = Path(log_path) if log_path else Path(tempfile.mkdtemp(prefix="stepdr_host_")) / "tool_host.log"
         self._startup_timeout = startup_timeout
@@ -92,10 +95,7 @@ class ToolHost:
         with tempfile.TemporaryDirectory(prefix="stepdr_host_") as folder:
             port_file = Path(folder) / "address"
             command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
-            for field in dataclasses.fields(Settings):
-                value = getattr(self._settings, field.name)
-                if field.name != "token" and value != field.default:
-                    command.append(f"--{field.name}={value}")
+            command += flags(self._settings)
             paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
             environment[TOKEN_VARIABLE] = self._settings.token or ""

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -20,11 +21,15 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tools_env import tools_pb2, tools_pb2_grpc
-from tools_env.auth import BearerToken
+from tools_env import tools_pb2, tools_pb2_grpc, workers
+from tools_env.auth import BearerToken, check_exposure, server_credentials
 from tools_env.cache import Cache
+from tools_env.cache_stores import RedisStore, SqliteStore, Store
 from tools_env.errors import ToolHostError
 from tools_env.fetch import Fetcher
+from tools_env.metrics import Metrics
+from tools_env.metrics import serve as serve_metrics
+from tools_env.routing import RoutedService, socket_of
 from tools_env.search.index import PassageIndex
 from tools_env.service import ToolService
 from tools_env.sessions import Sessions
@@ -43,6 +48,7 @@ class RunningHost:
 
     def __init__(self, address: str, server, health_servicer, drain: float, resources: contextlib.AsyncExitStack):
         self.address = address
+        self.metrics_address: str | None = None
         self._server = server
         self._health = health_servicer
         self._drain = drain
@@ -57,79 +63,145 @@ class RunningHost:
 
 
 async def serve(settings: Settings) -> RunningHost:
-    """Starts a tool host on the running event loop and returns it when it answers calls.
+    """Starts one process of a tool host on the running event loop and returns it when it answers calls.
 
-    Raises ToolHostError when the world is missing or the port is taken.
+    Raises ToolHostError when the world is missing, the port is taken or strangers could call.
     """
+    check_exposure(settings.host, settings.token, settings.tls_client_ca, settings.allow_anyone)
     async with contextlib.AsyncExitStack() as resources:
-        sites = _read_sites(Path(settings.world_dir))
-        index = PassageIndex(settings.world_dir)
-        web_port = settings.web_port
-        if web_port is None:
-            from tools_env.world.web import WorldWeb
-
-            world_web = WorldWeb(settings.world_dir)
-            web_port = world_web.start()
-            resources.callback(world_web.stop)
-        if settings.state_dir is None:
-            state = Path(tempfile.mkdtemp(prefix="stepdr_tools_"))
-            resources.callback(shutil.rmtree, state, ignore_errors=True)
-        else:
-            state = Path(settings.state_dir)
-            state.mkdir(parents=True, exist_ok=True)
-        cache = Cache(
-            None if settings.state_dir is None else state / "cache.sqlite",
-            entries=settings.cache_entries,
-            mode=settings.cache_mode,
-        )
-        resources.callback(cache.close)
-        fetcher = Fetcher(
-            sites,
-            web_port,
-            timeout=settings.fetch_timeout,
-            max_bytes=settings.max_page_bytes,
-            max_redirects=settings.max_redirects,
-            concurrency=settings.fetch_concurrency,
-            allow_internet=settings.allow_internet,
-        )
-        resources.push_async_callback(fetcher.close)
-        sessions = Sessions(state / "sessions", settings.lease)
-        reaper = asyncio.create_task(_reap(sessions, settings.lease / 10))
-        resources.callback(reaper.cancel)
-        service = ToolService(
-            [
-                web.make(index, fetcher, cache, sites, settings.topk),
-                file.make(settings.max_file_chars, settings.max_files),
-                todo.TOOL,
-                *optional.build(settings.tools, settings.tool_options, resources),
-            ],
-            sessions,
-            lease=settings.lease,
-            max_chars=settings.max_observation_chars,
-            concurrency=settings.concurrency,
-            queue=settings.queue,
-        )
+        metrics = Metrics()
+        service = await make_service(settings, resources, metrics)
+        routed = None
+        if settings.socket_dir is not None:
+            routed = RoutedService(service, settings.socket_dir, settings.worker, settings.workers)
+            resources.push_async_callback(routed.close)
         server = grpc.aio.server(
             interceptors=[BearerToken(settings.token)] if settings.token else [],
             options=[
-                ("grpc.so_reuseport", 0),  # a second host on the same port must fail, not share its calls
+                # Workers share a port; a second host on the same port must fail, not take a part of its calls.
+                ("grpc.so_reuseport", 0 if routed is None else 1),
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ],
         )
-        tools_pb2_grpc.add_ToolServiceServicer_to_server(service, server)
+        tools_pb2_grpc.add_ToolServiceServicer_to_server(routed or service, server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        port = _bind(server, settings.host, settings.port)
+        if routed is not None:
+            server.add_insecure_port(socket_of(settings.socket_dir, settings.worker))
+        port = _bind(server, settings)
+        metrics_port = None
+        if settings.metrics_port is not None:
+            try:
+                metrics_port, stop = serve_metrics(settings.host, settings.metrics_port, metrics.registry)
+            except OSError:
+                raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
+            resources.callback(stop)
         await server.start()
         for name in ("", SERVICE):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         address = f"{settings.host}:{port}"
         running = RunningHost(address, server, health_servicer, settings.drain, resources.pop_all())
+        if metrics_port is not None:
+            running.metrics_address = f"{settings.host}:{metrics_port}"
+            logger.info("metrics at http://%s/metrics", running.metrics_address)
     return running
+
+
+async def make_service(settings: Settings, resources: contextlib.AsyncExitStack, metrics: Metrics) -> ToolService:
+    """Returns the service without a transport; what it holds is released with `resources`. Raises ToolHostError."""
+    sites = _read_sites(Path(settings.world_dir))
+    index = PassageIndex(settings.world_dir)
+    web_port = settings.web_port
+    if web_port is None:
+        from tools_env.world.web import WorldWeb
+
+        world_web = WorldWeb(settings.world_dir)
+        web_port = world_web.start()
+        resources.callback(world_web.stop)
+    if settings.state_dir is None:
+        state = Path(tempfile.mkdtemp(prefix="stepdr_tools_"))
+        resources.callback(shutil.rmtree, state, ignore_errors=True)
+    else:
+        state = Path(settings.state_dir)
+        _lock(state, settings.worker, resources)
+    cache = Cache(
+        store=_store(settings, state, resources),
+        entries=settings.cache_entries,
+        mode=settings.cache_mode,
+        failure_seconds=settings.cache_failure_seconds,
+        count=lambda result: metrics.cache.labels(result).inc(),
+    )
+    resources.callback(cache.close)
+    fetcher = Fetcher(
+        sites,
+        web_port,
+        timeout=settings.fetch_timeout,
+        max_bytes=settings.max_page_bytes,
+        max_redirects=settings.max_redirects,
+        concurrency=settings.fetch_concurrency,
+        allow_internet=settings.allow_internet,
+    )
+    resources.push_async_callback(fetcher.close)
+    sessions = Sessions(
+        state / "sessions",
+        settings.lease,
+        durable=settings.state_dir is not None,
+        worker=settings.worker,
+        workers=settings.workers,
+    )
+    metrics.sessions.set(len(sessions))
+    reaper = asyncio.create_task(_reap(sessions, settings.lease / 10, metrics))
+    resources.callback(reaper.cancel)
+    return ToolService(
+        [
+            web.make(index, fetcher, cache, sites, settings.topk),
+            file.make(settings.max_file_chars, settings.max_files),
+            todo.TOOL,
+            *optional.build(settings.tools, settings.tool_options, resources),
+        ],
+        sessions,
+        lease=settings.lease,
+        max_chars=settings.max_observation_chars,
+        concurrency=slots(settings),
+        queue=settings.queue,
+        metrics=metrics,
+        endpoint=settings.advertise,
+    )
+
+
+def slots(settings: Settings) -> dict[str, int]:
+    """Returns calls at a time by tool; "" stands for the tools not named. Raises ToolHostError."""
+    found = {"": settings.concurrency}
+    for entry in filter(None, settings.tool_concurrency.split(",")):
+        name, _, number = entry.partition("=")
+        if not number.isdecimal() or int(number) == 0:
+            raise ToolHostError(f"expected tool_concurrency as tool=number,tool=number, got {entry!r}")
+        found[name.strip()] = int(number)
+    return found
+
+
+def _store(settings: Settings, state: Path, resources: contextlib.AsyncExitStack) -> Store | None:
+    if settings.redis_url:
+        store = RedisStore(settings.redis_url)
+        resources.push_async_callback(store.aclose)
+        return store
+    if settings.state_dir is None:
+        return None
+    return SqliteStore(state / "cache.sqlite", shared=settings.workers > 1)
+
+
+def _lock(state: Path, worker: int, resources: contextlib.AsyncExitStack) -> None:
+    """Keeps two hosts from taking up the same sessions; the lock ends with the process, however it ends."""
+    state.mkdir(parents=True, exist_ok=True)
+    file = resources.enter_context(open(state / f"worker_{worker}.lock", "w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ToolHostError(f"{state} is in use by another tool host; stop it or name another state_dir") from None
 
 
 def _read_sites(world_dir: Path) -> dict[str, int]:
@@ -146,9 +218,14 @@ def _read_sites(world_dir: Path) -> dict[str, int]:
         raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the world again") from None
 
 
-def _bind(server, host: str, port: int) -> int:
+def _bind(server, settings: Settings) -> int:
+    host, port = settings.host, settings.port
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if settings.tls_cert:
+            credentials = server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            bound = server.add_secure_port(f"{host}:{port}", credentials)
+        else:
+            bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:
         bound = 0
     if not bound:
@@ -159,10 +236,11 @@ def _bind(server, host: str, port: int) -> int:
     return bound
 
 
-async def _reap(sessions: Sessions, interval: float) -> None:
+async def _reap(sessions: Sessions, interval: float, metrics: Metrics) -> None:
     while True:
         await asyncio.sleep(interval)
         if ended := sessions.reap():
+            metrics.sessions.set(len(sessions))
             logger.info("leases ended: %s", ", ".join(ended))
 
 
@@ -176,20 +254,28 @@ async def _run_until_stopped(settings: Settings, port_file: str | None, stop_wit
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    host = await serve(settings)
+    watcher = asyncio.create_task(_watch_stdin(stopped)) if stop_with_stdin else None
+    if settings.workers > 1 and settings.socket_dir is None:
+        check_exposure(settings.host, settings.token, settings.tls_client_ca, settings.allow_anyone)
+        await workers.run(settings, lambda address: _announce(address, port_file), stopped.wait())
+    else:
+        host = await serve(settings)
+        _announce(host.address, port_file)
+        await stopped.wait()
+        logger.info("draining")
+        await host.stop()
+    if watcher is not None:
+        watcher.cancel()
+
+
+def _announce(address: str, port_file: str | None) -> None:
     if port_file:
         path = Path(port_file)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(host.address + "\n")
+        temporary.write_text(address + "\n")
         os.replace(temporary, path)
-    print(host.address, flush=True)
-    watcher = asyncio.create_task(_watch_stdin(stopped)) if stop_with_stdin else None
-    await stopped.wait()
-    logger.info("draining")
-    await host.stop()
-    if watcher is not None:
-        watcher.cancel()
+    print(address, flush=True)
 
 
 async def _watch_stdin(stopped: asyncio.Event) -> None:

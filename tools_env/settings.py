@@ -23,11 +23,23 @@ class Settings:
         default=None,
         repr=False,
         metadata={
-            "help": "bearer token that every call but the health check must carry; read from $STEPDR_TOOLS_TOKEN"
+            "help": "bearer token that every call but the health check must carry, or several with commas between; read from "
+            "$STEPDR_TOOLS_TOKEN"
         },
     )
+    tls_cert: str | None = _field(None, "PEM file of the host's certificate; with it only TLS is spoken")
+    tls_key: str | None = _field(None, "PEM file of the certificate's key")
+    tls_client_ca: str | None = _field(None, "PEM file; only clients whose certificate it signed are served")
+    allow_anyone: bool = _field(False, "listen beyond loopback without token or client certificates")
+    advertise: str = _field("", "host:port told to clients for their session's calls, where replicas share one address")
+    metrics_port: int | None = _field(None, "port of Prometheus' /metrics on the same host; 0 = any free one")
+    workers: int = _field(1, "processes behind the port; a session lives in one of them")
+    worker: int = _field(0, "number of this process among the workers; set by their supervisor")
+    socket_dir: str | None = _field(None, "where workers reach each other; set by their supervisor")
     state_dir: str | None = _field(
-        None, "keeps the retrieval cache and the workspaces; without it the cache is in memory, workspaces in /tmp"
+        None,
+        "keeps the retrieval cache and the sessions, which a restarted host takes up again; without it the cache is in "
+        "memory and the workspaces are in /tmp",
     )
     web_port: int | None = _field(None, "loopback port of a running world web; without it the world's own is started")
     allow_internet: bool = _field(False, "open public addresses that the world does not serve")
@@ -38,8 +50,13 @@ class Settings:
     max_redirects: int = _field(5, "redirects followed for one page")
     fetch_concurrency: int = _field(64, "pages fetched at once by the whole host")
     concurrency: int = _field(32, "calls of one tool at a time")
+    tool_concurrency: str = _field(
+        "", "calls of single tools at a time, as file=64,shell=8; the others have concurrency"
+    )
     queue: int = _field(256, "calls of one tool that may wait; more answer RESOURCE_EXHAUSTED")
-    cache_mode: str = _field("read_through", "read_through; replay: never fetch, a miss fails; live: no cache")
+    cache_mode: str = _field("read_through", "read_through; replay_only: never fetch, a miss fails; live: no cache")
+    cache_failure_seconds: float = _field(0.2, "how long a failed page or search is told again without a new try")
+    redis_url: str | None = _field(None, "redis://host:port/0 as the retrieval cache of many hosts")
     cache_entries: int = _field(20_000, "results held in memory")
     lease: float = _field(900.0, "seconds after which a session without calls is removed")
     max_file_chars: int = _field(200_000, "characters of one workspace file")
@@ -50,9 +67,11 @@ class Settings:
 
     def __post_init__(self):
         """Raises ToolHostError for a size or duration that is not positive."""
-        may_be_zero = ("port", "queue", "drain", "max_redirects")
+        may_be_zero = ("port", "queue", "drain", "max_redirects", "metrics_port", "worker", "cache_failure_seconds")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int | float) and not isinstance(value, bool):
                 if value < 0 or (value == 0 and field.name not in may_be_zero):
                     raise ToolHostError(f"expected {field.name} above 0 ({field.metadata['help']}), got {value}")
+        if bool(self.tls_cert) != bool(self.tls_key) or (self.tls_client_ca and not self.tls_cert):
+            raise ToolHostError("expected tls_cert and tls_key together, and both with tls_client_ca; name all of them")

@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tools_env/tools.proto\x12\x0fstepdr.tools.v1\"\x12\n\x10ListToolsRequest\"O\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0bschema_json\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"9\n\x11ListToolsResponse\x12$\n\x05tools\x18\x01 \x03(\x0b\x32\x15.stepdr.tools.v1.Tool\"\x8a\x01\n\x06\x42udget\x12\x17\n\ntool_calls\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\routput_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0cwall_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_tool_callsB\x10\n\x0e_output_tokensB\x0f\n\r_wall_seconds\"s\n\x12OpenSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12\'\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"l\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12*\n\tremaining\x18\x03 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\"\\\n\x0f\x43\x61llToolRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\t\"}\n\x06Source\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\tauthority\x18\x05 \x01(\x05\x12\x19\n\x0cpublished_at\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_published_at\"\xc7\x01\n\x10\x43\x61llToolResponse\x12)\n\x07outcome\x18\x01 \x01(\x0e\x32\x18.stepdr.tools.v1.Outcome\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.stepdr.tools.v1.Source\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x11\n\tcache_hit\x18\x05 \x01(\x08\x12*\n\tremaining\x18\x06 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x14\x43loseSessionResponse\x12\x12\n\ntool_calls\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r*\x83\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x16\n\x12OUTCOME_TOOL_ERROR\x10\x02\x12\x19\n\x15OUTCOME_BAD_ARGUMENTS\x10\x03\x12\x1c\n\x18OUTCOME_BUDGET_EXHAUSTED\x10\x04\x32\xe9\x02\n\x0bToolService\x12R\n\tListTools\x12!.stepdr.tools.v1.ListToolsRequest\x1a\".stepdr.tools.v1.ListToolsResponse\x12X\n\x0bOpenSession\x12#.stepdr.tools.v1.OpenSessionRequest\x1a$.stepdr.tools.v1.OpenSessionResponse\x12O\n\x08\x43\x61llTool\x12 .stepdr.tools.v1.CallToolRequest\x1a!.stepdr.tools.v1.CallToolResponse\x12[\n\x0c\x43loseSession\x12$.stepdr.tools.v1.CloseSessionRequest\x1a%.stepdr.tools.v1.CloseSessionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tools_env/tools.proto\x12\x0fstepdr.tools.v1\"\x12\n\x10ListToolsRequest\"O\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x13\n\x0bschema_json\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\"9\n\x11ListToolsResponse\x12$\n\x05tools\x18\x01 \x03(\x0b\x32\x15.stepdr.tools.v1.Tool\"\x82\x02\n\x06\x42udget\x12\x17\n\ntool_calls\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\routput_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x19\n\x0cwall_seconds\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x41\n\x0e\x63\x61lls_per_tool\x18\x04 \x03(\x0b\x32).stepdr.tools.v1.Budget.CallsPerToolEntry\x1a\x33\n\x11\x43\x61llsPerToolEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\x42\r\n\x0b_tool_callsB\x10\n\x0e_output_tokensB\x0f\n\r_wall_seconds\"\x9c\x01\n\x12OpenSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12\'\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0b\x66\x61ults_json\x18\x05 \x01(\t\x12\x12\n\ncache_mode\x18\x06 \x01(\t\"~\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\x12*\n\tremaining\x18\x03 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\x12\x10\n\x08\x65ndpoint\x18\x04 \x01(\t\"\\\n\x0f\x43\x61llToolRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63\x61ll_id\x18\x02 \x01(\t\x12\x0c\n\x04tool\x18\x03 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x04 \x01(\t\"}\n\x06Source\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x11\n\tauthority\x18\x05 \x01(\x05\x12\x19\n\x0cpublished_at\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x0f\n\r_published_at\"\xd7\x01\n\x10\x43\x61llToolResponse\x12)\n\x07outcome\x18\x01 \x01(\x0e\x32\x18.stepdr.tools.v1.Outcome\x12\x0c\n\x04text\x18\x02 \x01(\t\x12(\n\x07sources\x18\x03 \x03(\x0b\x32\x17.stepdr.tools.v1.Source\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x11\n\tcache_hit\x18\x05 \x01(\x08\x12*\n\tremaining\x18\x06 \x01(\x0b\x32\x17.stepdr.tools.v1.Budget\x12\x0e\n\x06\x66\x61ults\x18\x07 \x03(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"A\n\x14\x43loseSessionResponse\x12\x12\n\ntool_calls\x18\x01 \x01(\r\x12\x15\n\routput_tokens\x18\x02 \x01(\r*\x83\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x0e\n\nOUTCOME_OK\x10\x01\x12\x16\n\x12OUTCOME_TOOL_ERROR\x10\x02\x12\x19\n\x15OUTCOME_BAD_ARGUMENTS\x10\x03\x12\x1c\n\x18OUTCOME_BUDGET_EXHAUSTED\x10\x04\x32\xe9\x02\n\x0bToolService\x12R\n\tListTools\x12!.stepdr.tools.v1.ListToolsRequest\x1a\".stepdr.tools.v1.ListToolsResponse\x12X\n\x0bOpenSession\x12#.stepdr.tools.v1.OpenSessionRequest\x1a$.stepdr.tools.v1.OpenSessionResponse\x12O\n\x08\x43\x61llTool\x12 .stepdr.tools.v1.CallToolRequest\x1a!.stepdr.tools.v1.CallToolResponse\x12[\n\x0c\x43loseSession\x12$.stepdr.tools.v1.CloseSessionRequest\x1a%.stepdr.tools.v1.CloseSessionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tools_env.tools_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OUTCOME']._serialized_start=1104
-  _globals['_OUTCOME']._serialized_end=1235
+  _globals['_BUDGET_CALLSPERTOOLENTRY']._loaded_options = None
+  _globals['_BUDGET_CALLSPERTOOLENTRY']._serialized_options = b'8\001'
+  _globals['_OUTCOME']._serialized_start=1300
+  _globals['_OUTCOME']._serialized_end=1431
   _globals['_LISTTOOLSREQUEST']._serialized_start=42
   _globals['_LISTTOOLSREQUEST']._serialized_end=60
   _globals['_TOOL']._serialized_start=62
@@ -40,21 +42,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTOOLSRESPONSE']._serialized_start=143
   _globals['_LISTTOOLSRESPONSE']._serialized_end=200
   _globals['_BUDGET']._serialized_start=203
-  _globals['_BUDGET']._serialized_end=341
-  _globals['_OPENSESSIONREQUEST']._serialized_start=343
-  _globals['_OPENSESSIONREQUEST']._serialized_end=458
-  _globals['_OPENSESSIONRESPONSE']._serialized_start=460
-  _globals['_OPENSESSIONRESPONSE']._serialized_end=568
-  _globals['_CALLTOOLREQUEST']._serialized_start=570
-  _globals['_CALLTOOLREQUEST']._serialized_end=662
-  _globals['_SOURCE']._serialized_start=664
-  _globals['_SOURCE']._serialized_end=789
-  _globals['_CALLTOOLRESPONSE']._serialized_start=792
-  _globals['_CALLTOOLRESPONSE']._serialized_end=991
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=993
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1034
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1036
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1101
-  _globals['_TOOLSERVICE']._serialized_start=1238
-  _globals['_TOOLSERVICE']._serialized_end=1599
+  _globals['_BUDGET']._serialized_end=461
+  _globals['_BUDGET_CALLSPERTOOLENTRY']._serialized_start=360
+  _globals['_BUDGET_CALLSPERTOOLENTRY']._serialized_end=411
+  _globals['_OPENSESSIONREQUEST']._serialized_start=464
+  _globals['_OPENSESSIONREQUEST']._serialized_end=620
+  _globals['_OPENSESSIONRESPONSE']._serialized_start=622
+  _globals['_OPENSESSIONRESPONSE']._serialized_end=748
+  _globals['_CALLTOOLREQUEST']._serialized_start=750
+  _globals['_CALLTOOLREQUEST']._serialized_end=842
+  _globals['_SOURCE']._serialized_start=844
+  _globals['_SOURCE']._serialized_end=969
+  _globals['_CALLTOOLRESPONSE']._serialized_start=972
+  _globals['_CALLTOOLRESPONSE']._serialized_end=1187
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1189
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1230
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1232
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1297
+  _globals['_TOOLSERVICE']._serialized_start=1434
+  _globals['_TOOLSERVICE']._serialized_end=1795
 # @@protoc_insertion_point(module_scope)

@@ -73,7 +73,8 @@ class ToolServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CallTool(self, request, context):
-        """Idempotent by (session_id, call_id): a repeat, also a concurrent one, gets the first execution's reply.
+        """Idempotent by (session_id, call_id): a repeat, also a concurrent one, gets the first execution's reply. A call with
+        effects that began and never finished answers ABORTED when it is repeated: it is not run a second time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

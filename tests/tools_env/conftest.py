@@ -152,7 +152,9 @@ async def _running(world: Path, *, client_token: str | None = None, **settings):
     tcp = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
     await tcp.start()
     port = runner.addresses[0][1]
-    host = await serve(Settings(world_dir=str(world), **({"web_port": port, "drain": 0.5} | settings)))
+    host = await serve(
+        Settings(world_dir=str(world), **({"web_port": port, "drain": 0.5, "cache_failure_seconds": 0.0} | settings))
+    )
     client = ToolsClient(host.address, token=client_token)
     try:
         yield Running(client, host, site, host.address)

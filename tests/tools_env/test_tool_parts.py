@@ -10,7 +10,7 @@ import pytest
 from tools_env import cache
 from tools_env.errors import RetryLater, ToolError, ToolHostError, UnknownSession
 from tools_env.limits import Limit
-from tools_env.sessions import Budget, Sessions
+from tools_env.sessions import Budget, Opening, Sessions
 from tools_env.shared_work import SharedWork
 from tools_env.tools.implicit_context import whole_lines
 
@@ -111,7 +111,7 @@ def test_limit_counts_right_under_cancellation():
 def test_idle_session_ends_with_its_lease_and_takes_its_files_along(tmp_path):
     now = [0.0]
     sessions = Sessions(tmp_path, lease=10.0, clock=lambda: now[0])
-    idle, used = (sessions.open(name, name, Budget(), 0) for name in "ab")
+    idle, used = (sessions.open(Opening(name, name, Budget())) for name in "ab")
     now[0] = 8.0
 
     async def call():
@@ -130,8 +130,8 @@ def test_idle_session_ends_with_its_lease_and_takes_its_files_along(tmp_path):
 
 def test_repeated_open_request_gets_the_same_session(tmp_path):
     sessions = Sessions(tmp_path, lease=10.0)
-    assert sessions.open("r", "e", Budget(), 0) is sessions.open("r", "e", Budget(), 0)
-    assert sessions.open("s", "e", Budget(), 0) is not sessions.open("r", "e", Budget(), 0)
+    assert sessions.open(Opening("r", "e", Budget())) is sessions.open(Opening("r", "e", Budget()))
+    assert sessions.open(Opening("s", "e", Budget())) is not sessions.open(Opening("r", "e", Budget()))
 
 
 def test_cut_first_passage_keeps_its_citation():

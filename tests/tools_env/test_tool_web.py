@@ -154,7 +154,7 @@ def test_cache_file_outlives_the_host_and_can_be_replayed(running, tmp_path):
     async def main():
         async with running(state_dir=str(tmp_path)) as it:
             first = await opened(it, "http://atlas.test/en/austria")
-        async with running(state_dir=str(tmp_path), cache_mode="replay") as it:
+        async with running(state_dir=str(tmp_path), cache_mode="replay_only") as it:
             again = await opened(it, "http://atlas.test/en/austria")
             missed = await opened(it, "http://atlas.test/long")
             assert again.text == first.text and again.cache_hit and not it.site.requests
