@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
             attention="auto",  # backend: reference, prefix, blockwise, splash (TPU), cudnn (GPU); auto = by device
             remat="none",  # computed again in the backward pass: none, layer (all but its input), attention (all but
             # its input and its attention), offload (as layer; inputs wait in the host's memory)
-            vocab_tiles=1,  # slices of the vocabulary whose head is on a chip at a time
+            vocab_tiles=1,  # slices of the vocabulary whose head is on a chip at a time; the nearest number that divides
         )
     )
 

@@ -3,7 +3,9 @@
 One place decides how a config's step is split over a mesh; the loop runs what the planner compiles.
 """
 
+import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -66,16 +68,16 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
                 **layout,
             )
         context_layout.check_layout(settings.context, *heads, strategy=strategy, backend=attention, **layout)
-    parallel = Parallel(mesh, strategy, reason, zigzag, attention, asked.remat, asked.vocab_tiles)
+    parallel = Parallel(mesh, strategy, reason, zigzag, attention, asked.remat)
     head = parallel.placement(model).head(tied=model.tie_embeddings)
-    words = model.vocab_size // int(
-        np.prod([mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis] or [1])
-    )
-    if words % asked.vocab_tiles:
-        raise UserError(
-            f"parallel.vocab_tiles: expected a divisor of the {words} words a device has, got {asked.vocab_tiles}"
-        )
-    return parallel
+    words = model.vocab_size // math.prod(mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis)
+    return dataclasses.replace(parallel, vocab_tiles=_nearest_divisor(words, asked.vocab_tiles))
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` whose ratio to `wanted` is nearest to 1."""
+    divisors = (d for d in range(1, number + 1) if number % d == 0)
+    return min(divisors, key=lambda d: abs(math.log(d / wanted)))
 
 
 def order_of(parallel: Parallel, length: int) -> np.ndarray | None:

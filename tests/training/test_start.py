@@ -8,7 +8,7 @@ import pytest
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.training import checkpoint, state
+from stepdr_jax.training import checkpoint, program, state
 from tests.training.tiny import VOCAB, tiny_config
 
 
@@ -38,3 +38,8 @@ def test_a_checkpoint_of_another_model_or_none_is_named(config):
     save(config, rope_theta=5.0)
     with pytest.raises(UserError, match="model.rope_theta = 5.0, this config has"):
         state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+
+
+@pytest.mark.parametrize(("number", "wanted", "found"), [(1188, 4, 4), (594, 4, 3), (1187, 4, 1), (768, 1, 1), (297, 8, 9)])
+def test_slices_of_the_vocabulary_are_as_many_as_divide_it(number, wanted, found):
+    assert program._nearest_divisor(number, wanted) == found
