@@ -1,12 +1,11 @@
 """`file`: the session's workspace. Reads page, writes are atomic, and no path leads outside."""
 
-import os
-from pathlib import Path
+import stat
 from typing import Any
 
 from tools_env.errors import BadArguments, ToolError
 from tools_env.search import citations
-from tools_env.tools import patch
+from tools_env.tools import patch, workspace
 from tools_env.tools.base import Call, Output, Tool
 
 _NEEDED = {
@@ -17,6 +16,7 @@ _NEEDED = {
     "stat": ("path",),
     "patch": ("path", "anchor", "replacement"),
 }
+MAX_LISTED = 500  # files that list shows
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -42,42 +42,61 @@ def make(max_file_chars: int, max_files: int) -> Tool:
                 raise BadArguments(f"{op} needs {name}")
         if op == "list":
             return _list(call, arguments.get("path", "."))
-        path = _inside(call.workspace, arguments["path"])
-        shown = path.relative_to(call.workspace.resolve()).as_posix()
+        path = workspace.shown(arguments["path"])
         if op in ("write", "append"):
-            old = _text(path, shown) if op == "append" and path.exists() else ""
-            return _write(call, path, shown, old + arguments["content"], len(arguments["content"]), op)
-        text = _text(path, shown)
+            old = _text(call, path) if op == "append" and workspace.exists(call.workspace, path) else ""
+            _save(call, path, old + arguments["content"])
+            verb = "wrote" if op == "write" else "appended"
+            return Output(f"{verb} {len(arguments['content'])} characters to {path}")
+        text = _text(call, path)
         if op == "read":
-            return _read(call, shown, text, arguments.get("offset", 0), arguments.get("limit"))
+            return _read(call, path, text, arguments.get("offset", 0), arguments.get("limit"))
         if op == "stat":
-            return Output(f"{shown}: {len(text)} characters, {len(text.splitlines())} lines")
+            return Output(f"{path}: {len(text)} characters, {len(text.splitlines())} lines")
         patched = patch.apply(text, arguments["anchor"], arguments["replacement"])
         _save(call, path, patched.text)
         how = "" if patched.exact else " (anchor matched approximately)"
         lines = f"line {patched.first_line}"
         if patched.last_line > patched.first_line:
             lines = f"lines {patched.first_line}-{patched.last_line}"
-        return Output(f"patched {shown} {lines}{how}")
+        return Output(f"patched {path} {lines}{how}")
 
-    def _save(call: Call, path: Path, text: str) -> None:
+    def _save(call: Call, path: str, text: str) -> None:
         if len(text) > max_file_chars:
             raise ToolError(f"the file would have {len(text)} characters, at most {max_file_chars} are allowed")
-        if path.is_dir():
-            raise ToolError("path is a folder")
-        if not path.exists() and sum(1 for p in call.workspace.rglob("*") if p.is_file()) >= max_files:
-            raise ToolError(f"the workspace has {max_files} files already; write to one of them")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ToolError("a part of path is a file, not a folder") from None
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        if not workspace.exists(call.workspace, path):
+            if sum(1 for _ in workspace.entries(call.workspace)) >= max_files:
+                raise ToolError(f"the workspace has {max_files} files already; write to one of them")
+        workspace.replace(call.workspace, path, text.encode())
 
-    def _write(call: Call, path: Path, shown: str, text: str, added: int, op: str) -> Output:
-        _save(call, path, text)
-        return Output(f"{'wrote' if op == 'write' else 'appended'} {added} characters to {shown}")
+    def _text(call: Call, path: str) -> str:
+        # 4 bytes are the most that a character takes; what the shell wrote may be larger than what this tool writes.
+        content = workspace.read_bytes(call.workspace, path, 4 * max_file_chars)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            raise ToolError(f"{path} is not UTF-8 text") from None
+
+    def _list(call: Call, name: str) -> Output:
+        if name != "." and not workspace.exists(call.workspace, name):
+            raise ToolError(f"{name} is not a folder")
+        rows = []
+        for path, status in workspace.entries(call.workspace, name):
+            if len(rows) == MAX_LISTED:
+                rows.append(f"... more than {MAX_LISTED} files; list a folder of them")
+                break
+            rows.append(f"{path} {_size(call, path, status)}")
+        return Output("\n".join(sorted(rows)) or "No files.")
+
+    def _size(call: Call, path: str, status) -> str:
+        if stat.S_ISLNK(status.st_mode):
+            return "symbolic link"
+        if not stat.S_ISREG(status.st_mode):
+            return "not a regular file"
+        try:
+            return f"{len(_text(call, path))} characters"
+        except ToolError:
+            return f"{status.st_size} bytes"
 
     return Tool(
         name="file",
@@ -85,39 +104,6 @@ def make(max_file_chars: int, max_files: int) -> Tool:
         schema=SCHEMA,
         run=run,
     )
-
-
-def _inside(workspace: Path, name: str) -> Path:
-    """Returns the absolute path of `name`; raises ToolError when it lies outside the workspace, links followed."""
-    root = workspace.resolve()
-    try:
-        path = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError):
-        raise ToolError(f"{name!r} is not a usable path") from None
-    if "\0" in name or Path(name).is_absolute() or not path.is_relative_to(root):
-        raise ToolError(f"{name} lies outside the workspace; use a relative path")
-    if len(name) > 200 or any(len(part.encode()) > 200 for part in path.parts):
-        raise ToolError("path is too long; use at most 200 characters")
-    return path
-
-
-def _text(path: Path, shown: str) -> str:
-    if path.is_dir():
-        raise ToolError(f"{shown} is a folder; use list")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ToolError(f"{shown} does not exist; use list") from None
-
-
-def _list(call: Call, name: str) -> Output:
-    folder = _inside(call.workspace, name)
-    if folder.is_file() or not folder.exists():
-        raise ToolError(f"{name} is not a folder")
-    root = call.workspace.resolve()
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
-    lines = [f"{p.relative_to(root).as_posix()} {len(p.read_text(encoding='utf-8'))} characters" for p in files]
-    return Output("\n".join(lines) or "No files.")
 
 
 def _read(call: Call, shown: str, text: str, offset: int, limit: int | None) -> Output:

@@ -8,24 +8,28 @@ import hashlib
 import re
 from pathlib import Path
 
+from tools_env.errors import ToolError
 from tools_env.search.citations import syllables
+from tools_env.tools import workspace
 
 FOLDER = "results"
 _MARK = re.compile(r" \\cite\{\w+\}$")
 
 
-def store(workspace: Path, text: str) -> str:
-    """Stores a result and returns its path inside the workspace; equal texts get equal paths."""
+def store(folder: Path, text: str) -> str:
+    """Stores a result in a workspace and returns its path there, "" if that cannot be; equal texts get equal paths."""
     name = f"{FOLDER}/{syllables(hashlib.sha256(text.encode()).digest(), 3)}.md"
-    path = workspace / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    try:
+        workspace.replace(folder, name, text.encode())
+    except ToolError:  # the shell can make the folder unusable; the result is still worth its start
+        return ""
     return name
 
 
 def shorten(text: str, blocks: list[str], path: str, max_chars: int) -> str:
     """Returns at most about `max_chars` characters: the start of every block and where the whole text lies."""
-    tail = f"... {len(text)} characters stored in {path}; read with file"
+    where = f"stored in {path}; read with file" if path else "in all; the rest could not be stored in the workspace"
+    tail = f"... {len(text)} characters {where}"
     room = max(max_chars - len(tail) - 1, 0)
     kept = []
     for position, block in enumerate(blocks):
