@@ -1,6 +1,8 @@
 """A running tool host: the world's web, the index, the cache and the gRPC service, started and stopped together.
 
 python -m tools_env.server --world=DIR --port=0 --port_file=PATH
+python -m tools_env.server --world=DIR --workers=4 --state_dir=DIR    several processes, sessions outlive them
+python -m tools_env.server --world=DIR --mcp                          for a client of the Model Context Protocol
 """
 
 import argparse
@@ -305,14 +307,25 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Settings, str | None, bo
             *names, dest=field.name, type=kind, default=default, required=required, help=field.metadata["help"]
         )
     parser.add_argument("--port_file", help="written with host:port when the host answers calls")
+    parser.add_argument(
+        "--mcp",
+        action="store_true",
+        help="speak the Model Context Protocol on standard input and output instead of gRPC",
+    )
     parser.add_argument("--stop_with_stdin", action="store_true", help="stop when standard input ends")
     flags = vars(parser.parse_args(argv))
     port_file, stop_with_stdin = flags.pop("port_file"), flags.pop("stop_with_stdin")
+    flags.pop("mcp")
     return Settings(**flags, token=os.environ.get(TOKEN_VARIABLE) or None), port_file, stop_with_stdin
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 2 means that the message on stderr names what to change."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--mcp" in argv:
+        from tools_env import mcp
+
+        return mcp.main([flag for flag in argv if flag != "--mcp"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings, port_file, stop_with_stdin = parse_flags(argv)
