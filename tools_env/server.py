@@ -84,6 +84,10 @@ async def serve(settings: Settings) -> RunningHost:
                 ("grpc.so_reuseport", 0 if routed is None else 1),
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),
+                # Beyond 1,000 calls that Python has not seen yet, gRPC cancels some at random, and a client cannot tell
+                # that from a fault. Ours is the queue that refuses, and it says when to come back.
+                ("grpc.server.max_pending_requests", 20_000),
+                ("grpc.server.max_pending_requests_hard_limit", 30_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ],
