@@ -175,7 +175,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         try:
             tool = self._tools.get(name)
             if tool is None:
-                raise BadArguments(f"no tool {name}; the tools are {', '.join(self._tools)}")
+                raise BadArguments(f"no tool {name[:100]}; the tools are {', '.join(self._tools)}")
             arguments = self._parse(arguments_json)
             plan = self._plan(session, call_id, name)
             arguments = plan.arguments(arguments, tool.schema, injected)
@@ -257,7 +257,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
                 )
             )
         except BadArguments as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, brief(error))
         return tools_pb2.OpenSessionResponse(
             session_id=session.id,
             lease_seconds=self._lease,
@@ -282,14 +282,20 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             )
             return tools_pb2.CallToolResponse.FromString(reply)
         except RetryLater as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_metadata(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, brief(error), retry_metadata(error))
         except tuple(STATUS) as error:
-            await context.abort(STATUS[type(error)], str(error))
+            await context.abort(STATUS[type(error)], brief(error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"{request.tool}: no result in {seconds:g} s")
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, brief(f"{request.tool}: no result in {seconds:g} s"))
         except Exception as error:
             logger.exception("%s failed in session %s", request.tool, request.session_id)
-            await context.abort(grpc.StatusCode.INTERNAL, f"{request.tool}: {type(error).__name__}: {error}")
+            await context.abort(grpc.StatusCode.INTERNAL, brief(f"{request.tool}: {type(error).__name__}: {error}"))
+
+
+def brief(message: object) -> str:
+    """Returns a message that fits the trailing metadata, which gRPC drops at random above 8 KiB: it may echo a caller."""
+    text = str(message)
+    return text if len(text) <= 500 else text[:500] + "..."
 
 
 def retry_metadata(error: RetryLater) -> tuple[tuple[str, str | bytes], ...]:

@@ -6,6 +6,7 @@ import re
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
@@ -214,7 +215,11 @@ def test_full_queue_answers_resource_exhausted_with_a_time_to_retry(running):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await it.client._connected().CallTool(request, timeout=5.0)
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert int(dict(refused.value.trailing_metadata())["grpc-retry-pushback-ms"]) > 0
+            told = dict(refused.value.trailing_metadata())
+            assert int(told["grpc-retry-pushback-ms"]) > 0
+            (detail,) = status_pb2.Status.FromString(told["grpc-status-details-bin"]).details
+            info = error_details_pb2.RetryInfo()
+            assert detail.Unpack(info) and info.retry_delay.ToMilliseconds() > 0
             retried = asyncio.create_task(session.call("batch_web_surfer", opened, call_id="9"))
             it.site.gate.set()
             assert {r.outcome for r in await asyncio.gather(*waiting, retried)} == {"ok"}
@@ -231,6 +236,36 @@ def test_unknown_and_closed_sessions_are_infrastructure_errors(running):
             with pytest.raises(ToolInfraError) as error:
                 await session.call("todo", {}, call_id="0.0")
             assert error.value.status == "NOT_FOUND"
+
+    asyncio.run(main())
+
+
+def test_long_session_id_does_not_make_the_error_too_long_to_send(running):
+    async def main():
+        async with running() as it:
+            request = tools_pb2.CallToolRequest(session_id="x" * 100_000, call_id="0", tool="todo", arguments_json="{}")
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await it.client._connected().CallTool(request, timeout=5.0)
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND and len(refused.value.details()) < 600
+
+    asyncio.run(main())
+
+
+def test_caller_without_a_deadline_still_has_one(running, monkeypatch):
+    async def main():
+        async with running(fetch_timeout=30.0) as it:
+            monkeypatch.setattr("tools_env.service.DEFAULT_DEADLINE", 0.2)
+            monkeypatch.setattr("tools_env.tools.web.REPLY_MARGIN", -60.0)  # a tool that forgets its deadline
+            session = await it.client.open_session("e")
+            arguments = json.dumps({"urls": ["http://slow.test/good"]})
+            request = tools_pb2.CallToolRequest(
+                session_id=session.id, call_id="0", tool="batch_web_surfer", arguments_json=arguments
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await it.client._connected().CallTool(request)
+            assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            while not it.site.cancelled:
+                await asyncio.sleep(0)
 
     asyncio.run(main())
 

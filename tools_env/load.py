@@ -1,0 +1,252 @@
+"""A load generator: many sessions at once, mixed tools, and a check of every reply for loss, duplication and leaks.
+
+python -m tools_env.load --address=host:port --sessions=1000 --seconds=300
+python -m tools_env.load --world=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
+
+Each session appends a mark of its own to a file, call after call, and reads it at the end: a lost call is a mark that is
+missing, a duplicated one a mark that is there twice, a leak a mark of another session. A token is read from
+$STEPDR_TOOLS_TOKEN.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import os
+import random
+import sys
+import time
+
+import grpc
+import psutil
+
+from tools_env.client import ToolInfraError, ToolsClient
+from tools_env.errors import ToolHostError
+from tools_env.process import ToolHost
+
+SAMPLE_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class Load:
+    """What a run saw. `seconds_of` has one entry per call, `memory` MB of all processes of the host once a second."""
+
+    calls: int = 0
+    outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
+    failed: dict[str, int] = dataclasses.field(default_factory=dict)  # gRPC status -> calls given up
+    lost: int = 0
+    duplicated: int = 0
+    leaked: int = 0
+    seconds_of: list[float] = dataclasses.field(default_factory=list)
+    memory: list[float] = dataclasses.field(default_factory=list)
+    wall: float = 0.0
+
+    def latency(self, share: float) -> float:
+        """Milliseconds within which `share` of the calls were answered."""
+        ordered = sorted(self.seconds_of)
+        return 1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
+
+
+async def run(
+    client: ToolsClient, *, sessions: int, seconds: float, think: float, seed: int = 0, pid: int | None = None
+) -> Load:
+    """Loads a host for `seconds`; every session pauses `think` seconds on average between calls."""
+    load, began = Load(), time.monotonic()
+    sampler = asyncio.create_task(_sample(load, pid)) if pid else None
+    end = began + seconds
+    await asyncio.gather(*(_episode(client, load, f"{seed}-{i}", end, think) for i in range(sessions)))
+    load.wall = time.monotonic() - began
+    if sampler:
+        sampler.cancel()
+    return load
+
+
+async def _sample(load: Load, pid: int) -> None:
+    host = psutil.Process(pid)
+    while True:
+        with contextlib.suppress(psutil.Error):
+            load.memory.append(sum(p.memory_info().rss for p in [host, *host.children(recursive=True)]) / 2**20)
+        await asyncio.sleep(SAMPLE_SECONDS)
+
+
+async def _episode(client: ToolsClient, load: Load, name: str, end: float, think: float) -> None:
+    draw = random.Random(name)
+    await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
+    try:
+        session = await client.open_session(name)
+    except ToolInfraError as error:
+        load.failed[error.status] = load.failed.get(error.status, 0) + 1
+        return
+    marks, number = [], 0
+
+    async def call(tool: str, arguments: dict):
+        nonlocal number
+        number += 1
+        began = time.monotonic()
+        try:
+            result = await session.call(tool, arguments, call_id=str(number))
+        except ToolInfraError as error:
+            load.failed[error.status] = load.failed.get(error.status, 0) + 1
+            return None
+        load.seconds_of.append(time.monotonic() - began)
+        load.calls += 1
+        load.outcomes[result.outcome] = load.outcomes.get(result.outcome, 0) + 1
+        return result
+
+    while time.monotonic() < end:
+        kind = draw.random()
+        if kind < 0.4:
+            mark = f"<{name}/{number}>"
+            if await call("file", {"op": "append", "path": "marks.txt", "content": mark}) is not None:
+                marks.append(mark)
+        elif kind < 0.6:
+            await call("batch_web_surfer", {"queries": [f"capital {draw.randrange(200)}"]})
+        elif kind < 0.8:
+            await call("todo", {"items": [f"step {number}"]})
+        else:
+            await call("file", {"op": "stat", "path": "marks.txt"})
+        if think:
+            await asyncio.sleep(draw.expovariate(1 / think))
+    text, offset = "", 0
+    while True:
+        page = await call("file", {"op": "read", "path": "marks.txt", "offset": offset})
+        if page is None or page.outcome != "ok":
+            break
+        body, _, tail = page.text.partition("\n... ")
+        text, offset = text + body, offset + len(body)
+        if not tail:
+            break
+    found = text.split(">")[:-1]
+    load.lost += sum(mark not in text for mark in marks)
+    load.duplicated += len(found) - len(set(found))
+    load.leaked += sum(not mark.startswith(f"<{name}/") for mark in found)
+    await session.close()
+
+
+async def rate(call, concurrency: int, seconds: float) -> float:
+    """Returns calls a second of `call(number)` with so many at a time."""
+    done, end = 0, time.monotonic() + seconds
+
+    async def loop(place: int) -> None:
+        nonlocal done
+        number = place
+        while time.monotonic() < end:
+            await call(number)
+            number += concurrency
+            done += 1
+
+    began = time.monotonic()
+    await asyncio.gather(*(loop(i) for i in range(concurrency)))
+    return done / (time.monotonic() - began)
+
+
+ECHO = """
+import asyncio, grpc
+async def main():
+    async def echo(request, context):
+        return request
+    handlers = {"Echo": grpc.unary_unary_rpc_method_handler(echo)}
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+asyncio.run(main())
+"""
+
+
+async def against_echo(address: str, *, rounds: int = 3, concurrency: int = 64, seconds: float = 3.0) -> list[float]:
+    """Returns, per round, the rate of a trivial call over that of a bare gRPC echo of as many bytes, taking turns.
+
+    Both are asked through bare stubs, so that the client costs the same on both sides.
+    """
+    from tools_env import tools_pb2
+
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", ECHO, stdout=asyncio.subprocess.PIPE)
+    try:
+        port = int(await process.stdout.readline())
+        client, ratios = ToolsClient(address), []
+        session = await client.open_session("echo")
+        stub = client._connected()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=[("grpc.enable_http_proxy", 0)]) as channel:
+            bare = channel.unary_unary(
+                "/bare/Echo", tools_pb2.CallToolRequest.SerializeToString, tools_pb2.CallToolRequest.FromString
+            )
+
+            def request(number: int):
+                return tools_pb2.CallToolRequest(
+                    session_id=session.id, call_id=str(number), tool="todo", arguments_json="{}"
+                )
+
+            base = 0
+            for _ in range(rounds):
+                echo = await rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
+                ours = await rate(lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds)
+                base += 10_000_000
+                print(f"echo {echo:,.0f} calls/s, trivial call {ours:,.0f} calls/s, ratio {ours / echo:.2f}")
+                ratios.append(ours / echo)
+        await session.close()
+        await client.close()
+        return ratios
+    finally:
+        process.kill()
+        await process.wait()
+
+
+def report(load: Load) -> str:
+    """Returns the run in a few lines."""
+    lines = [
+        f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
+        f"p50 {load.latency(0.5):.1f} ms, p99 {load.latency(0.99):.1f} ms",
+        f"outcomes {load.outcomes}, given up {load.failed or 'none'}",
+        f"lost {load.lost}, duplicated {load.duplicated}, of another session {load.leaked}",
+    ]
+    if load.memory:
+        fifth = max(len(load.memory) // 5, 1)
+        early, late = (
+            sum(part) / fifth for part in (load.memory[fifth : 2 * fifth] or load.memory[:1], load.memory[-fifth:])
+        )
+        lines.append(f"memory of the host {early:.0f} MB early, {late:.0f} MB late, peak {max(load.memory):.0f} MB")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="load", description=__doc__.split("\n")[0])
+    parser.add_argument("--address", help="host:port of a running host")
+    parser.add_argument("--world", help="world directory, to start a host of our own")
+    parser.add_argument("--workers", type=int, default=1, help="processes of our own host")
+    parser.add_argument("--sessions", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--think", type=float, default=2.0, help="mean seconds between the calls of a session")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
+    parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
+    flags = parser.parse_args(argv)
+    if bool(flags.address) == bool(flags.world):
+        parser.error("name either --address or --world")
+    token = os.environ.get("STEPDR_TOOLS_TOKEN") or None
+    try:
+        with contextlib.ExitStack() as stack:
+            host = (
+                stack.enter_context(ToolHost(flags.world, token=token, workers=flags.workers)) if flags.world else None
+            )
+            address = host.address if host else flags.address
+
+            async def loaded() -> Load:
+                if flags.echo and not token:
+                    await against_echo(address, rounds=flags.echo)
+                client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
+                sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think)
+                found = await run(client, **sizes, seed=os.getpid(), pid=host.pid if host else None)
+                await client.close()
+                return found
+
+            load = asyncio.run(loaded())
+    except (ToolHostError, ToolInfraError) as error:
+        print(f"load: {error}", file=sys.stderr)
+        return 2
+    print(report(load))
+    return 1 if load.lost or load.duplicated or load.leaked else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
