@@ -1,0 +1,73 @@
+"""`file_parser`: a document of the workspace as text. Each is read by a process of its own (see `documents`)."""
+
+import asyncio
+import contextlib
+import json
+import sys
+from typing import Any
+
+from tools_env.errors import ToolError, ToolHostError
+from tools_env.tools import workspace
+from tools_env.tools.base import Call, Output, Tool
+
+MAX_FILE_BYTES = 32 << 20
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "string", "minLength": 1, "description": "relative to the workspace"},
+        "first": {"type": "integer", "minimum": 1, "description": "first page, sheet, slide or chapter; default 1"},
+        "last": {"type": "integer", "minimum": 1, "description": "last one; default all"},
+    },
+    "required": ["path"],
+}
+
+
+async def run(call: Call, arguments: dict[str, Any]) -> Output:
+    """The tool. Long results are stored and summarised like those of every tool."""
+    name = workspace.shown(arguments["path"])
+    content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
+    blocks = await parse(name, content, call.seconds_left() - 0.5)
+    first, last = arguments.get("first", 1), arguments.get("last", len(blocks))
+    chosen = blocks[first - 1 : last]
+    if not chosen:
+        raise ToolError(f"{name} has {len(blocks)} parts; first and last name none of them")
+    return Output("\n\n".join(chosen), blocks=chosen)
+
+
+async def parse(name: str, content: bytes, seconds: float) -> list[str]:
+    """Returns the blocks of a document. Raises ToolError."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tools_env.tools.documents", name),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "LANG": "C.UTF-8"},
+    )
+    try:
+        async with asyncio.timeout(max(seconds, 0.1)):
+            out, _ = await process.communicate(content)
+    except TimeoutError:
+        raise ToolError(f"{name} takes too long to read") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    try:
+        answer = json.loads(out)
+    except ValueError:
+        raise ToolError(f"{name} could not be read: it took too much memory or time") from None
+    if "error" in answer:
+        raise ToolError(f"{name}: {answer['error']}")
+    return [block for block in answer["blocks"] if block.strip()] or ["The document has no text."]
+
+
+def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
+    """Returns the tool for a host; it has no options. Raises ToolHostError."""
+    if options:
+        raise ToolHostError(f"file_parser has no option {next(iter(options))}; it has none")
+    return Tool(
+        name="file_parser",
+        description="Read a document of the workspace as text: PDF, docx, xlsx, pptx, epub, html, csv.",
+        schema=SCHEMA,
+        run=run,
+    )
