@@ -20,6 +20,8 @@ PORT = flags.DEFINE_integer("port", 0, "port to listen on; 0: any free one")
 PORT_FILE = flags.DEFINE_string("port_file", "", "file written with host:port when the host answers calls")
 STATE = flags.DEFINE_string("state", "", "folder that keeps the retrieval cache; empty: in memory")
 WEB_PORT = flags.DEFINE_integer("web_port", 0, "loopback port of a running world web; 0: start the world's own")
+WORKERS = flags.DEFINE_integer("workers", 1, "processes behind the port; one that dies comes back with its sessions")
+METRICS_PORT = flags.DEFINE_integer("metrics_port", -1, "port of Prometheus' /metrics; 0: any free one; -1: none")
 ALLOW_INTERNET = flags.DEFINE_boolean("allow_internet", False, "open public addresses that the world does not serve")
 
 
@@ -38,6 +40,8 @@ def main(config) -> None:
         token=os.environ.get(server.TOKEN_VARIABLE) or None,
         state_dir=STATE.value or None,
         web_port=WEB_PORT.value or None,
+        workers=WORKERS.value,
+        metrics_port=None if METRICS_PORT.value < 0 else METRICS_PORT.value,
         allow_internet=ALLOW_INTERNET.value,
         topk=config.tools.topk,
         max_observation_chars=config.tools.max_observation_chars,

@@ -11,6 +11,7 @@ import collections
 import contextvars
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from tools_env.shared_work import SharedWork
 
 MODES = ("read_through", "replay_only", "live")
 SESSION_MODE: contextvars.ContextVar[str] = contextvars.ContextVar("stepdr_cache_mode", default="")
+STORE_PAUSE = 1.0  # seconds without the store after it broke, so that one that hangs does not slow every call
 CLAIM_SECONDS = 30.0  # a claim of a process that died is void after this
 POLL_SECONDS = 0.02
 
@@ -65,6 +67,7 @@ class Cache:
         self._memory: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._failures: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
         self._work = SharedWork()
+        self._store_back = -math.inf  # when a store that broke is asked again
         self._store = SqliteStore(path) if store is None and path is not None else store
 
     async def get(self, address: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
@@ -95,12 +98,12 @@ class Cache:
         if address in self._memory:
             self._memory.move_to_end(address)
             return self._memory[address]
-        if self._store is None:
+        if self._store is None or not (required or self._store_works()):
             return None
         try:
             text = await self._store.get(address)
         except self._store.errors:
-            self._count("store_error")
+            self._store_broke()
             if required:
                 raise
             return None
@@ -124,22 +127,29 @@ class Cache:
                 self._fail(address, str(error))
                 raise
             self._remember(address, value)
-            if self._store is not None:
+            if self._store is not None and self._store_works():
                 try:
                     await self._store.put(address, json.dumps(value, ensure_ascii=False))
                 except self._store.errors:
-                    self._count("store_error")
+                    self._store_broke()
             return value
         finally:
             if claimed:
                 try:
                     await self._store.release(address, claimed)
                 except self._store.errors:
-                    self._count("store_error")
+                    self._store_broke()
+
+    def _store_works(self) -> bool:
+        return self._clock() >= self._store_back
+
+    def _store_broke(self) -> None:
+        self._count("store_error")
+        self._store_back = self._clock() + STORE_PAUSE
 
     async def _claim(self, address: str) -> str | None:
         """Returns the claim's token when this process is to compute, "" when another has done it, None without store."""
-        if self._store is None or not self._store.shared:
+        if self._store is None or not self._store.shared or not self._store_works():
             return None
         end = self._clock() + CLAIM_SECONDS
         try:
@@ -150,7 +160,7 @@ class Cache:
                 if await self._read(address) is not None:
                     return ""
         except self._store.errors:
-            self._count("store_error")
+            self._store_broke()
         return None
 
     def _fail(self, address: str, message: str) -> None:

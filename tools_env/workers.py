@@ -26,6 +26,8 @@ from tools_env.settings import Settings
 FIRST_PAUSE = 0.1  # seconds before a worker is started again; doubles while it dies young
 MAX_PAUSE = 10.0
 YOUNG = 30.0  # seconds
+TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
+_ROOT = Path(__file__).resolve().parent.parent
 STARTUP = 120.0  # seconds until a worker must answer
 
 logger = logging.getLogger(__name__)
@@ -136,8 +138,14 @@ class _Worker:
                 f"--port_file={self._address_file}",
                 "--stop_with_stdin",
             ]
+            paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
             self._process = await asyncio.create_subprocess_exec(
-                *command, *flags(self._settings), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL
+                *command,
+                *flags(self._settings),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.DEVNULL,
+                env=os.environ
+                | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), TOKEN_VARIABLE: self._settings.token or ""},
             )
             pid = self._process.pid
             logger.info("worker %d is process %d", self._settings.worker, pid)

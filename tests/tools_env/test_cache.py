@@ -1,6 +1,7 @@
 """Facts about the retrieval cache, the same for SQLite and for a real Redis where redis-server is installed."""
 
 import asyncio
+import contextlib
 import shutil
 import socket
 import subprocess
@@ -176,6 +177,42 @@ def test_redis_that_is_gone_costs_speed_but_no_call():
             await strict.get("k", counted())
 
     asyncio.run(main())
+
+
+def test_redis_killed_in_the_middle_loses_no_call_and_is_used_again_when_it_returns(tmp_path):
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def start():
+        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    async def main():
+        process, now = start(), [0.0]
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+            cache = Cache(store=RedisStore(f"redis://127.0.0.1:{port}/0"), entries=1, clock=lambda: now[0])
+            assert (await cache.get("before", counted()))[1] is False
+            process.kill()
+            process.wait()
+            results = await asyncio.gather(*(cache.get(f"k{i}", counted(i)) for i in range(50)))
+            assert [value["value"] for value, _ in results] == list(range(50))
+            process = start()
+            now[0] += 10.0
+            while (await cache.get("after", counted()))[1] is False:
+                await cache.get("other", counted())  # holds one value in memory, so "after" must come from Redis
+                now[0] += 10.0
+        finally:
+            process.kill()
+            process.wait()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_address_that_is_no_redis_is_named():
