@@ -24,7 +24,7 @@ OUTCOMES = {
     tools_pb2.OUTCOME_BAD_ARGUMENTS: "bad_arguments",
     tools_pb2.OUTCOME_BUDGET_EXHAUSTED: "budget_exhausted",
 }
-UNAVAILABLE_ATTEMPTS = 8  # about five seconds: a worker that died is back by then
+UNAVAILABLE_ATTEMPTS = 8  # about four seconds: a worker that died is back by then
 FIRST_BACKOFF = 0.05  # seconds; doubles, with jitter
 MAX_BACKOFF = 1.0
 _OPTIONS = [
