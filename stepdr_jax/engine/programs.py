@@ -66,9 +66,11 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
     written = []
     for w, kv in zip(weights["layers"], cache, strict=True):
         q_BTHK, k_BTNK, v_BTNK = qwen2.project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
-        k_slots = kv["k"].at[rows_B1, :, :, write_BT].set(k_BTNK, mode="drop")
-        v_slots = kv["v"].at[rows_B1, :, write_BT].set(v_BTNK, mode="drop")
-        written.append({"k": k_slots, "v": v_slots})
+        if T == 1 and slots_B is None:
+            written.append(jax.lax.platform_dependent(kv, k_BTNK, v_BTNK, write_BT, cpu=_scatter, default=_select))
+        else:
+            written.append(_scatter(kv, k_BTNK, v_BTNK, write_BT, rows_B1))
+        k_slots, v_slots = written[-1]["k"], written[-1]["v"]
         k_BNKS, v_BNSK = (k_slots, v_slots) if slots_B is None else (k_slots[slots_B], v_slots[slots_B])
         q_BNGTK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4)
         scores = jnp.einsum("BNGTK,BNKS->BNGTS", q_BNGTK, k_BNKS, preferred_element_type=jnp.float32)
@@ -81,6 +83,27 @@ def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config)
         x_BTD = x_BTD + qwen2.attention_output(o_BTHK, w)
         x_BTD = x_BTD + qwen2.mlp(x_BTD, w, config)
     return qwen2.rms_norm(x_BTD, weights["final_norm"], config.rms_norm_eps), written
+
+
+def _scatter(kv, k_BTNK, v_BTNK, write_BT, rows_B1=None):
+    """Writes each row's tokens at their positions, in the slots `rows_B1` (row b in slot b without it)."""
+    rows_B1 = jnp.arange(write_BT.shape[0])[:, None] if rows_B1 is None else rows_B1
+    return {
+        "k": kv["k"].at[rows_B1, :, :, write_BT].set(k_BTNK, mode="drop"),
+        "v": kv["v"].at[rows_B1, :, write_BT].set(v_BTNK, mode="drop"),
+    }
+
+
+def _select(kv, k_B1NK, v_B1NK, write_B1):
+    """The same for one token a row, as a pass over the cache that attention then reads anyway.
+
+    XLA for TPU lays the whole cache out again for a scatter, in every step.
+    """
+    here_BS = jnp.arange(kv["v"].shape[2]) == write_B1
+    return {
+        "k": jnp.where(here_BS[:, None, None, :], k_B1NK[:, 0, :, :, None], kv["k"]),
+        "v": jnp.where(here_BS[:, None, :, None], v_B1NK[:, 0, :, None, :], kv["v"]),
+    }
 
 
 def _weighted_values(weights_BNGTS, v_BNSK):

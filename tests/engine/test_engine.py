@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from stepdr_jax.engine import programs
 from stepdr_jax.engine.engine import EngineError, JaxEngine, SampleParams
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
@@ -323,3 +324,14 @@ def test_misuse_is_named():
         asyncio.run(engine.generate("s", [1], SampleParams(max_tokens=0, seed=0)))
     with pytest.raises(ValueError, match="multiple of shards"):
         make_engine(slots=3, shards=2)
+
+
+def test_both_ways_of_writing_a_token_into_the_cache_agree():
+    keys = jax.random.split(jax.random.key(0), 4)
+    kv = {"k": jax.random.normal(keys[0], (3, 2, 4, 8)), "v": jax.random.normal(keys[1], (3, 2, 8, 4))}
+    k_B1NK, v_B1NK = (jax.random.normal(key, (3, 1, 2, 4)) for key in keys[2:])
+    write_B1 = np.array([[0], [5], [8]])  # 8 is out of bounds: an unused slot
+    scattered, selected = (f(kv, k_B1NK, v_B1NK, write_B1) for f in (programs._scatter, programs._select))
+    jax.tree.map(np.testing.assert_array_equal, selected, scattered)
+    assert np.any(scattered["k"][0] != kv["k"][0])
+    np.testing.assert_array_equal(scattered["v"][2], kv["v"][2])
