@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import functools
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -227,3 +229,56 @@ def test_weaker_isolation_is_refused_unless_accepted(monkeypatch):
 def test_wrong_options_are_refused_by_name(wanted, options, message):
     with pytest.raises(ToolHostError, match=message):
         optional.build(wanted, options, contextlib.AsyncExitStack())
+
+
+HOST = """
+import asyncio, contextlib, sys, time
+from pathlib import Path
+from tools_env.tools import shell
+from tools_env.tools.base import Call
+
+async def main():
+    async with contextlib.AsyncExitStack() as resources:
+        tool = shell.build({"accept_weaker_isolation": True}, resources)
+        command = "while :; do date +%s.%N > beat; sleep 0.05; done & echo up"
+        call = Call(Path(sys.argv[1]), {}, time.monotonic() + 60, 1000)
+        print((await tool.run(call, {"command": command})).text, flush=True)
+        await asyncio.sleep(100)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_hosts_sandboxes_end_with_it(tmp_path):
+    (tmp_path / "workspace").mkdir()
+    host = subprocess.Popen([sys.executable, "-c", HOST, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        if "up" not in host.stdout.readline():
+            pytest.skip("no sandbox on this machine")
+    finally:
+        host.kill()
+        host.wait()
+    beat = tmp_path / "workspace" / "beat"
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        before = beat.read_text()
+        time.sleep(0.4)
+        if beat.read_text() == before:
+            return
+    pytest.fail("the sandbox outlived its host")
+
+
+def test_a_host_serves_the_shell_over_grpc_when_asked(running):
+    async def run():
+        options = '{"shell": {"accept_weaker_isolation": true}}'
+        try:
+            async with running(tools="shell,file_parser", tool_options=options) as it:
+                names = [tool.name for tool in await it.client.list_tools()]
+                session = await it.client.open_session("e")
+                reply = await session.call("shell", {"command": "echo from the sandbox > note; cat note"}, call_id="1")
+                return names, reply.text
+        except ToolHostError as error:
+            pytest.skip(str(error))
+
+    names, text = asyncio.run(run())
+    assert {"shell", "file_parser", "file"} <= set(names) and text == "from the sandbox"
