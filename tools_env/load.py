@@ -48,13 +48,30 @@ class Load:
 
 
 async def run(
-    client: ToolsClient, *, sessions: int, seconds: float, think: float, seed: int = 0, pid: int | None = None
+    client: ToolsClient,
+    *,
+    sessions: int,
+    seconds: float,
+    think: float,
+    calls: int = 1_000_000,
+    seed: int = 0,
+    pid: int | None = None,
 ) -> Load:
-    """Loads a host for `seconds`; every session pauses `think` seconds on average between calls."""
+    """Loads a host for `seconds` with so many sessions at a time.
+
+    A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
+    """
     load, began = Load(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
     end = began + seconds
-    await asyncio.gather(*(_episode(client, load, f"{seed}-{i}", end, think) for i in range(sessions)))
+
+    async def place(i: int) -> None:
+        episode = 0
+        while episode == 0 or time.monotonic() < end:
+            await _episode(client, load, f"{seed}-{i}" + (f"-{episode}" if episode else ""), end, think, calls)
+            episode += 1
+
+    await asyncio.gather(*(place(i) for i in range(sessions)))
     load.wall = time.monotonic() - began
     if sampler:
         sampler.cancel()
@@ -69,13 +86,14 @@ async def _sample(load: Load, pid: int) -> None:
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-async def _episode(client: ToolsClient, load: Load, name: str, end: float, think: float) -> None:
+async def _episode(client: ToolsClient, load: Load, name: str, end: float, think: float, calls: int) -> None:
     draw = random.Random(name)
     await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
     try:
         session = await client.open_session(name)
     except ToolInfraError as error:
         load.failed[error.status] = load.failed.get(error.status, 0) + 1
+        await asyncio.sleep(1.0)
         return
     marks, number = [], 0
 
@@ -93,7 +111,7 @@ async def _episode(client: ToolsClient, load: Load, name: str, end: float, think
         load.outcomes[result.outcome] = load.outcomes.get(result.outcome, 0) + 1
         return result
 
-    while time.monotonic() < end:
+    while time.monotonic() < end and number < calls:
         kind = draw.random()
         if kind < 0.4:
             mark = f"<{name}/{number}>"
@@ -218,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--think", type=float, default=2.0, help="mean seconds between the calls of a session")
+    parser.add_argument("--calls", type=int, default=40, help="calls of one session; then another takes its place")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
     parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
     flags = parser.parse_args(argv)
@@ -235,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 if flags.echo and not token:
                     await against_echo(address, rounds=flags.echo)
                 client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
-                sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think)
+                sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think, calls=flags.calls)
                 found = await run(client, **sizes, seed=os.getpid(), pid=host.pid if host else None)
                 await client.close()
                 return found

@@ -80,6 +80,13 @@ def test_draws_repeat_for_equal_seeds_and_call_ids_whatever_the_order():
     assert 240 < sum(drawn.values()) < 360
 
 
+def test_renamed_field_stays_renamed_for_the_whole_session():
+    row = {"kind": "rename_fields", "rate": 0.5, "fields": {"op": "verb"}}
+    profile = faults.parse(json.dumps({"tools": {"file": [row]}}), ["file"])
+    drawn = [{bool(profile.plan("file", seed, str(call)).chosen) for call in range(20)} for seed in range(20)]
+    assert {len(of_session) for of_session in drawn} == {1} and drawn.count({True}) not in (0, 20)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
