@@ -89,6 +89,7 @@ def test_files_of_the_host_and_of_other_sessions_are_not_there(inside, tmp_path)
         f"cat {tmp_path}/other/secret; ln -s {tmp_path}/other/secret link; cat link; cat /workspace/../other/secret; "
         f"cat /etc/shadow; ls /root /home; cat /proc/1/root{tmp_path}/other/secret; cd /proc/1/cwd/../..; ls {tmp_path}"
     )
+    assert "root:" not in out and "cannot access '/root'" in out and "cannot access '/home'" in out
     assert "secret" not in out.replace("No such file", "").replace(str(tmp_path), "").replace("other/secret", "")
 
 
