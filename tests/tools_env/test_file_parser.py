@@ -203,8 +203,12 @@ def test_what_cannot_be_read_is_told(parse, name, content, message):
 
 
 def test_a_parser_that_takes_too_much_ends_alone(parse, tmp_path, monkeypatch):
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 30\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(file_parser.sys, "executable", str(slow))
     with pytest.raises(ToolError, match="takes too long"):
-        parse("a.pdf", pdf("x"), seconds=0.51)
+        parse("a.pdf", pdf("x"), seconds=0.7)
     monkeypatch.setattr(file_parser.sys, "executable", "/bin/false")
     with pytest.raises(ToolError, match="too much memory or time"):
         parse("a.pdf", pdf("x"))
