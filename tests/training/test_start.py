@@ -40,6 +40,8 @@ def test_a_checkpoint_of_another_model_or_none_is_named(config):
         state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
 
 
-@pytest.mark.parametrize(("number", "wanted", "found"), [(1188, 4, 4), (594, 4, 3), (1187, 4, 1), (768, 1, 1), (297, 8, 9)])
+@pytest.mark.parametrize(
+    ("number", "wanted", "found"), [(1188, 4, 4), (594, 4, 3), (1187, 4, 1), (768, 1, 1), (297, 8, 9)]
+)
 def test_slices_of_the_vocabulary_are_as_many_as_divide_it(number, wanted, found):
     assert program._nearest_divisor(number, wanted) == found
