@@ -17,12 +17,14 @@ devices; sizes are its own, not the config's.
 import json
 import os
 import statistics
+import sys
 import time
 
 from absl import flags
 
 from launch import bench_attention, bench_convert, entry
 from stepdr_jax.errors import UserError
+from stepdr_jax.orchestration import process
 
 _WHAT = flags.DEFINE_string("what", "train", "train, sample, convert or attention")
 _SIZE = flags.DEFINE_string("size", "0.5B", "of Qwen2.5, for --what=convert")
@@ -38,6 +40,8 @@ def main(config) -> None:
     }
     if _WHAT.value not in benches:
         raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
+    if "GLIBC_TUNABLES" not in os.environ:  # read by the C library when a process starts; the quickstart sets it too
+        os.execve(sys.executable, [*sys.orig_argv], os.environ | {"GLIBC_TUNABLES": process.MALLOC})
     print(json.dumps(benches[_WHAT.value](config, _ROUNDS.value), indent=1))
 
 
