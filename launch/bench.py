@@ -137,9 +137,10 @@ def _our_step(config, batch: dict):
     from stepdr_jax.training.step import arrange
 
     vocabulary = config.tokenizer.vocab_size
-    program, _, _ = train_program(config, "midtrain1", make_mesh(), vocab_size=vocabulary)
+    program, abstract, _ = train_program(config, "midtrain1", make_mesh(), vocab_size=vocabulary)
     model = Qwen2Config.from_config(config.model, vocabulary)
-    now = state.new_state(state.initial_params(model, config.seed), optimizer_of(config.midtrain1), 1)
+    fresh = state.new_state(state.initial_params(model, config.seed), optimizer_of(config.midtrain1), 1)
+    now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     batch = arrange(batch)
 
     def step():
