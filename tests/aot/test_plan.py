@@ -176,6 +176,16 @@ def test_stage_one_reads_the_papers_tokens_and_saves_every_five_billion():
         assert stage.checkpoint_every * tokens == pytest.approx(5e9, rel=1e-3)
 
 
+@needs_libtpu
+def test_the_loss_of_32b_at_64_layers_and_128k_fits_on_128_chips():
+    found = plan.plan(midtrain_128k.get_config(), "midtrain2", topology.parse("v5p:4x4x8"), ["eval"], QUICK)
+    held = found["programs"]["eval"]
+    assert held["memory"]["arguments"] + held["memory"]["temporaries"] < 5 * 2**30  # parameters alone are 0.95
+    hops = [t for t in held["collectives"] if t["kind"] == "collective-permute" and t["bytes"] > 2**24]
+    assert hops and all(t["hidden"] for t in hops)
+    assert sum(t["times"] for t in hops) == 64 * 16  # layers x transfers; the last brings keys home
+
+
 @pytest.mark.aot
 @needs_libtpu
 @pytest.mark.parametrize("quick", [True, False])
