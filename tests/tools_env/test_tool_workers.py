@@ -123,9 +123,15 @@ def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(world, t
         address = process.stdout.readline().strip()
 
         async def main():
-            client = ToolsClient(address, channels=4, call_timeout=20.0)
-            sessions = [await client.open_session(str(i)) for i in range(12)]
+            clients = [ToolsClient(address, channels=4, call_timeout=20.0)]
+            sessions = [await clients[0].open_session(str(i)) for i in range(12)]
             places = {owner(session.id, 3) for session in sessions}
+            for attempt in range(30):  # a connection ends at any worker: open more until each has a session
+                if places == {0, 1, 2}:
+                    break
+                clients.append(ToolsClient(address, channels=1, call_timeout=20.0))
+                sessions.append(await clients[-1].open_session(f"more {attempt}"))
+                places.add(owner(sessions[-1].id, 3))
             assert places == {0, 1, 2}
             first = await asyncio.gather(*(s.call("file", APPEND, call_id="0") for s in sessions))
             # Each of the pool's connections ends at some worker; every session is reached over all of them.
@@ -143,8 +149,8 @@ def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(world, t
             assert {stat.text.split(",")[0] for stat in stats} == {"a.md: 1 characters"}
             with pytest.raises(ToolInfraError, match="NOT_FOUND"):
                 await other._call("CallTool", tools_pb2.CallToolRequest(session_id="x", call_id="0"), 5.0)
-            await client.close()
-            await other.close()
+            for client in (*clients, other):
+                await client.close()
 
         asyncio.run(main())
         text = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics").read().decode()
