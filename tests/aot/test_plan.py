@@ -157,10 +157,21 @@ def test_the_front_is_what_nothing_beats_in_both():
     assert search.front(plans) == plans[:2]
 
 
-@pytest.mark.parametrize("name", ["midtrain_128k", "midtrain_32k", "sft_128k"])
-def test_configs_of_pods_have_the_fields_of_the_miniature_and_the_mesh_of_their_slice(name):
+@pytest.mark.parametrize(
+    ("name", "slices"),
+    [
+        ("midtrain_128k", "v5p-256"),
+        ("midtrain_32k", "v5p-256"),
+        ("sft_128k", "v5p-256"),
+        ("midtrain_128k_v5p_512", "v5p:8x8x8"),
+        ("midtrain_128k_v5e_256", "v5e-256"),
+        ("midtrain_128k_v6e_256", "v6e-256"),
+        ("midtrain_128k_tpu7x_64", "tpu7x:4x4x4"),
+    ],
+)
+def test_configs_of_pods_have_the_fields_of_the_miniature_and_the_mesh_of_their_slice(name, slices):
     config = entry.load(REPOSITORY / "configs" / f"{name}.py")
-    topology.check_mesh(topology.parse("v5p-256"), config.mesh)
+    topology.check_mesh(topology.parse(slices), config.mesh)
     assert plan.model_of(config).vocab_size == 152064
     for stage in ("midtrain1", "midtrain2", "sft"):
         rows = config.mesh.data * config.mesh.fsdp * config[stage].microbatches
