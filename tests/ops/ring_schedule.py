@@ -8,16 +8,9 @@ import os
 import sys
 import tempfile
 
-os.environ |= dict(
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    JAX_PLATFORMS="cpu",
-    TPU_ACCELERATOR_TYPE="v5p-8",
-    TPU_LOG_DIR="disabled",
-    TPU_MIN_LOG_LEVEL="3",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_STDERR_LOG_LEVEL="3",
-    TPU_WORKER_HOSTNAMES="localhost",
-)
+from stepdr_jax.aot.compile import ENVIRONMENT
+
+os.environ |= ENVIRONMENT
 
 import jax
 import jax.numpy as jnp
