@@ -31,6 +31,7 @@ from tools_env.errors import ToolHostError
 from tools_env.fetch import Fetcher
 from tools_env.metrics import Metrics
 from tools_env.metrics import serve as serve_metrics
+from tools_env.reach import Reach
 from tools_env.routing import RoutedService, socket_of
 from tools_env.search.index import PassageIndex
 from tools_env.service import ToolService
@@ -142,14 +143,13 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
         count=lambda result: metrics.cache.labels(result).inc(),
     )
     resources.callback(cache.close)
+    reach = Reach(sites, web_port, settings.allow_internet)
     fetcher = Fetcher(
-        sites,
-        web_port,
+        reach,
         timeout=settings.fetch_timeout,
         max_bytes=settings.max_page_bytes,
         max_redirects=settings.max_redirects,
         concurrency=settings.fetch_concurrency,
-        allow_internet=settings.allow_internet,
     )
     resources.push_async_callback(fetcher.close)
     sessions = Sessions(
@@ -167,7 +167,7 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
             web.make(index, fetcher, cache, sites, settings.topk),
             file.make(settings.max_file_chars, settings.max_files),
             todo.TOOL,
-            *optional.build(settings.tools, settings.tool_options, resources),
+            *optional.build(settings.tools, settings.tool_options, resources, reach),
         ],
         sessions,
         lease=settings.lease,

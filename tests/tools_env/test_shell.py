@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tools_env.errors import BadArguments, ToolError, ToolHostError
+from tools_env.reach import Reach
 from tools_env.sandbox import isolation
 from tools_env.tools import arguments, optional, shell
 from tools_env.tools.base import Call
@@ -238,7 +239,7 @@ def test_weaker_isolation_is_refused_unless_accepted(monkeypatch):
 )
 def test_wrong_options_are_refused_by_name(wanted, options, message):
     with pytest.raises(ToolHostError, match=message):
-        optional.build(wanted, options, contextlib.AsyncExitStack())
+        optional.build(wanted, options, contextlib.AsyncExitStack(), Reach([], 1))
 
 
 HOST = """

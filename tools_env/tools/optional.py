@@ -1,16 +1,19 @@
 """Tools that a host serves on request: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
 
 Each is one module of this folder with a function `build(options, resources) -> Tool`; a new tool is a new module. What
-it must release at the end it pushes on `resources`. It raises ToolHostError, naming the fix, where it cannot work.
+it must release at the end it pushes on `resources`. One that connects anywhere takes a third argument `reach`, the rule
+of where the host may. It raises ToolHostError, naming the fix, where it cannot work.
 """
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import pkgutil
 
 from tools_env import tools
 from tools_env.errors import ToolHostError
+from tools_env.reach import Reach
 from tools_env.tools.base import Tool
 
 
@@ -25,7 +28,7 @@ def names() -> list[str]:
     return found
 
 
-def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack) -> list[Tool]:
+def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack, reach: Reach) -> list[Tool]:
     """Returns the tools of a list with commas between, on the running event loop. Raises ToolHostError."""
     chosen = [name.strip() for name in wanted.split(",") if name.strip()]
     try:
@@ -42,6 +45,9 @@ def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack) 
     for name in options:
         if name not in chosen:
             raise ToolHostError(f"tool_options names {name}, which is not served; add it to --tools")
-    return [
-        importlib.import_module(f"{tools.__name__}.{name}").build(options.get(name, {}), resources) for name in chosen
-    ]
+    made = []
+    for name in chosen:
+        make = importlib.import_module(f"{tools.__name__}.{name}").build
+        rest = [reach] if "reach" in inspect.signature(make).parameters else []
+        made.append(make(options.get(name, {}), resources, *rest))
+    return made
