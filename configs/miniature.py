@@ -118,6 +118,16 @@ def get_config() -> ConfigDict:
             keep_checkpoints=2,
             log_every=10,  # steps
             microbatches=1,
+            guard=ConfigDict(
+                dict(
+                    norm_factor=10.0,  # a gradient norm above this many times its running mean is skipped; 0 = never
+                    norm_window=100,  # steps of that mean; none is skipped before it has seen so many
+                    loss_rise=1.5,  # nats per token above the running mean of the same sources: a spike; 0 = never
+                    loss_window=5,  # log rows of that mean; a source is not judged before it has so many
+                    max_skips=5,  # of log_every steps; with so many the run goes back to the last good checkpoint
+                    max_rewinds=3,  # how often a stage may go back before it stops; 0 = log only. PaLM: about 20 times
+                )
+            ),
             trajectory_loss="all",  # of trajectories in the data: all tokens (ours), or the assistant's only
             # mixture name -> rate; the rates of the paper's Table 1 and 2 are not published
             mixture=ConfigDict(),

@@ -132,6 +132,13 @@ def steps(directory: str | os.PathLike) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
 
 
+def remove_after(directory: str | os.PathLike, step: int) -> None:
+    """Removes the checkpoints of steps past `step`: what a run that goes back undoes."""
+    for later in steps(directory):
+        if later > step:
+            shutil.rmtree(Path(directory) / f"{later:08d}")
+
+
 def verify(path: Path) -> tuple[str | None, dict]:
     """(what is wrong or None, manifest) of one checkpoint directory; reads every byte."""
     try:

@@ -2,11 +2,11 @@
 
 One function, read from top to bottom: what is to be done -> data -> model -> mesh -> step -> resume -> loop -> done.
 Data order, initialisation and the state in a checkpoint are functions of (config, seed, step), so a run that is killed
-at any moment and started again ends with the same bits as one that was not.
+at any moment and started again ends with the same bits as one that was not. Going back after a spike (`guards`) is the
+same as being killed: what follows is read from disk.
 """
 
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,19 +16,16 @@ import jax
 import numpy as np
 
 from stepdr_jax import files
-from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
-from stepdr_jax.training import checkpoint, metrics, state
+from stepdr_jax.training import checkpoint, guards, metrics, state
+from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
 from stepdr_jax.training.program import order_of, parallel_of, train_program
 from stepdr_jax.training.step import TrainState, arrange, empty_window
-
-# These change when a run stops, logs and how it computes, not what it computes.
-FREE = ("checkpoint_every", "keep_checkpoints", "loss_chunk")
 
 
 class Batches(Protocol):
@@ -62,7 +59,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     if finished is not None and loader is None and not (Path(config.run_dir) / "data" / stage).exists():
         return finished  # data may be deleted to save space once a stage is done
     if stage != "midtrain1":
-        _require_parent(config, stage)
+        stage_settings.require_parent(config, stage)
 
     # ---------------------------------------------------------------- data
     if loader is None:
@@ -72,10 +69,10 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
 
     # ---------------------------------------------------------------- settings
     model = Qwen2Config.from_config(config.model, vocab_size)
-    asked = _settings(config, stage, model, loader)
+    asked = stage_settings.of(config, stage, model, loader.fingerprint)
     have_checkpoint = bool(checkpoint.steps(home / "checkpoints"))
     if (home / "settings.json").exists() and (finished or have_checkpoint):
-        _require_same(files.read_json(home / "settings.json"), asked, home)
+        stage_settings.require_same(files.read_json(home / "settings.json"), asked, home)
     if finished is not None:
         return finished
     files.write_json(home / "settings.json", asked)
@@ -94,39 +91,46 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
         _say(f"{stage}  {mesh.size} devices, context strategy {parallel.strategy}: {parallel.reason}")
 
     # ---------------------------------------------------------------- resume
-    restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))
-    if restored is None:
+    def begin() -> tuple[TrainState, dict]:
+        """State and metadata of the latest checkpoint, else of the start of the stage."""
+        restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))
+        if restored is not None:
+            return TrainState(**restored.tree), restored.metadata | {"step": restored.step}
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params = state.start_of(config, stage, model, placed.params)
-        now = jax.device_put(state.new_state(params, optimizer_of(settings), len(sources)), placed)
-        start, tokens, seconds = 0, 0, 0.0
-    else:
-        now, start = TrainState(**restored.tree), restored.step
-        tokens, seconds = restored.metadata["tokens"], restored.metadata["seconds"]
-        _say(f"{stage}  continuing from step {start}")
-    rows = metrics.rewind(home / "metrics.jsonl", start)
+        fresh = jax.device_put(state.new_state(params, optimizer_of(settings), len(sources)), placed)
+        return fresh, {"step": 0, "tokens": 0, "seconds": 0.0, "watch": {}}
 
-    # ---------------------------------------------------------------- loop
     def put(batch):
         return {name: jax.device_put(a, abstract_batch[name].sharding) for name, a in arrange(batch, order).items()}
 
     def real_tokens(batch):
         return int(np.count_nonzero(batch["segment_ids"]))
 
-    progress, timed_from, timed_tokens = None, None, 0  # begun after the first step, which compiles
-    batch = loader.batch(start) if start < settings.steps else None
-    if batch is not None:
-        _say(f"{stage}  compiling")
-    # Nothing moves between host and devices unless the code below says so.
-    with jax.transfer_guard("disallow"):
-        for step in range(start + 1, settings.steps + 1):
+    # ---------------------------------------------------------------- loop
+    def advance() -> dict | None:
+        """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back first."""
+        rewinds = guards.complete(home, lambda to: checkpoint.remove_after(home / "checkpoints", to))
+        with jax.transfer_guard("allow"):
+            now, saved = begin()
+        step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
+        watch, offset = guards.Watch.after(rewinds, saved["watch"]), guards.data_offset(rewinds)
+        if step:
+            _say(f"{stage}  continuing from step {step}")
+        rows = metrics.rewind(home / "metrics.jsonl", step)
+        progress, timed_from, timed_tokens = None, None, 0  # begun after the first step, which compiles
+        batch = loader.batch(step + offset) if step < settings.steps else None
+        if batch is not None:
+            _say(f"{stage}  compiling")
+        while step < settings.steps:
+            step += 1
             in_step = real_tokens(batch)
             now = program(now, put(batch))
-            batch = loader.batch(step) if step < settings.steps else None  # while the devices work
+            batch = loader.batch(step + offset) if step < settings.steps else None  # while the devices work
             jax.block_until_ready(now.step)
             if progress is None:
                 timed_from = time.monotonic()
-                progress = Progress(stage, settings.steps, start=start)
+                progress = Progress(stage, settings.steps, start=step - 1)
             else:
                 timed_tokens += in_step
 
@@ -140,7 +144,13 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
                 timed_from, timed_tokens = time.monotonic(), 0
                 files.append_jsonl(home / "metrics.jsonl", row)
                 rows.append(row)
-                _report_skips(row, stage, window, settings)
+                _report_skips(row, stage)
+                weights = dict(zip(sources, map(float, window["weight"]), strict=True))
+                if reason := watch.judge(settings.guard, row, weights):
+                    if guards.go_back(
+                        home, stage, settings.guard, rewinds, guards.Rewind(step, watch.good, reason), row
+                    ):
+                        return None
                 now = dataclasses.replace(now, window=jax.device_put(_zeros(len(sources)), replicated(mesh)))
             latest = rows[-1] if rows else {}
             shown = {"loss": latest["loss"]} if latest.get("loss") is not None else {}
@@ -149,29 +159,35 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
 
             if step % settings.checkpoint_every == 0 or step == settings.steps:
                 # After the row of this step: a restored run must find its rows up to the checkpoint.
-                spent = seconds + time.monotonic() - began
+                watch.saved(step, judged=step % settings.log_every == 0)
                 metadata = {
                     "stage": stage,
                     "seed": config.seed,
                     "model": dataclasses.asdict(model),
                     "settings": asked,
                     "tokens": tokens,
-                    "seconds": spent,
+                    "seconds": seconds + time.monotonic() - began,
+                    "watch": watch.as_dict(),
                 }
                 checkpoint.save(
                     home / "checkpoints", step, state.as_tree(now), metadata, keep=settings.keep_checkpoints
                 )
+        return {
+            "steps": settings.steps,
+            "final_loss": rows[-1]["loss"] if rows else None,
+            "params_sha256": checkpoint.params_sha256(now.params),
+            "seconds": round(seconds + time.monotonic() - began, 2),
+            "tokens": tokens,
+        }
+
+    # Nothing moves between host and devices unless the code says so.
+    with jax.transfer_guard("disallow"):
+        while (finished := advance()) is None:
+            pass
 
     # ---------------------------------------------------------------- done
-    done = {
-        "steps": settings.steps,
-        "final_loss": rows[-1]["loss"] if rows else None,
-        "params_sha256": checkpoint.params_sha256(now.params),
-        "seconds": round(seconds + time.monotonic() - began, 2),
-        "tokens": tokens,
-    }
-    files.write_json(home / "done.json", done)
-    return done
+    files.write_json(home / "done.json", finished)
+    return finished
 
 
 def _open_data(config, stage: str) -> Batches:
@@ -192,53 +208,10 @@ def _open_data(config, stage: str) -> Batches:
     )
 
 
-def _settings(config, stage: str, model: Qwen2Config, loader: Batches) -> dict:
-    """All that decides the numbers of a stage; kept beside it and compared on every start."""
-    section = json.loads(config[stage].to_json_best_effort())
-    flat = {f"{stage}.{name}": value for name, value in section.items() if name not in FREE}
-    flat |= {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
-    flat["seed"] = config.seed
-    flat["data"] = loader.fingerprint
-    flat["initial_checkpoint"] = config.initial_checkpoint if stage == "midtrain1" else ""
-    parent = state.PARENT[stage]
-    if parent != "init":
-        flat[parent] = files.read_json(state.stage_dir(config, config.seed, parent) / "done.json")["params_sha256"]
-    return flat
-
-
-def _require_parent(config, stage: str) -> None:
-    parent = state.PARENT[stage]
-    home = state.stage_dir(config, config.seed, parent)
-    if not (home / "done.json").exists():
-        raise UserError(
-            f"stage {stage} starts from {parent}, which is not finished in {home}; run {state.COMMAND[parent]} "
-            f"--config.run_dir={config.run_dir} --config.seed={config.seed} first"
-        )
-
-
-def _require_same(before: dict, asked: dict, home: Path) -> None:
-    for name in sorted(before.keys() | asked.keys()):
-        old, new = before.get(name), asked.get(name)
-        if old == new:
-            continue
-        if name == "data":
-            what = "was trained on other data than the run directory has now"
-        elif name in state.COMMAND:
-            what = f"started from another {name} than the run directory has now"
-        else:
-            what = f"was made with {name} = {old}, this config has {new}"
-        raise UserError(f"{home} {what}; choose another --config.run_dir, or delete {home} to train this stage again")
-
-
-def _report_skips(row: dict, stage: str, window: dict, settings) -> None:
-    if not row["skipped"]:
-        return
-    if not int(window["steps"]):
-        raise UserError(
-            f"{stage}: no gradient of the last {row['skipped']} steps up to step {row['step']} was finite; lower "
-            f"--config.{stage}.learning_rate (now {settings.learning_rate}), then delete the stage's directory"
-        )
-    _say(f"{stage}  step {row['step']}: skipped {row['skipped']} steps whose gradient was not finite")
+def _report_skips(row: dict, stage: str) -> None:
+    for name, what in (("skipped", "whose gradient was not finite"), ("spikes", "whose gradient was a spike")):
+        if row[name]:
+            _say(f"{stage}  step {row['step']}: skipped {row[name]} steps {what}")
 
 
 def _rate(schedule, step: int):

@@ -12,8 +12,8 @@ def row_of(window: dict, sources: Sequence[str], *, step: int, learning_rate: fl
 
     Returns:
         step, loss (nats per target token; null when the window had none), source_loss {source: nats per target token},
-        learning_rate, grad_norm (mean before clipping), skipped (steps whose gradient was not finite), tokens (so far,
-        padding excluded).
+        learning_rate, grad_norm (mean before clipping), skipped (steps whose gradient was not finite), spikes (steps whose
+        gradient was too large), tokens (so far, padding excluded).
     """
     weight = float(window["weight"].sum())
     steps = int(window["steps"])
@@ -28,6 +28,7 @@ def row_of(window: dict, sources: Sequence[str], *, step: int, learning_rate: fl
         "learning_rate": learning_rate,
         "grad_norm": float(window["grad_norm"]) / steps if steps else None,
         "skipped": int(window["skipped"]),
+        "spikes": int(window["spikes"]),
         "tokens": tokens,
     }
 

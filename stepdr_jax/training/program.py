@@ -16,7 +16,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops import context_layout
 from stepdr_jax.sharding import rules
-from stepdr_jax.training import state
+from stepdr_jax.training import guards, state
 from stepdr_jax.training.optimizer import optimizer_of
 from stepdr_jax.training.step import Parallel, evaluate, train_step
 
@@ -113,6 +113,7 @@ def train_program(
             config=model,
             optimizer=optimizer,
             clip_norm=settings.clip_norm,
+            limits=guards.NormLimits.of(settings.guard),
             num_sources=num_sources,
             loss_chunk=settings.loss_chunk,
             z_loss=settings.z_loss,

@@ -15,7 +15,7 @@ from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.sharding import rules
-from stepdr_jax.training import checkpoint
+from stepdr_jax.training import checkpoint, guards
 from stepdr_jax.training.step import TrainState, empty_window
 
 PARENT = {"midtrain1": "init", "midtrain2": "midtrain1", "sft": "midtrain2", "ppo": "sft"}
@@ -129,7 +129,9 @@ def _restore_params(config, directory: Path, shardings: dict | None) -> checkpoi
 
 def new_state(params: dict, optimizer: optax.GradientTransformation, num_sources: int) -> TrainState:
     """State at step 0."""
-    return TrainState(np.zeros((), np.int32), params, optimizer.init(params), empty_window(num_sources))
+    return TrainState(
+        np.zeros((), np.int32), params, optimizer.init(params), guards.empty_norms(), empty_window(num_sources)
+    )
 
 
 def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
@@ -139,6 +141,7 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
         step=everywhere,
         params=rules.param_shardings(state.params, mesh),
         optimizer=rules.param_shardings(state.optimizer, mesh),
+        guard=jax.tree.map(lambda _: everywhere, state.guard),
         window=jax.tree.map(lambda _: everywhere, state.window),
     )
 

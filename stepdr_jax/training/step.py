@@ -1,4 +1,4 @@
-"""One optimiser step on packed rows: exact token-weighted loss over microbatches, guarded against non-finite numbers.
+"""One optimiser step on packed rows: exact token-weighted loss over microbatches, guarded against wild gradients.
 
 Sums come before means: loss and weight are summed over tokens, microbatches and devices and divided once, so the
 result does not depend on how the batch is cut.
@@ -17,6 +17,7 @@ from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import WHOLE, Placement
+from stepdr_jax.training import guards
 
 
 @jax.tree_util.register_dataclass
@@ -26,23 +27,30 @@ class TrainState:
 
     step: int32, steps taken, which is also the position in the data.
     params, optimizer: parameter tree and optax state.
+    guard: what a gradient norm is judged by (see `guards.empty_norms`).
     window: sums since the last log row (see `empty_window`), kept here so that a resumed run logs the same rows.
     """
 
     step: jax.Array
     params: dict
     optimizer: Any
+    guard: dict
     window: dict
 
 
 def empty_window(num_sources: int) -> dict:
-    """Zeroed sums: loss and weight per source [num_sources], gradient norm, tokens, skipped and taken steps."""
+    """Zeroed sums: loss and weight per source [num_sources], gradient norm, tokens, skipped and taken steps.
+
+    Of the skipped, `skipped` had a gradient that was not finite and `spikes` one that was too large. Only steps that
+    were taken count in loss, weight and gradient norm.
+    """
     return {
         "loss": jnp.zeros((num_sources,), jnp.float32),
         "weight": jnp.zeros((num_sources,), jnp.float32),
         "grad_norm": jnp.zeros((), jnp.float32),
         "tokens": jnp.zeros((), jnp.int32),
         "skipped": jnp.zeros((), jnp.int32),
+        "spikes": jnp.zeros((), jnp.int32),
         "steps": jnp.zeros((), jnp.int32),
     }
 
@@ -229,25 +237,22 @@ def _on_every_device(local, params, batch, mesh: Mesh, *, gradient: bool = False
     )
 
 
-def apply_gradient(params, optimizer_state, gradient, optimizer: optax.GradientTransformation, clip_norm: float):
-    """Clips by global norm and updates, unless the norm is not finite: then nothing changes.
+def apply_gradient(
+    params, optimizer_state, gradient, optimizer: optax.GradientTransformation, clip_norm: float, limit=jnp.inf
+):
+    """Clips by global norm and updates, unless the norm is above `limit` or not finite: then nothing changes.
 
     Returns:
-        (params, optimizer state, gradient norm before clipping, finite bool).
+        (params, optimizer state, gradient norm before clipping, taken bool).
     """
     norm = optax.global_norm(gradient)
-    finite = jnp.isfinite(norm)
+    taken = jnp.isfinite(norm) & (norm <= limit)
     factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
     clipped = jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), gradient)
     updates, new_state = optimizer.update(clipped, optimizer_state, params)
     new_params = optax.apply_updates(params, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-    return (
-        jax.tree.map(keep, new_params, params),
-        jax.tree.map(keep, new_state, optimizer_state),
-        jnp.where(finite, norm, 0.0),
-        finite,
-    )
+    keep = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
+    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, optimizer_state), norm, taken
 
 
 def train_step(
@@ -257,21 +262,25 @@ def train_step(
     optimizer: optax.GradientTransformation,
     *,
     clip_norm: float,
+    limits: guards.NormLimits = guards.NO_LIMIT,
     **options,
 ) -> TrainState:
-    """Takes one step on a batch of `arrange`; options as of `gradients`. A step whose gradient is not finite moves only the data position and the count of skips."""
+    """Takes one step on a batch of `arrange`; options as of `gradients`.
+
+    A step whose gradient is not finite or a spike by `limits` moves only the data position and the count of skips.
+    """
     gradient, nll_S, weight_S = gradients(state.params, batch, config, **options)
-    params, optimizer_state, norm, finite = apply_gradient(
-        state.params, state.optimizer, gradient, optimizer, clip_norm
+    params, optimizer_state, norm, taken = apply_gradient(
+        state.params, state.optimizer, gradient, optimizer, clip_norm, guards.norm_limit(state.guard, limits)
     )
-    window = state.window
-    taken = finite.astype(jnp.int32)
+    window, finite = state.window, jnp.isfinite(norm)
     window = {
-        "loss": window["loss"] + jnp.where(finite, nll_S, 0.0),
-        "weight": window["weight"] + jnp.where(finite, weight_S, 0.0),
-        "grad_norm": window["grad_norm"] + norm,
+        "loss": window["loss"] + jnp.where(taken, nll_S, 0.0),
+        "weight": window["weight"] + jnp.where(taken, weight_S, 0.0),
+        "grad_norm": window["grad_norm"] + jnp.where(taken, norm, 0.0),
         "tokens": window["tokens"] + jnp.sum(batch["segment_ids"] != 0),
-        "skipped": window["skipped"] + 1 - taken,
+        "skipped": window["skipped"] + ~finite,
+        "spikes": window["spikes"] + (finite & ~taken),
         "steps": window["steps"] + taken,
     }
-    return TrainState(state.step + 1, params, optimizer_state, window)
+    return TrainState(state.step + 1, params, optimizer_state, guards.updated(state.guard, norm, limits), window)

@@ -52,8 +52,11 @@ def tiny_config(run_dir, **overrides):
             dict(batch=4, context=32, steps=12, warmup_steps=3, log_every=3, checkpoint_every=5, loss_chunk=64)
         )
     for name, value in overrides.items():
-        section, leaf = name.split(".")
-        config[section][leaf] = value
+        *sections, leaf = name.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[leaf] = value
     return config
 
 
