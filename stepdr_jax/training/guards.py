@@ -181,6 +181,13 @@ def _write(home: str | os.PathLike, rewinds: list[Rewind]) -> None:
     files.write_json(Path(home) / "rewinds.json", [dataclasses.asdict(rewind) for rewind in rewinds])
 
 
-def data_offset(rewinds: list[Rewind]) -> int:
-    """How many batches the position in the data is ahead of the step: those read between each `to` and its `at`."""
-    return sum(rewind.at - rewind.to for rewind in rewinds)
+def data_position(rewinds: list[Rewind], step: int) -> int:
+    """Which batch the step after `step` steps reads: past those that were read between each `to` and its `at`.
+
+    Steps before a return's `to` keep the data they had, so a run that resumes from an older checkpoint reads the same.
+    """
+    skipped, since = 0, step + 1
+    for rewind in reversed(rewinds):
+        since = min(since, rewind.to)  # a later return undid what an earlier one had begun after it
+        skipped += (rewind.at - rewind.to) * (step >= since)
+    return step + skipped

@@ -114,19 +114,23 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
         with jax.transfer_guard("allow"):
             now, saved = begin()
         step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
-        watch, offset = guards.Watch.after(rewinds, saved["watch"]), guards.data_offset(rewinds)
+        watch = guards.Watch.after(rewinds, saved["watch"])
         if step:
             _say(f"{stage}  continuing from step {step}")
         rows = metrics.rewind(home / "metrics.jsonl", step)
         progress, timed_from, timed_tokens = None, None, 0  # begun after the first step, which compiles
-        batch = loader.batch(step + offset) if step < settings.steps else None
+
+        def next_batch():
+            return loader.batch(guards.data_position(rewinds, step)) if step < settings.steps else None
+
+        batch = next_batch()
         if batch is not None:
             _say(f"{stage}  compiling")
         while step < settings.steps:
             step += 1
             in_step = real_tokens(batch)
             now = program(now, put(batch))
-            batch = loader.batch(step + offset) if step < settings.steps else None  # while the devices work
+            batch = next_batch()  # while the devices work
             jax.block_until_ready(now.step)
             if progress is None:
                 timed_from = time.monotonic()
