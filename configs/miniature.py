@@ -108,11 +108,12 @@ def get_config() -> ConfigDict:
             learning_rate=2.5e-3,  # at twice this, copying is never learned
             final_learning_rate=2.5e-4,
             warmup_steps=50,
-            decay_share=0.3,  # last part of training over which the rate falls (WSD)
+            schedule="wsd",  # wsd (warm-up, stable, decay), cosine (to the final rate) or constant; all warm up
+            decay_share=0.3,  # wsd: last part of training over which the rate falls
             weight_decay=0.01,
             beta2=0.95,
             clip_norm=1.0,
-            z_loss=1e-4,
+            z_loss=1e-4,  # weight of the squared log-partition, which keeps logits from drifting (PaLM); 0 = off
             loss_chunk=2048,  # tokens per slice of the vocabulary loss
             checkpoint_every=100,  # steps
             keep_checkpoints=2,

@@ -25,6 +25,7 @@ MAY_BE_ZERO = frozenset(
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
 )
+SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 CHOICES = {
     "agent.prompt": ("compact", "full"),
@@ -108,6 +109,8 @@ def check_values(config: ConfigDict) -> None:
     _check_model(config)
     for stage in STAGES:
         section = config[stage]
+        if section.schedule not in SCHEDULES:
+            raise UserError(f"{stage}.schedule: expected one of {', '.join(SCHEDULES)}, got {section.schedule!r}")
         if section.batch % section.microbatches:
             raise UserError(
                 f"{stage}.microbatches: expected a divisor of {stage}.batch {section.batch}, got {section.microbatches}"

@@ -1,4 +1,4 @@
-"""AdamW under a warm-up, stable, decay schedule."""
+"""AdamW under one of three schedules: warm-up, stable, decay; cosine; constant."""
 
 import jax
 import optax
@@ -25,15 +25,30 @@ def wsd_schedule(
     return optax.join_schedules(pieces, [warmup, steps - decay])
 
 
+def cosine_schedule(
+    *, steps: int, warmup_steps: int, learning_rate: float, final_learning_rate: float
+) -> optax.Schedule:
+    """Rises as `wsd_schedule` does, then falls along half a cosine to `final_learning_rate` at the last step."""
+    warmup = min(warmup_steps, steps)
+    pieces = [
+        optax.linear_schedule(learning_rate / max(warmup, 1), learning_rate, max(warmup - 1, 1)),
+        optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), alpha=final_learning_rate / learning_rate),
+    ]
+    return optax.join_schedules(pieces, [warmup])
+
+
 def schedule_of(stage) -> optax.Schedule:
-    """The schedule of a training stage's config (config.midtrain1 and its like)."""
-    return wsd_schedule(
+    """The schedule of a training stage's config (config.midtrain1 and its like), by its field `schedule`."""
+    common = dict(
         steps=stage.steps,
         warmup_steps=stage.warmup_steps,
-        decay_share=stage.decay_share,
         learning_rate=stage.learning_rate,
         final_learning_rate=stage.final_learning_rate,
     )
+    if stage.schedule == "cosine":
+        return cosine_schedule(**common)
+    decay_share = 0.0 if stage.schedule == "constant" else stage.decay_share
+    return wsd_schedule(**common, decay_share=decay_share)
 
 
 def optimizer_of(stage) -> optax.GradientTransformation:

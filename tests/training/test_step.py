@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from stepdr_jax.models import qwen2
+from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.training import state
-from stepdr_jax.training.optimizer import adamw, wsd_schedule
+from stepdr_jax.training.optimizer import adamw, schedule_of, wsd_schedule
+from stepdr_jax.training.program import train_program
 from stepdr_jax.training.step import arrange, gradients, loss_sums, train_step
-from tests.training.tiny import VOCAB, Memory
+from tests.training.tiny import VOCAB, Memory, tiny_config
 
 MODEL = qwen2.Qwen2Config(VOCAB, 16, 1, 2, 1, 8, 32, 1e4, 1e-6, True)
 OPTIONS = dict(num_sources=2, loss_chunk=48, z_loss=1e-3)
@@ -103,6 +105,26 @@ def test_schedule_warms_up_holds_and_decays():
     assert rates[9:80] == [1.0] * 71
     assert rates[90] == pytest.approx(0.55)
     assert rates[99] == pytest.approx(0.145)
+
+
+def test_the_other_schedules_warm_up_and_then_fall_along_a_cosine_or_hold():
+    stage = tiny_config("unused", **{"midtrain1.steps": 110, "midtrain1.warmup_steps": 10}).midtrain1
+    stage.update(dict(learning_rate=1.0, final_learning_rate=0.1, schedule="cosine"))
+    rates = [float(schedule_of(stage)(i)) for i in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9:11] == [1.0, 1.0]
+    assert rates[60] == pytest.approx(0.55) and rates[35] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2)
+    assert rates[110] == pytest.approx(0.1) and sorted(rates[10:], reverse=True) == rates[10:]
+    stage.schedule = "constant"
+    assert [float(schedule_of(stage)(i)) for i in (0, 9, 60, 109)] == [pytest.approx(0.1), 1.0, 1.0, 1.0]
+
+
+def test_z_loss_reaches_the_objective_from_the_config(params):
+    batch = arrange(Memory().batch(0))
+    run = {z: program(z_loss=z)(params, batch)[0]["final_norm"] for z in (0.0, 1.0)}
+    assert np.abs(run[1.0] - run[0.0]).max() > 1e-4
+    config = tiny_config("unused", **{"midtrain1.z_loss": 0.25})
+    step = train_program(config, "midtrain1", make_mesh(), vocab_size=VOCAB)[0]
+    assert step.__wrapped__.keywords["z_loss"] == 0.25
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
