@@ -1,158 +1,206 @@
-"""The sampler's compiled programs: prefill a chunk, decode some steps, move a slot out of the cache and back.
+"""The sampler's compiled programs: prefill a chunk, decode some steps, move pages out of the pool and back.
 
-Shapes are fixed by (slots, max_len, rows, chunk, steps), so each program compiles once. Every row of a program is
-computed independently of the others and always over the whole cache length: what a sequence samples does not depend on
-what else is in flight. The cache is donated and updated in place.
+Shapes are fixed by a `Layout` and the sizes of a call, so each program compiles once. Every row of a program is computed
+independently of the others and always over as many tokens: what a sequence samples does not depend on what else is in
+flight, nor on where its pages lie. The pool of pages is donated and updated in place.
 
-The cache keeps K as [slots, N, K, S] and V as [slots, N, S, K], one array a layer: scores then run along the contiguous
-axis, which is what makes a decode step of many slots fast on CPU.
-
-Invariant that all programs share: the K/V of every known token of a sequence is in the cache, except the last one's. A
+Invariant that all programs share: the K/V of every known token of a sequence is in its pages, except the last one's. A
 decode step writes that one and samples the next; prefill therefore never needs logits.
+
+With a mesh, heads and the vocabulary are split over its axis `tensor`; every device computes the same samples.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.qwen2 import Qwen2Config, unembedding
+from stepdr_jax.ops import paged_attention
+from stepdr_jax.sharding import rules
+from stepdr_jax.sharding.placement import Placement
 
-MASKED = -1e30  # score of a cache entry that is not written yet
 SAMPLING_BLOCK = 64  # words of one block of the two-stage draw
 BASE_KEY = 0  # root of all sampling keys; a request's own seed is folded into it
+RULES = rules.ShardingRules()
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def prepare(params: dict, *, config: Qwen2Config) -> dict:
-    """Copies a parameter tree into the sampler's layout: layers unstacked, unembedding [D, V] in compute dtype.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a pool of pages looks like; a static argument of every program.
+
+    page: tokens of a page. pages: in the pool. columns: pages of the longest sequence; 1 means that a page holds a whole
+    sequence, and row b of a decode step is then the sequence in page b. attention: of `ops.paged_attention.BACKENDS`.
+    mesh: of one axis, `tensor`; None is one device.
+    """
+
+    config: Qwen2Config
+    page: int
+    pages: int
+    columns: int
+    attention: str = "reference"
+    mesh: Mesh | None = None
+
+    @property
+    def tensor(self) -> int:
+        return self.mesh.size if self.mesh is not None else 1
+
+    def placement(self) -> Placement:
+        return Placement(sizes=(("tensor", self.tensor),) if self.tensor > 1 else ())
+
+    def pool_spec(self) -> PartitionSpec:
+        """Of every array of the pool: kv heads over tensor."""
+        return PartitionSpec(None, None, "tensor") if self.attention == "ragged" else PartitionSpec(None, "tensor")
+
+    def weight_specs(self, weights: dict) -> dict:
+        """PartitionSpec of each of `prepare`'s arrays."""
+
+        def split(name):  # as the trainer splits it over tensor, without the layer axis
+            return PartitionSpec(*("tensor" if "tensor" in (axis or ()) else None for axis in getattr(RULES, name)[1:]))
+
+        layer = {name: split(name) for name in weights["layers"][0]}
+        last = PartitionSpec(None, "tensor")
+        return {
+            "embedding": last,  # V D
+            "final_norm": PartitionSpec(None),
+            "layers": [layer] * len(weights["layers"]),
+            "unembedding": last,  # D V
+        }
+
+
+def prepare(params: dict, layout: Layout, device: jax.Device) -> dict:
+    """Copies a parameter tree into the sampler's layout and onto its devices: layers unstacked, matrices in the compute
+    dtype, unembedding [D, V].
 
     A copy, because the trainer donates its own parameters to its step.
     """
+    weights = unstack(params, config=layout.config)
+    if layout.mesh is None:
+        return jax.device_put(weights, device)
+    specs = layout.weight_specs(weights)
+    return jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(layout.mesh, spec)), weights, specs)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def unstack(params: dict, *, config: Qwen2Config) -> dict:
+    """The sampler's layout of a parameter tree: see `prepare`."""
     dtype = jnp.dtype(config.dtype)
-    layers = [jax.tree.map(lambda w, i=i: jnp.copy(w[i]), params["layers"]) for i in range(config.num_layers)]
+
+    def cast(name, w):
+        return w.astype(dtype) if name.endswith("kernel") else w
+
+    layers = [
+        {name: jnp.copy(cast(name, w[i])) for name, w in params["layers"].items()} for i in range(config.num_layers)
+    ]
     return {
-        "embedding": jnp.copy(params["embedding"]),
+        "embedding": jnp.copy(params["embedding"].astype(dtype)),
         "final_norm": jnp.copy(params["final_norm"]),
         "layers": layers,
         "unembedding": jnp.copy(unembedding(params).T).astype(dtype),
     }
 
 
-def init_cache(config: Qwen2Config, slots: int, max_len: int) -> list[dict[str, jax.Array]]:
-    """Per layer {"k": [slots, N, K, S], "v": [slots, N, S, K]} of zeros in config.dtype; S = max_len."""
-    N, K = config.num_kv_heads, config.head_dim
-    return [
-        {
-            "k": jnp.zeros((slots, N, K, max_len), config.dtype),
-            "v": jnp.zeros((slots, N, max_len, K), config.dtype),
-        }
-        for _ in range(config.num_layers)
-    ]
+def init_pool(layout: Layout, device: jax.Device | None = None) -> list:
+    """Zeroed pages, one entry a layer."""
+    c = layout.config
+
+    def pool():
+        one = functools.partial(paged_attention.init_pages, layout.attention, layout.pages, layout.page)
+        return [one(c.num_kv_heads, c.head_dim, c.dtype) for _ in range(c.num_layers)]
+
+    if layout.mesh is not None:
+        return jax.jit(pool, out_shardings=NamedSharding(layout.mesh, layout.pool_spec()))()
+    return jax.device_put(pool(), device)  # placed explicitly, as programs return it: one compilation
 
 
-def _forward(weights, cache, slots_B, tokens_BT, positions_BT, valid_BT, config):
-    """Writes K/V of the valid tokens and returns (x_BTD after the last norm, cache). slots_B None: row b is slot b."""
-    dtype = jnp.dtype(config.dtype)
-    B, T = tokens_BT.shape
-    H, N, K = config.num_heads, config.num_kv_heads, config.head_dim
-    S = cache[0]["k"].shape[-1]
+def _forward(weights, pool, table_BM, tokens_BT, positions_BT, valid_BT, layout: Layout):
+    """Writes K/V of the valid tokens and returns (x_BTD after the last norm, pool). table_BM None: row b has page b."""
+    config, placement = layout.config, layout.placement()
+    rows_BM = jnp.arange(tokens_BT.shape[0])[:, None] if table_BM is None else table_BM
+    places_BT = paged_attention.places(rows_BM, positions_BT, valid_BT, pages=layout.pages, page=layout.page)
     cos_BTk, sin_BTk = qwen2.rotary(positions_BT, config)
-    write_BT = jnp.where(valid_BT, positions_BT, S)  # S is out of bounds, and an out-of-bounds write is dropped
-    hidden_BTS = jnp.arange(S)[None, None, :] > positions_BT[:, :, None]
-    rows_B1 = (jnp.arange(B) if slots_B is None else slots_B)[:, None]
-    x_BTD = weights["embedding"][tokens_BT].astype(dtype)
+    x_BTD = weights["embedding"][tokens_BT]
+    if layout.tensor > 1:
+        x_BTD = jax.lax.all_gather(x_BTD, "tensor", axis=2, tiled=True)
     written = []
-    for w, kv in zip(weights["layers"], cache, strict=True):
-        q_BTHK, k_BTNK, v_BTNK = qwen2.project_qkv(x_BTD, w, cos_BTk, sin_BTk, config)
-        if T == 1 and slots_B is None:
-            written.append(jax.lax.platform_dependent(kv, k_BTNK, v_BTNK, write_BT, cpu=_scatter, default=_select))
-        else:
-            written.append(_scatter(kv, k_BTNK, v_BTNK, write_BT, rows_B1))
-        k_slots, v_slots = written[-1]["k"], written[-1]["v"]
-        k_BNKS, v_BNSK = (k_slots, v_slots) if slots_B is None else (k_slots[slots_B], v_slots[slots_B])
-        q_BNGTK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4)
-        scores = jnp.einsum("BNGTK,BNKS->BNGTS", q_BNGTK, k_BNKS, preferred_element_type=jnp.float32)
-        scores = jnp.where(hidden_BTS[:, None, None], MASKED, scores)
-        weights_BNGTS = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        total_BNGT = jnp.sum(weights_BNGTS, axis=-1)
-        o_BNGTK = _weighted_values(weights_BNGTS.astype(dtype), v_BNSK)
-        o_BNGTK = (o_BNGTK / total_BNGT[..., None]).astype(dtype)
-        o_BTHK = o_BNGTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-        x_BTD = x_BTD + qwen2.attention_output(o_BTHK, w)
-        x_BTD = x_BTD + qwen2.mlp(x_BTD, w, config)
+    for w, pages in zip(weights["layers"], pool, strict=True):
+        q_BTHK, k_BTNK, v_BTNK = qwen2.project_qkv(x_BTD, w, cos_BTk, sin_BTk, config, placement)
+        written.append(paged_attention.write(pages, k_BTNK, v_BTNK, places_BT))
+        o_BTHK = paged_attention.attend(q_BTHK, written[-1], table_BM, positions_BT)
+        x_BTD = x_BTD + qwen2.attention_output(o_BTHK, w, placement)
+        x_BTD = x_BTD + qwen2.mlp(x_BTD, w, config, placement)
     return qwen2.rms_norm(x_BTD, weights["final_norm"], config.rms_norm_eps), written
 
 
-def _scatter(kv, k_BTNK, v_BTNK, write_BT, rows_B1=None):
-    """Writes each row's tokens at their positions, in the slots `rows_B1` (row b in slot b without it)."""
-    rows_B1 = jnp.arange(write_BT.shape[0])[:, None] if rows_B1 is None else rows_B1
-    return {
-        "k": kv["k"].at[rows_B1, :, :, write_BT].set(k_BTNK, mode="drop"),
-        "v": kv["v"].at[rows_B1, :, write_BT].set(v_BTNK, mode="drop"),
-    }
+def _on_mesh(work, layout: Layout, weights, pool, *rest, outputs: int):
+    """`work(weights, pool, *rest)` -> (pool, and so many outputs), under shard_map where there is a mesh."""
+    if layout.mesh is None:
+        return work(weights, pool, *rest)
+    everywhere = PartitionSpec()
+    pools = jax.tree.map(lambda _: layout.pool_spec(), pool)
+    return jax.shard_map(
+        work,
+        mesh=layout.mesh,
+        in_specs=(layout.weight_specs(weights), pools, *jax.tree.map(lambda _: everywhere, rest)),
+        out_specs=(pools, *(everywhere,) * outputs),
+        check_vma=False,
+    )(weights, pool, *rest)
 
 
-def _select(kv, k_B1NK, v_B1NK, write_B1):
-    """The same for one token a row, as a pass over the cache that attention then reads anyway.
-
-    XLA for TPU lays the whole cache out again for a scatter, in every step.
-    """
-    here_BS = jnp.arange(kv["v"].shape[2]) == write_B1
-    return {
-        "k": jnp.where(here_BS[:, None, None, :], k_B1NK[:, 0, :, :, None], kv["k"]),
-        "v": jnp.where(here_BS[:, None, :, None], v_B1NK[:, 0, :, None, :], kv["v"]),
-    }
-
-
-def _weighted_values(weights_BNGTS, v_BNSK):
-    """Unnormalised attention output, float32[B, N, G, T, K]."""
-    G, T = weights_BNGTS.shape[2:4]
-    if T == 1 and G > 1 and jax.default_backend() == "cpu":
-        # One query a row: a fused multiply and sum is twice as fast on CPU as many tiny matrix products; with one query
-        # head to a key head (G = 1) XLA makes of it a loop that is ten times slower.
-        product = weights_BNGTS[:, :, :, 0, :, None] * v_BNSK[:, :, None]
-        return jnp.sum(product, axis=3, dtype=jnp.float32)[:, :, :, None]
-    return jnp.einsum("BNGTS,BNSK->BNGTK", weights_BNGTS, v_BNSK, preferred_element_type=jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def prefill(weights, cache, slots_R, tokens_RC, start_R, count_R, *, config: Qwen2Config):
-    """Writes the K/V of one chunk of up to C tokens for each of R sequences; returns the cache.
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="pool")
+def prefill(weights, pool, table_RM, tokens_RC, start_R, count_R, *, layout: Layout):
+    """Writes the K/V of one chunk of up to C tokens for each of R sequences; returns the pool.
 
     Args:
         weights: from `prepare`.
-        cache: from `init_cache`; donated.
-        slots_R: int32 slot of each row; rows in use have different slots.
+        pool: from `init_pool`; donated.
+        table_RM: int32 pages of each row, enough for its chunk; what follows them is not read.
         tokens_RC: int32 ids.
         start_R: int32 position of each row's first token.
         count_R: int32 tokens that count; 0 for an unused row.
-        config: model shape.
+        layout: of the pool.
     """
-    offsets_C = jnp.arange(tokens_RC.shape[1])
-    positions_RC = start_R[:, None] + offsets_C[None, :]
-    valid_RC = offsets_C[None, :] < count_R[:, None]
-    return _forward(weights, cache, slots_R, tokens_RC, positions_RC, valid_RC, config)[1]
+
+    def work(weights, pool, table_RM, tokens_RC, start_R, count_R):
+        offsets_C = jnp.arange(tokens_RC.shape[1])
+        positions_RC = start_R[:, None] + offsets_C[None, :]
+        valid_RC = offsets_C[None, :] < count_R[:, None]
+        return (_forward(weights, pool, table_RM, tokens_RC, positions_RC, valid_RC, layout)[1],)
+
+    return _on_mesh(work, layout, weights, pool, table_RM, tokens_RC, start_R, count_R, outputs=0)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps"), donate_argnames="cache")
-def decode(weights, cache, state: dict, stop_ids_I, *, config: Qwen2Config, steps: int):
-    """Samples up to `steps` tokens in every slot that has `remaining` > 0; returns (cache, ids, logprobs).
+@functools.partial(jax.jit, static_argnames=("layout", "steps"), donate_argnames="pool")
+def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, steps: int):
+    """Samples up to `steps` tokens in every row that has `remaining` > 0; returns (pool, ids, logprobs).
 
     Args:
         weights: from `prepare`.
-        cache: donated.
-        state: per slot: token int32 (last known id), position int32 (its index in the sequence), remaining int32 (tokens
-            it may still sample, 0 = slot not in use), seed uint32, temperature float32 (0 = the most probable token).
+        pool: donated.
+        table_BM: int32 pages of each row, enough for `steps` more tokens; not read where a page holds a sequence.
+        state: per row: token int32 (last known id), position int32 (its index in the sequence), remaining int32 (tokens
+            it may still sample, 0 = row not in use), seed uint32, temperature float32 (0 = the most probable token).
         stop_ids_I: int32 ids that end a generation when sampled.
-        config: model shape.
+        layout: of the pool.
         steps: tokens per call.
 
     Returns:
-        cache; ids_Bs int32[slots, steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's temperature
+        pool; ids_Bs int32[B, steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's temperature
         (at temperature 1 for greedy requests).
     """
+
+    def work(weights, pool, table_BM, state, stop_ids_I):
+        return _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps)
+
+    return _on_mesh(work, layout, weights, pool, table_BM, state, stop_ids_I, outputs=2)
+
+
+def _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps):
+    if layout.columns == 1 and layout.attention == "reference":
+        table_BM = None
     B = state["token"].shape[0]
     root = jax.random.PRNGKey(BASE_KEY)
     keys_B = jax.vmap(lambda seed: jax.random.fold_in(root, seed))(state["seed"])
@@ -162,10 +210,14 @@ def decode(weights, cache, state: dict, stop_ids_I, *, config: Qwen2Config, step
         return (step < steps) & jnp.any(remaining_B > 0)
 
     def body(carry):
-        step, cache, token_B, position_B, remaining_B, ids_sB, logprobs_sB = carry
+        step, pool, token_B, position_B, remaining_B, ids_sB, logprobs_sB = carry
         active_B = remaining_B > 0
-        x_B1D, cache = _forward(weights, cache, None, token_B[:, None], position_B[:, None], active_B[:, None], config)
+        x_B1D, pool = _forward(
+            weights, pool, table_BM, token_B[:, None], position_B[:, None], active_B[:, None], layout
+        )
         logits_BV = jnp.einsum("BD,DV->BV", x_B1D[:, 0], weights["unembedding"], preferred_element_type=jnp.float32)
+        if layout.tensor > 1:
+            logits_BV = jax.lax.all_gather(logits_BV, "tensor", axis=1, tiled=True)
         next_B, logprob_B = sample(logits_BV, keys_B, position_B + 1, state["temperature"])
         stopped_B = jnp.any(next_B[:, None] == stop_ids_I[None, :], axis=-1)
         ids_sB = ids_sB.at[step].set(jnp.where(active_B, next_B, -1))
@@ -173,19 +225,19 @@ def decode(weights, cache, state: dict, stop_ids_I, *, config: Qwen2Config, step
         token_B = jnp.where(active_B, next_B, token_B)
         position_B = jnp.where(active_B, position_B + 1, position_B)
         remaining_B = jnp.where(active_B & ~stopped_B, remaining_B - 1, 0)
-        return step + 1, cache, token_B, position_B, remaining_B, ids_sB, logprobs_sB
+        return step + 1, pool, token_B, position_B, remaining_B, ids_sB, logprobs_sB
 
     carry = (
         jnp.int32(0),
-        cache,
+        pool,
         state["token"],
         state["position"],
         state["remaining"],
         jnp.full((steps, B), -1, jnp.int32),
         jnp.zeros((steps, B), jnp.float32),
     )
-    _, cache, _, _, _, ids_sB, logprobs_sB = jax.lax.while_loop(keep_going, body, carry)
-    return cache, ids_sB.T, logprobs_sB.T
+    _, pool, _, _, _, ids_sB, logprobs_sB = jax.lax.while_loop(keep_going, body, carry)
+    return pool, ids_sB.T, logprobs_sB.T
 
 
 def sample(logits_BV, keys_B, index_B, temperature_B):
@@ -227,12 +279,12 @@ def _invert(weight_Bn, uniform_B):
 
 
 @jax.jit
-def read_slot(cache, slot):
-    """Copies one slot's K/V out of the cache: per layer {"k": [N, K, S], "v": [N, S, K]}."""
-    return jax.tree.map(lambda kv: jax.lax.dynamic_index_in_dim(kv, slot, keepdims=False), cache)
+def read_pages(pool, pages_M):
+    """Copies the pages of one sequence out of the pool; what `pages_M` names beyond the pool is of no meaning."""
+    return jax.tree.map(lambda a: a.at[pages_M].get(mode="clip"), pool)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def write_slot(cache, slot, stored):
-    """Puts what `read_slot` returned into a slot, bit for bit; the cache is donated."""
-    return jax.tree.map(lambda kv, one: jax.lax.dynamic_update_index_in_dim(kv, one, slot, 0), cache, stored)
+@functools.partial(jax.jit, donate_argnames="pool")
+def write_pages(pool, pages_M, stored):
+    """Puts what `read_pages` returned into pages, bit for bit, but for pages beyond the pool; the pool is donated."""
+    return jax.tree.map(lambda a, new: a.at[pages_M].set(new, mode="drop"), pool, stored)

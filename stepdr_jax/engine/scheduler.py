@@ -1,10 +1,11 @@
-"""One cache and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results back.
+"""One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results back.
 
 `Shard.step` is a plain synchronous function that runs in the shard's own thread; requests reach it (`collect`), and
 results leave it, on the event loop's thread between steps. So there is no lock, and tool calls proceed meanwhile.
 
 What a sequence samples does not depend on when or beside whom it runs: chunks are cut from the session's own token
-count, rows are independent, and a session that loses its slot gets its K/V back bit for bit from the host.
+count, rows are independent, and a session that loses its pages gets their content back bit for bit from the host. One that
+is prefilled again, for want of host memory, gets it back up to rounding.
 """
 
 import dataclasses
@@ -14,8 +15,7 @@ import jax
 import numpy as np
 
 from stepdr_jax.engine import programs
-from stepdr_jax.engine.slots import Request, Session, Slots
-from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.engine.pages import PagePool, Request, Session
 
 
 @dataclasses.dataclass
@@ -25,56 +25,63 @@ class Counts:
     sampled_tokens: int = 0
     prefilled_tokens: int = 0
     replayed_tokens: int = 0  # prefilled a second time, after a weight update or for want of host memory
+    stale_tokens: int = 0  # sampled over K/V of older weights, after update_weights(mode="keep")
     decode_calls: int = 0
     prefill_calls: int = 0
-    evictions: int = 0
+    evictions: int = 0  # sessions that lost their pages while they waited for their next request
+    preemptions: int = 0  # sessions that lost them in the middle of one
     busy_seconds: float = 0.0
 
 
 class Shard:
-    """A cache of `slots` sequences, its waiting sessions, and the programs on it.
+    """A pool of pages, the sessions that want to be in it, and the programs on it.
 
     Args:
-        config: model shape.
-        slots, max_len: sequences held and tokens in each.
+        layout: of the pool; it holds at least one sequence of max_len.
+        slots: sequences decoded together.
+        max_len: tokens of a sequence.
         rows, chunk: sequences and tokens of one prefill call.
         steps: tokens of one decode call; a finished sequence waits for at most so many.
+        prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others; 0
+            prefills all there is.
         stop_ids: ids that end a generation.
         host_bytes: K/V of evicted sessions kept on the host; beyond it they are prefilled again.
-        device: where the cache lives.
+        device: where the pool lives when the layout has no mesh.
     """
 
     def __init__(
         self,
-        config: Qwen2Config,
+        layout: programs.Layout,
         *,
         slots: int,
         max_len: int,
         rows: int,
         chunk: int,
         steps: int,
+        prefill_calls: int,
         stop_ids: tuple[int, ...],
         host_bytes: int,
         device: jax.Device,
     ):
-        self.config, self.max_len, self.device = config, max_len, device
-        self.rows, self.chunk, self.steps = min(rows, slots), chunk, steps
+        self.layout, self.slots, self.max_len, self.device = layout, slots, max_len, device
+        self.rows, self.chunk, self.steps, self.prefill_calls = min(rows, slots), chunk, steps, prefill_calls
         self.stop_ids = np.asarray(stop_ids, np.int32)
         self.stops = frozenset(stop_ids)
-        self.slots = Slots(slots)
-        self.new_cache()
-        slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)) // slots
-        self.host_slots = host_bytes // slot_bytes
+        self.pages = PagePool(layout.pages, layout.page)
+        self.new_pool()
+        page_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.pool)) // layout.pages
+        self.host_pages = host_bytes // page_bytes
         self.inbox: list[tuple[Session, list[int], Request]] = []
-        self.waiting: list[Session] = []  # sessions with a request and no slot, first come first served
-        self.stored: set[Session] = set()  # sessions whose K/V is on the host
+        self.sessions: list[Session] = []  # all that hold pages, here or on the host
+        self.waiting: list[Session] = []  # with a request that does not run yet, first come first served
+        self.running: list[Session] = []  # with one that does, in the order of admission
+        self.outdated = False  # the weights have changed since the last step
         self.counts = Counts()
         self.tick = 0
 
-    def new_cache(self) -> None:
-        """Starts with an empty cache."""
-        cache = programs.init_cache(self.config, len(self.slots.owner), self.max_len)
-        self.cache = jax.device_put(cache, self.device)  # placed explicitly, as programs return it: one compilation
+    def new_pool(self) -> None:
+        """Starts with empty pages."""
+        self.pool = programs.init_pool(self.layout, self.device)
 
     def submit(self, session: Session, new_ids: list[int], request: Request) -> None:
         """Hands in a request; it takes effect at the next `collect`, because a step may be running now."""
@@ -82,6 +89,8 @@ class Shard:
 
     def collect(self) -> None:
         """Takes in what was submitted. Only between steps."""
+        if self.outdated:
+            self.forget()
         for session, new_ids, request in self.inbox:
             if session.closed:
                 request.future.cancel()
@@ -90,88 +99,138 @@ class Shard:
                 continue
             session.ids += new_ids
             session.request = request
-            if session.slot is None:
-                self.waiting.append(session)
+            self.waiting.append(session)
         self.inbox.clear()
 
     def drop(self, session: Session) -> None:
         """Forgets a session and frees what it holds. Only between steps."""
-        self.slots.release(session)
-        self.stored.discard(session)
-        if session in self.waiting:
-            self.waiting.remove(session)
+        self.pages.release(session)
         if session.request is not None:
             session.request.future.cancel()
-        session.stored, session.request = None, None
+        session.stored, session.stored_pages, session.request = None, 0, None
+        self.sessions, self.waiting, self.running = (
+            [other for other in held if other is not session] for held in (self.sessions, self.waiting, self.running)
+        )
 
     def has_work(self) -> bool:
-        return bool(self.inbox or self.waiting or self.slots.with_request())
+        return bool(self.inbox or self.waiting or self.running)
 
     def forget(self) -> None:
-        """Invalidates every cached K/V, because the weights changed."""
-        for session in [*self.slots.owner, *self.stored, *self.waiting]:
-            if session is not None:
-                session.written, session.stored = 0, None
-        self.stored.clear()
+        """Invalidates all K/V, because the weights changed; running requests go on after prefilling again."""
+        self.outdated = False
+        for session in {*self.sessions, *self.waiting}:
+            session.written, session.stored, session.stored_pages = 0, None, 0
 
-    def step(self, weights: dict) -> list[Session]:
-        """Admits, prefills all that is pending, decodes once. Returns sessions whose request ended."""
+    def step(self, weights: dict, version: int) -> list[Session]:
+        """Admits, prefills, decodes once. Returns sessions whose request ended."""
         began = time.monotonic()
         self.tick += 1
         self._admit()
-        running = self.slots.with_request()
-        while pending := [session for session in running if session.unwritten > 0]:
-            self._prefill(weights, pending[: self.rows])
-        ended = self._decode(weights, running) if running else []
+        calls = 0
+        while pending := [session for session in self.running if session.unwritten > 0]:
+            if self.prefill_calls and calls == self.prefill_calls:
+                break
+            self._prefill(weights, pending[: self.rows], version)
+            calls += 1
+        ready = self._with_room([session for session in self.running if session.unwritten == 0])
+        ended = self._decode(weights, ready, version) if ready else []
         self.counts.busy_seconds += time.monotonic() - began
         return ended
 
+    # ------------------------------------------------------------------------------------------------------ pages
+
     def _admit(self) -> None:
-        parked = self.slots.parked()
-        while self.waiting:
+        while self.waiting and len(self.running) < self.slots:
             session = self.waiting[0]
-            if not self.slots.take(session):
-                if not parked:
-                    return
-                self._evict(parked.pop(0))
-                self.slots.take(session)
-            self.waiting.pop(0)
+            if not self._make_room(session, self._tokens_after(session)):
+                return
+            self.running.append(self.waiting.pop(0))
+            if session not in self.sessions:
+                self.sessions.append(session)
             if session.stored is not None:
-                self.cache = programs.write_slot(self.cache, np.int32(session.slot), session.stored)
-                session.stored = None
-                self.stored.discard(session)
+                self._restore(session)
+
+    def _tokens_after(self, session: Session) -> int:
+        """Tokens of the session after the next decode call."""
+        request = session.request
+        return len(session.ids) + min(self.steps, request.limit - len(request.ids))
+
+    def _make_room(self, session: Session, tokens: int) -> bool:
+        """Gives the session its pages, those of sessions that do not run if need be: parked before waiting ones."""
+        idle = [s for s in self.sessions if s.pages and s is not session and s not in self.running]
+        idle.sort(key=lambda s: (s.request is not None, s.used, s.name))
+        if self.pages.lacking(session, tokens) > self.pages.free + sum(len(s.pages) for s in idle):
+            return False
+        while not self.pages.grow(session, tokens):
+            self._evict(idle.pop(0))
+            self.counts.evictions += 1
+        return True
+
+    def _with_room(self, ready: list[Session]) -> list[Session]:
+        """The sessions that have pages for the next decode call; the least advanced give way to the others."""
+        for session in list(ready):
+            while session in ready and not self._make_room(session, self._tokens_after(session)):
+                # The others' pages, prefilling ones included: one sequence alone has room by construction.
+                victim = min((s for s in self.running if s is not session), key=lambda s: len(s.request.ids))
+                self._evict(victim)
+                self.counts.preemptions += 1
+                self.running.remove(victim)
+                self.waiting.insert(0, victim)
+                ready = [s for s in ready if s is not victim]
+        return ready
 
     def _evict(self, session: Session) -> None:
-        self.counts.evictions += 1
-        if len(self.stored) < self.host_slots:
-            session.stored = jax.device_get(programs.read_slot(self.cache, np.int32(session.slot)))
-            self.stored.add(session)
+        """Takes a session's pages away; their content goes to the host where there is room."""
+        held = -(-session.written // self.layout.page)
+        if held and sum(s.stored_pages for s in self.sessions) + held <= self.host_pages:
+            whole = jax.device_get(programs.read_pages(self.pool, self._row(session)))
+            session.stored = jax.tree.map(lambda a: a[:held].copy(), whole)
+            session.stored_pages = held
         else:
             session.written = 0
-        self.slots.release(session)
+        self.pages.release(session)
 
-    def _prefill(self, weights: dict, sessions: list[Session]) -> None:
-        """Writes one chunk of each session. Chunks start where the session's cache ends, whatever the others need."""
+    def _restore(self, session: Session) -> None:
+        missing = self.layout.columns - session.stored_pages
+
+        def padded(a):
+            return np.pad(a, ((0, missing), *((0, 0),) * (a.ndim - 1)))
+
+        row_M = self._row(session)
+        row_M[session.stored_pages :] = self.layout.pages
+        self.pool = programs.write_pages(self.pool, row_M, jax.tree.map(padded, session.stored))
+        session.stored, session.stored_pages = None, 0
+
+    def _row(self, session: Session) -> np.ndarray:
+        row_M = np.zeros(self.layout.columns, np.int32)
+        row_M[: len(session.pages)] = session.pages
+        return row_M
+
+    # --------------------------------------------------------------------------------------------------- programs
+
+    def _prefill(self, weights: dict, sessions: list[Session], version: int) -> None:
+        """Writes one chunk of each session. Chunks start where the session's K/V end, whatever the others need."""
         R, C = self.rows, self.chunk
-        # Unused rows point at distinct slots too: two rows never write one slot, and theirs write nothing.
-        used = {session.slot for session in sessions}
-        spare = iter(slot for slot in range(len(self.slots.owner)) if slot not in used)
-        slots_R = np.asarray([s.slot for s in sessions] + [next(spare) for _ in range(R - len(sessions))], np.int32)
+        table_RM = np.zeros((R, self.layout.columns), np.int32)
         tokens_RC = np.zeros((R, C), np.int32)
         start_R, count_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
         for row, session in enumerate(sessions):
             count = min(session.unwritten, C)
+            table_RM[row] = self._row(session)
             tokens_RC[row, :count] = session.ids[session.written : session.written + count]
             start_R[row], count_R[row] = session.written, count
+            if not session.written:
+                session.version = version
             session.written += count
             self.counts.replayed_tokens += max(min(session.written, session.furthest) - int(start_R[row]), 0)
             session.furthest = max(session.furthest, session.written)
             self.counts.prefilled_tokens += count
-        self.cache = programs.prefill(weights, self.cache, slots_R, tokens_RC, start_R, count_R, config=self.config)
+        self.pool = programs.prefill(weights, self.pool, table_RM, tokens_RC, start_R, count_R, layout=self.layout)
         self.counts.prefill_calls += 1
 
-    def _decode(self, weights: dict, sessions: list[Session]) -> list[Session]:
-        B = len(self.slots.owner)
+    def _decode(self, weights: dict, sessions: list[Session], version: int) -> list[Session]:
+        B = self.slots
+        table_BM = np.zeros((B, self.layout.columns), np.int32)
         state = dict(
             token=np.zeros(B, np.int32),
             position=np.zeros(B, np.int32),
@@ -179,29 +238,38 @@ class Shard:
             seed=np.zeros(B, np.uint32),
             temperature=np.ones(B, np.float32),
         )
-        for session in sessions:
-            request = session.request
-            state["token"][session.slot] = session.ids[-1]
-            state["position"][session.slot] = len(session.ids) - 1
-            state["remaining"][session.slot] = request.limit - len(request.ids)
-            state["seed"][session.slot] = request.seed & 0xFFFFFFFF
-            state["temperature"][session.slot] = request.temperature
-        self.cache, ids_Bs, logprobs_Bs = programs.decode(
-            weights, self.cache, state, self.stop_ids, config=self.config, steps=self.steps
+        rows = {}
+        for place, session in enumerate(sessions):
+            row = session.pages[0] if self.layout.columns == 1 else place
+            request, rows[session] = session.request, row
+            table_BM[row] = self._row(session)
+            state["token"][row] = session.ids[-1]
+            state["position"][row] = len(session.ids) - 1
+            state["remaining"][row] = request.limit - len(request.ids)
+            state["seed"][row] = request.seed & 0xFFFFFFFF
+            state["temperature"][row] = request.temperature
+        self.pool, ids_Bs, logprobs_Bs = programs.decode(
+            weights, self.pool, table_BM, state, self.stop_ids, layout=self.layout, steps=self.steps
         )
         ids_Bs, logprobs_Bs = np.asarray(ids_Bs), np.asarray(logprobs_Bs)
         self.counts.decode_calls += 1
         ended = []
-        for session in sessions:
+        for session, row in rows.items():
             request = session.request
-            count = int(np.sum(ids_Bs[session.slot] >= 0))
-            ids = ids_Bs[session.slot, :count].tolist()
+            count = int(np.sum(ids_Bs[row] >= 0))
+            ids = ids_Bs[row, :count].tolist()
+            if not request.ids:
+                request.version = version
+            if not session.written:  # a sequence of one token: nothing was prefilled
+                session.version = version
             request.ids += ids
-            request.logprobs += logprobs_Bs[session.slot, :count].tolist()
+            request.logprobs += logprobs_Bs[row, :count].tolist()
             session.ids += ids
             session.written = session.furthest = len(session.ids) - 1
             session.used = self.tick
             self.counts.sampled_tokens += count
+            self.counts.stale_tokens += count * (session.version != version)
             if ids[-1] in self.stops or len(request.ids) >= request.limit:
                 ended.append(session)
+        self.running = [session for session in self.running if session not in ended]
         return ended

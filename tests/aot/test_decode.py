@@ -1,4 +1,4 @@
-"""The sampler's decode step on a TPU keeps one cache, not two."""
+"""The sampler's decode step on a TPU runs the paged kernel and keeps one pool of pages, not two."""
 
 import importlib.util
 import json
@@ -13,11 +13,12 @@ from stepdr_jax.aot.compile import ENVIRONMENT
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: pip install -e .[tpu]")
-def test_a_decode_steps_cache_is_updated_in_place():
+def test_a_decode_steps_pages_are_updated_in_place():
     script = Path(__file__).with_name("decode_step.py")
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     memory = json.loads(done.stdout.splitlines()[-1])
-    assert memory["aliased"] >= memory["cache"]
-    assert memory["temporaries"] < memory["cache"] / 10
+    assert memory["attention"] == "ragged"
+    assert memory["aliased"] >= memory["pool"]
+    assert memory["temporaries"] < memory["pool"] / 10

@@ -5,12 +5,14 @@ import dataclasses
 import functools
 import random
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
 
-from stepdr_jax.engine import programs
 from stepdr_jax.engine.engine import EngineError, JaxEngine, SampleParams
+from stepdr_jax.engine.pages import PagePool, Session
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
 
@@ -31,6 +33,9 @@ MAX_LEN = 64
 # Far from uniform logits, so that a wrong cache entry changes samples.
 PARAMS = jax.tree.map(lambda w: 6 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(0)))
 OTHER = jax.tree.map(lambda w: 5 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(1)))
+
+
+PAGED = dict(page=8, pages=40)  # of 4 slots: 5 sequences of 64 tokens
 
 
 def make_engine(**overrides):
@@ -95,6 +100,70 @@ def test_concurrent_sessions_in_any_order_sample_what_each_samples_alone_bit_for
         numbers = list(range(16))
         random.Random(order).shuffle(numbers)
         assert together(make_engine(), numbers) == reference
+
+
+def same(got: dict, wanted: dict) -> None:
+    """Ids exactly; log-probabilities up to the order of sums, which follows the number of tokens in the pool."""
+    assert got.keys() == wanted.keys()
+    for number in got:
+        assert got[number] == [
+            dataclasses.replace(g, logprobs=pytest.approx(g.logprobs, abs=1e-4)) for g in wanted[number]
+        ]
+
+
+@pytest.mark.parametrize("pages", [PAGED, dict(page=16), dict(page=5, pages=21), dict(page=8, pages=8)])
+def test_pages_do_not_change_samples(reference, pages):
+    """Of any size, down to room for one sequence: sessions then take each other's pages in the middle of a turn."""
+    for prefill_calls in (0, 1):
+        engine = make_engine(prefill_calls=prefill_calls, **pages)
+        same(together(engine, range(16)), reference)
+        assert engine.stats()["pages_in_use"] == 0
+    if pages.get("pages") == 8:
+        assert engine.stats()["preemptions"] > 0
+
+
+def test_where_a_sequences_pages_lie_does_not_change_a_bit():
+    alone = one_by_one(make_engine(**PAGED), range(16))
+    for order in range(3):
+        numbers = list(range(16))
+        random.Random(order).shuffle(numbers)
+        assert together(make_engine(**PAGED), numbers) == alone
+
+
+def test_pages_that_were_on_the_host_come_back_exactly():
+    alone = one_by_one(make_engine(page=8), range(6))
+
+    async def run(engine):
+        opened = {number: [] for number in range(6)}
+        for turn in range(3):
+            for number in range(6):
+                new = prompt(number) if turn == 0 else observation(number, turn)
+                params = SampleParams(max_tokens=9, seed=number)
+                opened[number].append(await engine.generate(f"s{number}", new, params))
+        return opened
+
+    engine = make_engine(page=8, pages=9)
+    assert asyncio.run(run(engine)) == alone
+    assert engine.stats()["evictions"] > 3
+    assert engine.stats()["replayed_tokens"] == 0
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.lists(st.tuples(st.sampled_from("grow release".split()), st.integers(0, 4), st.integers(0, 40))))
+def test_pages_are_never_lost_or_shared(moves):
+    pool = PagePool(7, 4)
+    sessions = [Session(str(i)) for i in range(5)]
+    for move, which, tokens in moves:
+        session = sessions[which]
+        before = list(session.pages)
+        if move == "release":
+            pool.release(session)
+        elif pool.grow(session, tokens):
+            assert len(session.pages) * 4 >= tokens and session.pages[: len(before)] == before
+        else:
+            assert session.pages == before
+        held = [page for session in sessions for page in session.pages]
+        assert sorted(held) == sorted(set(held)) and len(held) + pool.free == 7
 
 
 def test_shards_do_not_change_samples(reference):
@@ -261,6 +330,53 @@ def test_a_weight_update_waits_for_running_requests_and_holds_back_new_ones():
     assert (running.version, late.version) == (0, 1)
 
 
+@pytest.mark.parametrize("mode", ["keep", "recompute"])
+def test_weights_may_change_in_the_middle_of_a_turn(mode):
+    """What comes after the change: over the old K/V, or as a session that always had the new weights would sample it."""
+    engine = make_engine(stop_ids=(-5,), **PAGED)
+
+    async def run():
+        running = asyncio.create_task(engine.generate("a", prompt(1), SampleParams(max_tokens=24, seed=1)))
+        while engine.stats()["sampled_tokens"] < 8:
+            await asyncio.sleep(0.001)
+        await engine.pause()
+        before = engine.stats()["sampled_tokens"]
+        await asyncio.sleep(0.05)
+        assert engine.stats()["sampled_tokens"] == before  # nothing runs
+        await engine.update_weights(OTHER, 5, mode=mode)
+        engine.resume()
+        return before, await running
+
+    before, generation = asyncio.run(run())
+    assert 8 <= before < 24 and len(generation.ids) == 24
+    assert generation.version == 0  # of its first token
+    assert engine.stats()["version"] == 5
+    fresh = JaxEngine(OTHER, CONFIG, slots=4, max_len=MAX_LEN, stop_ids=(-5,), rows=2, chunk=8, steps=4)
+    known = [*prompt(1), *generation.ids[:before]]
+    continued = asyncio.run(fresh.generate("a", known, SampleParams(max_tokens=24 - before, seed=1)))
+    if mode == "recompute":
+        assert generation.ids[before:] == continued.ids
+        np.testing.assert_allclose(generation.logprobs[before:], continued.logprobs, atol=1e-4)
+        assert engine.stats()["stale_tokens"] == 0
+    else:
+        assert not np.allclose(generation.logprobs[before:], continued.logprobs, atol=1e-2)
+        assert engine.stats()["stale_tokens"] == 24 - before
+
+
+def test_a_long_observation_does_not_hold_up_the_others():
+    engine = make_engine(prefill_calls=1, rows=1, stop_ids=(-5,), **PAGED)
+
+    async def run():
+        long = asyncio.create_task(engine.generate("long", list(range(10, 58)), SampleParams(max_tokens=4, seed=1)))
+        await asyncio.sleep(0)
+        short = asyncio.create_task(engine.generate("short", [11], SampleParams(max_tokens=16, seed=2)))
+        done, _ = await asyncio.wait([long, short], return_when=asyncio.FIRST_COMPLETED)
+        return short in done, await long, await short
+
+    first, _, short = asyncio.run(run())
+    assert first and len(short.ids) == 16
+
+
 def test_a_cancelled_request_frees_its_slot_and_the_name_can_be_closed():
     engine = make_engine(slots=1, rows=1, stop_ids=(-5,))
 
@@ -274,7 +390,7 @@ def test_a_cancelled_request_frees_its_slot_and_the_name_can_be_closed():
         return await engine.generate("b", prompt(2), SampleParams(max_tokens=4, seed=2))
 
     assert len(asyncio.run(run()).ids) == 4
-    assert engine.stats()["slots_in_use"] == 1  # b, still open
+    assert engine.stats()["pages_in_use"] == 1  # b, still open
 
 
 def test_closing_a_session_cancels_its_request_and_frees_its_name():
@@ -292,13 +408,13 @@ def test_closing_a_session_cancels_its_request_and_frees_its_name():
     again, ended = asyncio.run(run())
     assert len(again.ids) == 4
     assert isinstance(ended[0], asyncio.CancelledError)
-    assert (engine.stats()["sessions"], engine.stats()["slots_in_use"]) == (0, 0)
+    assert (engine.stats()["sessions"], engine.stats()["pages_in_use"]) == (0, 0)
 
 
 def test_slots_do_not_leak():
     engine = make_engine()
     together(engine, range(16))
-    assert (engine.stats()["sessions"], engine.stats()["slots_in_use"]) == (0, 0)
+    assert (engine.stats()["sessions"], engine.stats()["pages_in_use"]) == (0, 0)
 
 
 def test_weights_that_are_not_numbers_are_an_error_not_a_sample():
@@ -322,16 +438,12 @@ def test_misuse_is_named():
         asyncio.run(engine.generate("s", [], SampleParams(max_tokens=2, seed=0)))
     with pytest.raises(ValueError, match="max_tokens"):
         asyncio.run(engine.generate("s", [1], SampleParams(max_tokens=0, seed=0)))
-    with pytest.raises(ValueError, match="multiple of shards"):
-        make_engine(slots=3, shards=2)
-
-
-def test_both_ways_of_writing_a_token_into_the_cache_agree():
-    keys = jax.random.split(jax.random.key(0), 4)
-    kv = {"k": jax.random.normal(keys[0], (3, 2, 4, 8)), "v": jax.random.normal(keys[1], (3, 2, 8, 4))}
-    k_B1NK, v_B1NK = (jax.random.normal(key, (3, 1, 2, 4)) for key in keys[2:])
-    write_B1 = np.array([[0], [5], [8]])  # 8 is out of bounds: an unused slot
-    scattered, selected = (f(kv, k_B1NK, v_B1NK, write_B1) for f in (programs._scatter, programs._select))
-    jax.tree.map(np.testing.assert_array_equal, selected, scattered)
-    assert np.any(scattered["k"][0] != kv["k"][0])
-    np.testing.assert_array_equal(scattered["v"][2], kv["v"][2])
+    for wrong, message in (
+        (dict(slots=3, shards=2), "multiple of shards"),
+        (dict(page=8, pages=7), "at least 8 pages"),
+        (dict(pages=3), "a page for each of 4 slots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_engine(**wrong)
+    with pytest.raises(ValueError, match="mode among"):
+        asyncio.run(engine.update_weights(OTHER, 1, mode="soon"))

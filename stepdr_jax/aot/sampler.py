@@ -1,0 +1,56 @@
+"""The sampler's programs with abstract arguments, for one replica on devices that may only be described."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from stepdr_jax.engine import programs
+from stepdr_jax.models import qwen2
+from stepdr_jax.ops import paged_attention
+
+
+def decode(layout: programs.Layout, *, slots: int, steps: int, stop_ids: int = 2):
+    """(jitted, arguments) of `steps` decode steps of `slots` sequences, as `engine.Shard` calls it."""
+    fields = dict.fromkeys(("token", "position", "remaining"), jnp.int32) | {
+        "seed": jnp.uint32,
+        "temperature": jnp.float32,
+    }
+    state = {name: _whole(layout, (slots,), dtype) for name, dtype in fields.items()}
+    rest = (_table(layout, slots), state, _whole(layout, (stop_ids,)))
+    return _jitted(programs.decode, layout=layout, steps=steps), (*_weights_and_pool(layout), *rest)
+
+
+def prefill(layout: programs.Layout, *, rows: int, chunk: int):
+    """(jitted, arguments) of one chunk of `rows` sequences."""
+    rest = (_whole(layout, (rows, chunk)), _whole(layout, (rows,)), _whole(layout, (rows,)))
+    return _jitted(programs.prefill, layout=layout), (*_weights_and_pool(layout), _table(layout, rows), *rest)
+
+
+def _jitted(program, **static):
+    return jax.jit(functools.partial(program, **static), donate_argnums=1)
+
+
+def _whole(layout, shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+
+
+def _table(layout, rows):
+    return _whole(layout, (rows, layout.columns))
+
+
+def _weights_and_pool(layout: programs.Layout):
+    model = layout.config
+
+    def placed(a, spec):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(layout.mesh, spec))
+
+    params = qwen2.param_shapes(model)
+    weights = jax.eval_shape(functools.partial(programs.unstack, config=model), params)
+    page = functools.partial(paged_attention.init_pages, layout.attention, layout.pages, layout.page)
+    pool = jax.eval_shape(lambda: [page(model.num_kv_heads, model.head_dim, model.dtype)] * model.num_layers)
+    return (
+        jax.tree.map(placed, weights, layout.weight_specs(weights)),
+        jax.tree.map(lambda a: placed(a, layout.pool_spec()), pool),
+    )
