@@ -1,0 +1,156 @@
+"""One Chromium process with its proxy: started when first needed, started again after it has gone."""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from pathlib import Path
+
+from tools_env.browser import sandbox
+from tools_env.errors import Unavailable
+from tools_env.proxy import Proxy
+from tools_env.reach import Reach
+from tools_env.sandbox.cgroups import Groups
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 20.0
+# Playwright's own flags already switch most background work off; these close what could pass the proxy by, for hosts
+# where the browser shares their network.
+_FLAGS = (
+    "--proxy-bypass-list=<-loopback>",  # loopback is no exception
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no name is looked up; 127.0.0.1 is the proxy's
+    "--disable-quic",
+    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-pings",
+    "--no-first-run",
+    "--disable-extensions",
+    "--disable-gpu",
+    "--dns-prefetch-disable",
+    "--js-flags=--max-old-space-size=512",  # MB of JavaScript objects of one page
+)
+
+
+class Chromium:
+    """The browser of one host. Create it on the event loop it is used on; `close` ends it."""
+
+    def __init__(self, reach: Reach, executable: str, walls: sandbox.Walls, *, memory_mb: int, processes: int = 1000):
+        self._reach = reach
+        self._executable = executable
+        self._walls = walls
+        self._memory = memory_mb << 20
+        self._processes = processes
+        self._groups = Groups()
+        if not self._groups.memory:
+            logger.warning("browser: its memory is not limited as a whole (no writable memory control group)")
+        self._ready: asyncio.Task | None = None  # ends with Playwright's Browser
+        self._running: contextlib.AsyncExitStack | None = None
+
+    async def browser(self):
+        """Returns Playwright's Browser, of a process that runs. Raises Unavailable when none can be started."""
+        ready = self._ready
+        if (
+            ready is None
+            or ready.done()
+            and (ready.cancelled() or ready.exception() or not ready.result().is_connected())
+        ):
+            ready = self._ready = asyncio.create_task(self._begin())
+        return await asyncio.shield(ready)  # a call that has no time left does not stop the start for all
+
+    async def restart(self) -> None:
+        """Ends the process; the next `browser` starts another."""
+        ready, self._ready = self._ready, None
+        if ready is not None and not ready.done():
+            ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)
+        await self._stop()
+
+    async def close(self) -> None:
+        await self.restart()
+
+    async def _begin(self):
+        await self._stop()
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                return await self._start()
+        except Exception as error:
+            logger.exception("the browser does not start")
+            raise Unavailable(f"the browser does not start ({type(error).__name__})") from None
+
+    async def _start(self):
+        from playwright.async_api import async_playwright
+
+        secret = secrets.token_hex(16)
+        async with contextlib.AsyncExitStack() as resources:
+            group = self._groups.make("browser", self._memory, self._processes)
+            resources.push_async_callback(_removed, group)
+            program, folder = resources.enter_context(sandbox.wrapped(self._executable, self._walls, group))
+            proxy = Proxy(self._reach, secret)
+            resources.push_async_callback(proxy.close)
+            playwright = await resources.enter_async_context(async_playwright())
+            if self._walls.outer:
+                port, handover = sandbox.PORT, asyncio.create_task(_handed_over(folder, proxy))
+                resources.callback(handover.cancel)
+            else:
+                port, handover = await proxy.start(), None
+            browser = await playwright.chromium.launch(
+                executable_path=program,
+                chromium_sandbox=self._walls.inner,
+                args=list(_FLAGS),
+                proxy={"server": f"http://127.0.0.1:{port}", "username": "browser", "password": secret},
+                env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"},
+                handle_sigint=False,
+                handle_sigterm=False,
+                handle_sighup=False,
+                timeout=1000 * START_SECONDS,
+            )
+            resources.push_async_callback(_closed, browser)
+            if handover is not None:
+                await handover
+            self._running = resources.pop_all()
+            return browser
+
+    async def _stop(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            try:
+                await running.aclose()
+            except Exception:  # a browser that was killed leaves little that can be closed in order
+                logger.exception("while the browser was closed")
+
+
+async def _handed_over(folder: Path, proxy: Proxy) -> None:
+    """Takes the proxy's port from inside the sandbox and serves it."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(folder / "handover"))
+        control.listen(1)
+        control.setblocking(False)
+        inside, _ = await loop.sock_accept(control)
+    with inside:
+        while True:
+            try:
+                _, descriptors, _, _ = socket.recv_fds(inside, 16, 1)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(0.005)
+        await proxy.start(socket.socket(fileno=descriptors[0]))
+        await loop.sock_sendall(inside, b"1")
+
+
+async def _closed(browser) -> None:
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(5.0):
+            await browser.close()
+
+
+async def _removed(group) -> None:
+    for _ in range(100):
+        if group.remove():
+            return
+        await asyncio.sleep(0.02)

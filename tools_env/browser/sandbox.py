@@ -1,0 +1,127 @@
+"""The walls around Chromium, and which of them this machine can put up.
+
+The best is a sandbox of our own (bubblewrap: no network but the proxy's port, no files but the system's, no other
+processes) with Chromium's own inside. `strongest` tries, from there to none.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools_env.errors import ToolHostError
+from tools_env.sandbox.cgroups import Group
+
+PORT = 3128  # of the proxy, inside the sandbox
+CONTROL = "/run/browser"  # where the sandbox sees the folder of its control socket
+_PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Walls:
+    """`outer`: the sandbox of our own; `inner`: Chromium's."""
+
+    outer: bool
+    inner: bool
+
+    @property
+    def weakness(self) -> str:
+        """What is missing, in words; empty when nothing is."""
+        if self.outer:
+            return "" if self.inner else "Chromium's own sandbox does not start, so one page's break-in is every page's"
+        missing = "no sandbox of namespaces (bubblewrap): Chromium sees the host's network and files"
+        return missing if self.inner else missing + ", and its own sandbox does not start"
+
+
+def find(executable: str) -> str:
+    """Returns the path of the browser: `executable`, or the first known one on PATH. Raises ToolHostError."""
+    found = [path for name in ([executable] if executable else _PROGRAMS) if (path := shutil.which(name))]
+    if not found:
+        wanted = executable or ", ".join(_PROGRAMS)
+        raise ToolHostError(
+            f"the browser tool needs Chromium, and none was found ({wanted}); install it (apt-get install chromium), or "
+            "name it with the tool's option executable"
+        )
+    return found[0]
+
+
+def strongest(executable: str) -> Walls:
+    """Starts the browser behind weaker and weaker walls until it starts. About a second. Raises ToolHostError."""
+    reason = "no output"
+    for outer in (True, False):
+        if outer and shutil.which("bwrap") is None:
+            continue
+        for inner in (True, False):
+            walls = Walls(outer, inner)
+            with tempfile.TemporaryDirectory(prefix="stepdr_browser_") as folder:
+                flags = ["--headless", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom"]
+                flags += [] if inner else ["--no-sandbox"]
+                argv = [*(_bwrap(Path(folder), executable) if outer else []), executable, *flags, "about:blank"]
+                try:
+                    done = subprocess.run(
+                        argv,
+                        capture_output=True,
+                        text=True,
+                        timeout=30,
+                        stdin=subprocess.DEVNULL,
+                        env=_environment(folder),
+                    )
+                except subprocess.TimeoutExpired:
+                    reason = "it hangs"
+                    continue
+            if "<html>" in done.stdout:
+                return walls
+            reason = (done.stderr.strip().splitlines() or ["no output"])[0][:200]
+    raise ToolHostError(
+        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave it out"
+    )
+
+
+@contextlib.contextmanager
+def wrapped(executable: str, walls: Walls, group: Group | None) -> Iterator[tuple[str, Path]]:
+    """Yields (program that starts the browser behind its walls, folder of its control socket `handover`)."""
+    with tempfile.TemporaryDirectory(prefix="stepdr_browser_") as name:
+        folder = Path(name)
+        joins = [f"echo $$ > {shlex.quote(str(path))}" for path in (group.procs if group else [])]
+        command = [executable]
+        if walls.outer:
+            python = os.path.realpath(sys.executable)
+            handover = [python, "-I", "-S", "/run/handover.py", f"{CONTROL}/handover", str(PORT)]
+            command = [*_bwrap(folder, executable), *handover, executable]
+        program = folder / "browser"
+        program.write_text("#!/bin/sh\n" + " && ".join([*joins, f'exec {shlex.join(command)} "$@"']) + "\n")
+        program.chmod(0o700)
+        yield str(program), folder
+
+
+def _environment(home: str) -> dict[str, str]:
+    return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": home, "LANG": "C.UTF-8"}
+
+
+def _bwrap(control: Path, executable: str) -> list[str]:
+    """Returns the start of a command line; what follows runs in the sandbox."""
+    elsewhere = [str(Path(executable).resolve().parent), sys.base_prefix]
+    binds = [word for path in elsewhere if not path.startswith("/usr/") for word in ("--ro-bind", path, path)]
+    system = [
+        word
+        for path in ("alternatives", "fonts", "chromium", "chromium.d", "opt", "ld.so.cache")
+        for word in ("--ro-bind-try", f"/etc/{path}", f"/etc/{path}")
+    ]
+    return [
+        *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
+        *("--unshare-cgroup-try", "--die-with-parent", "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000"),
+        *("--hostname", "browser", "--clearenv", "--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin"),
+        *("--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
+        *("--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/sbin", "/sbin"),
+        *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", *system),
+        # A host that runs as root owns the kernel's settings, with or without capabilities: they must be read only.
+        *("--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"),
+        *("--tmpfs", "/dev/shm", "--tmpfs", "/tmp", *binds, "--ro-bind", str(control), CONTROL),
+        *("--ro-bind", str(Path(__file__).with_name("handover.py")), "/run/handover.py", "--"),
+    ]

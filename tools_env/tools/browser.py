@@ -1,0 +1,442 @@
+"""`browser`: a real Chromium. One process serves a host; each session has a context of its own with one page.
+
+A context knows no cookie, storage or cache of another. It is opened by a session's first call and closed with the
+session, when nobody used it for long, or when others need its place. Where it may connect, `Reach` decides.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from tools_env.browser import reading, sandbox
+from tools_env.browser.chromium import Chromium
+from tools_env.browser.reading import Reading
+from tools_env.browser.shots import Shots
+from tools_env.errors import BadArguments, RetryLater, ToolError, ToolHostError
+from tools_env.proxy import REFUSED
+from tools_env.reach import Reach
+from tools_env.search.citations import canonical_url
+from tools_env.tools.base import Call, Output, Tool
+
+logger = logging.getLogger(__name__)
+
+VIEWPORT = {"width": 1280, "height": 800}  # pixels
+_MARK = "browser"  # folder of a session, beside its workspace: while it is there, the session is open
+_WATCH_SECONDS = 0.5
+_MARGIN = 1.5  # seconds of a call's time kept for what comes after its action
+_QUIET_SECONDS = 0.2  # without a request in flight: the page has answered
+_SETTLE_SECONDS = 3.0  # at most
+_CLOSE_SECONDS = 5.0
+_NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)")
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "action": {"type": "string", "enum": ["open", "click", "type", "scroll", "back", "look"]},
+        "url": {"type": "string", "minLength": 1, "maxLength": 4000, "description": "open: address or citation id"},
+        "target": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 300,
+            "description": "click, type: number of an element, or the text it shows",
+        },
+        "text": {"type": "string", "maxLength": 20000, "description": "type: replaces what is there"},
+        "submit": {"type": "boolean", "description": "type: press Enter after it"},
+        "direction": {"type": "string", "enum": ["down", "up"], "description": "scroll: default down"},
+    },
+    "required": ["action"],
+}
+_NEEDED = {"open": ("url",), "click": ("target",), "type": ("target", "text")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a host may set."""
+
+    executable: str = ""  # the first of chromium, chromium-browser, google-chrome on PATH
+    timeout: int = 20  # seconds of one action, less when the call has less
+    contexts: int = 16  # sessions with an open page; the one unused for longest makes room
+    idle: int = 300  # seconds until an unused page is closed
+    shots: int = 50  # screenshots of a session
+    # Bits of 64. Measured on pages with forms and text: a typed word or a ticked box 0 to 2, another page 14 and more.
+    threshold: int = 4
+    memory_mb: int = 4096  # of the whole browser, where control groups are writable
+    accept_weaker_isolation: bool = False
+
+
+@dataclasses.dataclass
+class _Tab:
+    """One session's page."""
+
+    directory: Path
+    shots: Shots
+    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    used: float = dataclasses.field(default_factory=time.monotonic)
+    context: Any = None
+    page: Any = None
+    reading: Reading | None = None
+    lost: str = ""  # why the page is gone, until the model has read it
+    pending: dict[Any, float] = dataclasses.field(default_factory=dict)  # requests in flight, and since when
+    quiet_since: float = 0.0
+    refused: str = ""  # why the proxy refused the last document
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+class Browser:
+    """The tool's state. Create it on the event loop it is used on; `close` ends every page and the browser."""
+
+    def __init__(self, options: Options, reach: Reach):
+        """Raises ToolHostError when the browser cannot run here, or behind weaker walls than `options` accepts."""
+        executable = sandbox.find(options.executable)
+        walls = sandbox.strongest(executable)
+        if walls.weakness and not options.accept_weaker_isolation:
+            raise ToolHostError(
+                f"the browser tool's sandbox is weaker here than it should be: {walls.weakness}; fix that, leave browser "
+                "out, or set its option accept_weaker_isolation"
+            )
+        if walls.weakness:
+            logger.warning("browser: %s", walls.weakness)
+        self._options = options
+        self._reach = reach
+        self._chromium = Chromium(reach, executable, walls, memory_mb=options.memory_mb)
+        self._tabs: dict[Path, _Tab] = {}
+        self._watcher: asyncio.Task | None = None
+        self._closing: set[asyncio.Task] = set()
+
+    async def run(self, call: Call, arguments: dict[str, Any]) -> Output:
+        """The tool."""
+        action = arguments["action"]
+        missing = [name for name in _NEEDED.get(action, ()) if name not in arguments]
+        if missing:
+            raise BadArguments(f"{action} needs {' and '.join(missing)}")
+        tab = self._tab(call)
+        seconds = min(self._options.timeout, call.seconds_left() - _MARGIN)
+        try:
+            async with asyncio.timeout(max(seconds, 0.1)), tab.lock:
+                tab.used = time.monotonic()
+                failure = await self._act(call, tab, action, arguments)
+                return await self._shown(call, tab, failure, photograph=action == "look")
+        except TimeoutError:
+            raise ToolError(await self._after_timeout(tab, action)) from None
+        except _playwright_error() as error:
+            raise ToolError(self._after_error(tab, error)) from None
+        finally:
+            tab.used = time.monotonic()
+
+    async def _act(self, call: Call, tab: _Tab, action: str, arguments: dict[str, Any]) -> str:
+        """Does what was asked. Returns what failed although there is a page to show, or ""."""
+        if action == "open":
+            return await self._open(call, tab, arguments["url"])
+        if tab.page is None or tab.page.is_closed():
+            why, tab.lost = tab.lost or ("no page is open" if tab.context is None else "the browser stopped"), ""
+            raise ToolError(f"{why}; open an address first")
+        if action in ("click", "type"):
+            if tab.reading is None:
+                tab.reading = await reading.read(tab.page)
+            element = tab.reading.find(arguments["target"])
+            handle = await element.handle.evaluate_handle("(found, i) => found.elements[i]", element.index)
+            handle = handle.as_element()
+            if handle is None:
+                raise ToolError("the element is gone; look again")
+            if action == "click":
+                await handle.click(timeout=_ACTION_MS)
+            else:
+                await _fill(handle, arguments["text"])
+                if arguments.get("submit"):
+                    await handle.press("Enter", timeout=_ACTION_MS)
+        elif action == "scroll":
+            down = 1 if arguments.get("direction", "down") == "down" else -1
+            await tab.page.mouse.move(VIEWPORT["width"] / 2, VIEWPORT["height"] / 2)
+            await tab.page.mouse.wheel(0, down * 0.8 * VIEWPORT["height"])
+        elif action == "back":
+            if await tab.page.go_back(wait_until="domcontentloaded") is None and tab.page.url == "about:blank":
+                raise ToolError("there is no earlier page")
+        return ""
+
+    async def _open(self, call: Call, tab: _Tab, wanted: str) -> str:
+        if wanted in call.known:
+            wanted = call.known[wanted].url
+        if _NO_SCHEME.match(wanted):
+            wanted = f"http://{wanted}"
+        try:
+            address = str(self._reach.url(canonical_url(wanted)))
+        except ValueError:
+            raise ToolError("not an http address") from None
+        if tab.page is None or tab.page.is_closed():
+            await self._new_page(tab)
+        tab.refused, tab.lost = "", ""
+        try:
+            reply = await tab.page.goto(address, wait_until="domcontentloaded")
+        except _playwright_error() as error:
+            if "ERR_ABORTED" not in str(error) and "Download is starting" not in str(error):
+                raise
+            tab.notes = []
+            raise ToolError("no page: a download or nothing; batch_web_surfer reads PDF and text") from None
+        if tab.refused:
+            raise ToolError(tab.refused)
+        return f"HTTP {reply.status}" if reply is not None and reply.status >= 400 else ""
+
+    async def _shown(self, call: Call, tab: _Tab, failure: str, *, photograph: bool) -> Output:
+        """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
+        found = await _read(tab)
+        if tab.refused:
+            failure, tab.refused = tab.refused, ""
+        head = [" | ".join(filter(None, [found.title, found.url])), *filter(None, [failure])]
+        key = (found.url, found.digest, found.scroll)
+        if tab.shots.redundant(key) and not photograph:
+            head.append(f"the screen is as in {tab.shots.path}")
+        else:
+            png = await tab.page.screenshot(type="png", animations="disabled", caret="hide")
+            try:
+                new = await tab.shots.add(call.workspace, key, png)
+                head.append(f"{'screenshot:' if new else 'the screen looks as in'} {tab.shots.path}")
+            except ToolError as error:  # the text is still worth reading
+                head.append(f"no screenshot: {error}")
+        head += tab.notes
+        tab.notes = []
+        text = found.text()
+        return Output("\n".join([*head, text]), blocks=["\n".join(head), text], failed=bool(failure))
+
+    async def close(self) -> None:
+        """Ends the browser."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+        self._tabs.clear()
+        await self._chromium.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    def _tab(self, call: Call) -> _Tab:
+        tab = self._tabs.get(call.directory)
+        if tab is None:
+            (call.directory / _MARK).mkdir(exist_ok=True)
+            shots = Shots(self._options.threshold, self._options.shots)
+            tab = self._tabs[call.directory] = _Tab(call.directory, shots)
+        if self._watcher is None or self._watcher.done():
+            self._watcher = asyncio.create_task(self._watch())
+        return tab
+
+    async def _new_page(self, tab: _Tab) -> None:
+        taken = [other for other in self._tabs.values() if other.context is not None and other is not tab]
+        if len(taken) >= self._options.contexts:
+            free = [other for other in taken if not other.lock.locked()]
+            if not free:
+                raise RetryLater(f"browser: all {self._options.contexts} pages are in use", 1.0)
+            self._drop(min(free, key=lambda other: other.used), "the page was closed to make room for others")
+        browser = await self._chromium.browser()
+        self._drop(tab, "")
+        tab.context = await browser.new_context(
+            viewport=VIEWPORT,
+            accept_downloads=False,
+            service_workers="block",
+            permissions=[],
+            locale="en-US",
+            reduced_motion="reduce",
+        )
+        tab.pending = {}
+        tab.page = await tab.context.new_page()
+        _listen(tab)
+
+    def _drop(self, tab: _Tab, why: str) -> None:
+        """Lets a session's page go; its context is closed in the background."""
+        context, tab.context, tab.page, tab.reading, tab.lost = tab.context, None, None, None, why
+        if context is not None:
+            task = asyncio.create_task(self._close_context(context))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def _close_context(self, context) -> None:
+        """Closes a context; the browser is ended when it does not do that in time."""
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await context.close()
+        except TimeoutError:
+            logger.warning("a page could not be closed; the browser is started again")
+            await self._chromium.restart()
+        except _playwright_error():
+            pass  # the browser is gone
+
+    async def _after_timeout(self, tab: _Tab, action: str) -> str:
+        """Looks whether a page that took too long still lives; one that hangs is closed."""
+        if tab.lock.locked():
+            return f"{action}: another call of this session still uses the page"
+        if tab.page is None:
+            return f"{action} timed out"
+        with contextlib.suppress(TimeoutError, _playwright_error()):
+            async with asyncio.timeout(0.5):
+                await tab.page.evaluate("window.stop()")
+                return f"{action} timed out; look at what has loaded"
+        self._drop(tab, "")
+        return f"{action} timed out: the page hung and was closed; open an address"
+
+    def _after_error(self, tab: _Tab, error: Exception) -> str:
+        """Returns a Playwright error in words for the model; a page that is gone is let go."""
+        words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        if tab.page is None or tab.page.is_closed() or "crashed" in words or not tab.context.browser.is_connected():
+            gone = tab.context is not None and not tab.context.browser.is_connected()
+            why = "the browser stopped" if gone else "the page crashed"
+            self._drop(tab, "")
+            return f"{why}; open the address again"
+        if found := re.search(r"net::(ERR_\w+)", words):
+            return _NET.get(found.group(1), f"cannot open the page ({found.group(1)})")
+        if "Timeout" in words:
+            blocker = (
+                "something covers it" if "intercepts pointer events" in words else "it is hidden, moving or disabled"
+            )
+            return f"the element cannot be used: {blocker}; look again"
+        if "not attached" in words or "disposed" in words or "destroyed" in words:
+            return "the element is gone, because the page has changed; look again"
+        return words.splitlines()[0].partition(": ")[2][:200] or "the browser could not do that"
+
+    async def _watch(self) -> None:
+        """Closes the pages of sessions that have ended, and those that nobody uses."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for directory, tab in list(self._tabs.items()):
+                try:
+                    if not (directory / _MARK).exists():  # the session was closed
+                        del self._tabs[directory]
+                        self._drop(tab, "")
+                    elif tab.context and not tab.lock.locked() and time.monotonic() - tab.used > self._options.idle:
+                        self._drop(tab, f"the page was closed after {self._options.idle} s without use")
+                except Exception:
+                    logger.exception("watching the page of %s", directory)
+
+
+_ACTION_MS = 4000.0
+_NET = {
+    "ERR_TUNNEL_CONNECTION_FAILED": "cannot connect",
+    "ERR_TOO_MANY_REDIRECTS": "too many redirects",
+    "ERR_EMPTY_RESPONSE": "broken reply",
+    "ERR_CONNECTION_RESET": "broken reply",
+    "ERR_INVALID_RESPONSE": "broken reply",
+    "ERR_UNSAFE_PORT": "cannot connect",
+    "ERR_BLOCKED_BY_CLIENT": "not an http address",
+}
+
+
+def _playwright_error() -> type[Exception]:
+    from playwright.async_api import Error
+
+    return Error
+
+
+def _listen(tab: _Tab) -> None:
+    """Refuses what would leave the page, with a note for the model, and counts the requests in flight."""
+    page, context = tab.page, tab.context
+
+    def note(text: str) -> None:
+        if len(tab.notes) < 5:
+            tab.notes.append(text[:300])
+
+    async def popup(other) -> None:
+        if other is not page:
+            with contextlib.suppress(_playwright_error()):
+                if other.url in ("", "about:blank"):
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(1.0):
+                            await other.wait_for_url(lambda url: url != "about:blank", wait_until="commit")
+                note(f"a new window was refused: {other.url}")
+                await other.close()
+
+    async def dialog(box) -> None:
+        with contextlib.suppress(_playwright_error()):
+            if box.type == "beforeunload":  # to dismiss it would be to stay
+                return await box.accept()
+            note(f"a dialog was dismissed: {box.message}")
+            await box.dismiss()
+
+    def began(request) -> None:
+        tab.pending[request] = time.monotonic()
+
+    def ended(request) -> None:
+        tab.pending.pop(request, None)
+        tab.quiet_since = time.monotonic()
+
+    def replied(response) -> None:
+        if response.request.is_navigation_request() and response.frame == page.main_frame:
+            tab.refused = response.headers.get(REFUSED, "").partition("details=")[2]
+
+    context.on("page", popup)
+    page.on("dialog", dialog)
+    page.on("download", lambda download: note(f"a download was refused: {download.url}"))
+    page.on("request", began)
+    page.on("requestfinished", ended)
+    page.on("requestfailed", ended)
+    page.on("response", replied)
+
+
+async def _read(tab: _Tab) -> Reading:
+    """Reads the page once it has come to rest; again when it went on while it was read."""
+    for attempt in range(3):
+        await _settled(tab)
+        if tab.reading is not None:
+            await tab.reading.dispose()
+            tab.reading = None
+        try:
+            tab.reading = await reading.read(tab.page)
+            break
+        except _playwright_error() as error:
+            if attempt == 2 or not re.search("destroyed|navigat|detached", str(error)):
+                raise
+    return tab.reading
+
+
+async def _settled(tab: _Tab) -> None:
+    """Waits until no request has been in flight for a moment. Some pages never rest, and some requests never end."""
+    now = tab.quiet_since = time.monotonic()
+    end = now + _SETTLE_SECONDS
+    while now < end:
+        waiting = any(now - since < _SETTLE_SECONDS for since in tab.pending.values())
+        if not waiting and now - tab.quiet_since > _QUIET_SECONDS:
+            return
+        await asyncio.sleep(0.02)
+        now = time.monotonic()
+
+
+async def _fill(handle, text: str) -> None:
+    kind = await handle.evaluate("e => e.tagName === 'SELECT' ? 'select' : (e.type || '').toLowerCase()")
+    if kind == "file":
+        raise ToolError("files cannot be uploaded")
+    if kind in ("checkbox", "radio", "submit", "button"):
+        raise ToolError(f"a {kind} is clicked, not typed into")
+    if kind == "select":
+        if not await handle.select_option(label=text, timeout=_ACTION_MS):
+            raise ToolError(f"no option {text!r}")
+    else:
+        await handle.fill(text, timeout=_ACTION_MS)
+
+
+def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: Reach) -> Tool:
+    """Returns the tool for a host. `options`: the fields of Options. Raises ToolHostError."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(Options)}
+    for name, value in options.items():
+        if name not in fields:
+            raise ToolHostError(f"browser has no option {name}; its options are {', '.join(sorted(fields))}")
+        if type(value) is not fields[name] or (fields[name] is int and value < (name != "threshold")):
+            raise ToolHostError(f"option {name} of browser must be {_SAID[fields[name]]}, got {value!r}")
+    try:
+        import imagehash  # noqa: F401
+        import playwright  # noqa: F401
+    except ImportError as error:
+        raise ToolHostError(
+            f"browser needs the package {error.name}; install the extra: pip install .[browser]"
+        ) from None
+    browser = Browser(Options(**options), reach)
+    resources.push_async_callback(browser.close)
+    return Tool(
+        name="browser",
+        description=(
+            "Use a real browser: open a page, click, type, scroll, go back, look. Shows the page's text from where it is "
+            "scrolled to, with [number kind name] for what can be used, and stores a screenshot when the screen changes."
+        ),
+        schema=SCHEMA,
+        run=browser.run,
+    )
+
+
+_SAID = {str: "a text", int: "a positive number", bool: "true or false"}
