@@ -164,7 +164,7 @@ def usage(program: str, doc: str | None, positional: str = "") -> str:
 # ------------------------------------------------------------------------------------------------------- details
 
 # Errors of rooms that a script may not have loaded; their messages name the fix as UserError's do.
-_NAMED = ("ToolHostError", "ToolInfraError", "PolicyError")
+_NAMED = ("ToolHostError", "ToolInfraError", "EndpointError")
 _ABOUT_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
 

@@ -7,23 +7,17 @@ Failures: `act` and `observe` raise on a broken engine or endpoint, never for wh
 the exception into an infrastructure outcome, so no failure of ours is ever rewarded 0.
 """
 
-import asyncio
 import dataclasses
 import json
 from typing import TYPE_CHECKING, Any, Protocol
 
-import aiohttp
-
+from stepdr_jax.endpoint import Endpoint, EndpointError
 from stepdr_jax.records import Message
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.log import TokenLog
 
 if TYPE_CHECKING:
     from stepdr_jax.tokens.tokenizer import Tokenizer
-
-
-class PolicyError(Exception):
-    """The policy could not act (endpoint refused, unreachable or answered nonsense); the text names the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +109,6 @@ class EngineSession:
 
 # -------------------------------------------------------------------------------------------------------- endpoint
 
-RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-
 
 class EndpointPolicy:
     """A policy behind an OpenAI-compatible `/v1/chat/completions`.
@@ -128,10 +120,7 @@ class EndpointPolicy:
         base_url: up to and including `/v1` (a missing `/v1` is added).
         model: model name at the endpoint.
         key: API key; empty sends no Authorization header.
-        timeout: seconds for one request.
-        retries: further tries after a timeout, a connection error or one of RETRIED_STATUS.
-        backoff: seconds before the first retry; doubles each time. A Retry-After header is obeyed, up to 60 s.
-        concurrency: requests in flight at once.
+        timeout, retries, backoff, concurrency: see `endpoint.Endpoint`.
     """
 
     def __init__(
@@ -147,17 +136,21 @@ class EndpointPolicy:
         concurrency: int = 32,
     ):
         base_url = base_url.rstrip("/")
-        self.url = (base_url if base_url.endswith("/v1") else base_url + "/v1") + "/chat/completions"
-        self.model, self.key, self.name = model, key, model
-        self.temperature, self.timeout, self.retries, self.backoff = temperature, timeout, retries, backoff
-        self.concurrency = concurrency
-        self._http: aiohttp.ClientSession | None = None
+        self.endpoint = Endpoint(
+            base_url if base_url.endswith("/v1") else base_url + "/v1",
+            key,
+            timeout=timeout,
+            retries=retries,
+            backoff=backoff,
+            concurrency=concurrency,
+        )
+        self.model, self.name, self.temperature = model, model, temperature
 
     def start(self, messages: list[Message], *, episode_id: str, seed: int) -> "EndpointSession":
         return EndpointSession(self, [{"role": m.role, "content": m.content} for m in messages], seed)
 
     async def complete(self, messages: list[dict], max_tokens: int, seed: int) -> dict[str, Any]:
-        """Returns the reply's JSON body. Raises PolicyError after the last retry, at once when retrying cannot help."""
+        """Returns the reply's JSON body. Raises EndpointError."""
         body = {
             "model": self.model,
             "messages": messages,
@@ -165,42 +158,11 @@ class EndpointPolicy:
             "temperature": self.temperature,
             "seed": seed,
         }
-        wait, problem = self.backoff, ""
-        for attempt in range(self.retries + 1):
-            try:
-                async with self._session().post(self.url, json=body) as reply:
-                    text = await reply.text()
-                    if reply.status == 200:
-                        return _json_object(text, self.url)
-                    problem = f"HTTP {reply.status}: {_error_text(text)}"
-                    if reply.status not in RETRIED_STATUS:
-                        raise PolicyError(f"{self.url} refused model {self.model!r}: {problem}{_advice(reply.status)}")
-                    after = reply.headers.get("Retry-After", "")
-                    wait = max(wait, min(float(after), 60.0)) if after.replace(".", "", 1).isdigit() else wait
-            except (aiohttp.ClientError, TimeoutError) as error:
-                problem = f"{type(error).__name__} {error}".strip()
-            if attempt < self.retries:
-                await asyncio.sleep(wait)
-                wait *= 2
-        raise PolicyError(
-            f"{self.url} failed {self.retries + 1} times, last with {problem}; "
-            "check that the endpoint is up and reachable"
-        )
-
-    def _session(self) -> aiohttp.ClientSession:
-        if self._http is None or self._http.closed:
-            headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-            self._http = aiohttp.ClientSession(
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=self.timeout),
-                connector=aiohttp.TCPConnector(limit=self.concurrency),
-            )
-        return self._http
+        return await self.endpoint.post("/chat/completions", body)
 
     async def close(self) -> None:
         """Closes the connections; a later session opens new ones."""
-        if self._http is not None:
-            await self._http.close()
+        await self.endpoint.close()
 
 
 class EndpointSession:
@@ -218,8 +180,8 @@ class EndpointSession:
             choice = reply["choices"][0]
             text = _message_text(choice["message"])
         except (KeyError, IndexError, TypeError) as error:
-            raise PolicyError(
-                f"{self.policy.url}: expected choices[0].message in the reply, got {repr(reply)[:300]}"
+            raise EndpointError(
+                f"{self.policy.endpoint.base_url}: expected choices[0].message in the reply, got {repr(reply)[:300]}"
             ) from error
         usage = reply.get("usage") or {}
         if "completion_tokens" in usage:
@@ -252,29 +214,3 @@ def _message_text(message: dict) -> str:
         else:
             text += "\n" + chat.tool_call_text(function["name"], arguments)
     return text.strip()
-
-
-def _json_object(text: str, url: str) -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise PolicyError(f"{url}: expected a JSON object, got {text[:200]!r}; is this an OpenAI-compatible endpoint?")
-    return value
-
-
-def _error_text(text: str) -> str:
-    try:
-        error = json.loads(text)["error"]
-        return str(error["message"] if isinstance(error, dict) else error)[:300]
-    except (ValueError, KeyError, TypeError):
-        return text[:300]
-
-
-def _advice(status: int) -> str:
-    return {
-        401: "; set the API key's environment variable",
-        403: "; the key may not use this model",
-        404: "; check the base URL and the model's name",
-    }.get(status, "")

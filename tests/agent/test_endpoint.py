@@ -6,8 +6,9 @@ import json
 import pytest
 from aiohttp import web
 
-from stepdr_jax.agent.policy import EndpointPolicy, PolicyError
+from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.agent.react import run_episode
+from stepdr_jax.endpoint import EndpointError
 from stepdr_jax.records import Finish, Message
 from tests.agent.scripted import ANSWER, TableTools, search
 from tests.agent.test_react import LIMITS, TASK
@@ -89,18 +90,18 @@ def test_busy_and_broken_answers_are_retried():
 
 
 def test_retries_end_with_the_reason():
-    with pytest.raises(PolicyError, match="failed 3 times.*HTTP 500: boom"):
+    with pytest.raises(EndpointError, match="failed 3 times.*HTTP 500: boom"):
         act_once(*[(500, {}, '{"error": {"message": "boom"}}')] * 3)
 
 
 def test_a_refused_key_is_not_retried_and_names_the_fix():
-    with pytest.raises(PolicyError, match="HTTP 401: bad key; set the API key"):
+    with pytest.raises(EndpointError, match="HTTP 401: bad key; set the API key"):
         act_once((401, {}, '{"error": {"message": "bad key"}}'))
 
 
 @pytest.mark.parametrize("body", ["<html>hello</html>", "[]", '{"choices": []}'])
 def test_an_answer_that_is_no_completion_is_named(body):
-    with pytest.raises(PolicyError, match="expected"):
+    with pytest.raises(EndpointError, match="expected"):
         act_once((200, {}, body))
 
 
