@@ -1,0 +1,136 @@
+"""Remote engines against a real HTTP server that checks the request and answers in each server's format."""
+
+import asyncio
+
+import pytest
+from aiohttp import web
+
+from stepdr_jax.endpoint import Endpoint, EndpointError
+from stepdr_jax.engine.engine import SampleParams
+from stepdr_jax.engine.remote import RemoteEngine
+
+STOP = 7
+
+
+def vllm(ids, stopped, logprobs=None):
+    logprobs = [-0.5 - i for i in range(len(ids))] if logprobs is None else logprobs
+    reason = "stop" if stopped else "length"
+    return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}]}
+
+
+def sglang(ids, stopped):
+    pairs = [[-0.5 - i, id_, None] for i, id_ in enumerate(ids)]
+    reason = {"type": "stop", "matched": ids[-1]} if stopped else {"type": "length", "length": len(ids)}
+    return {"output_ids": ids, "meta_info": {"output_token_logprobs": pairs, "finish_reason": reason}}
+
+
+def served(dialect, replies, use, **settings):
+    """Runs `use(engine)` against a server that gives one reply a request; returns (its value, requests)."""
+    requests, replies = [], list(replies)
+
+    async def answer(request):
+        requests.append((request.path, await request.json(), request.headers.get("X-Session-ID")))
+        reply = replies.pop(0)
+        return web.Response(status=reply) if isinstance(reply, int) else web.json_response(reply)
+
+    async def run():
+        app = web.Application()
+        app.router.add_post("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        endpoint = Endpoint(url, retries=1, backoff=0.001, timeout=5.0)
+        engine = RemoteEngine(endpoint, dialect, model="m", max_len=16, stop_ids=(STOP,), version=3, **settings)
+        try:
+            return await use(engine)
+        finally:
+            await endpoint.close()
+            await runner.cleanup()
+
+    return asyncio.run(run()), requests
+
+
+@pytest.mark.parametrize("dialect, reply", [("vllm", vllm), ("sglang", sglang)])
+def test_turns_send_all_ids_and_keep_what_was_sampled(dialect, reply):
+    async def use(engine):
+        first = await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=11))
+        second = await engine.generate("s", [4], SampleParams(max_tokens=3, seed=11))
+        return first, second
+
+    (first, second), requests = served(dialect, [reply([9, STOP], True), 503, reply([5, 6, 8], False)], use)
+    assert (first.ids, first.finish, first.version) == ((9, STOP), "stop", 3)
+    assert (second.ids, second.finish, second.logprobs) == ((5, 6, 8), "length", (-0.5, -1.5, -2.5))
+    assert len(requests) == 3 and requests[1] == requests[2]  # the same again after a failure
+    (path, body, route), (_, later, _) = requests[0], requests[2]
+    assert route == "s"
+    sampling = body if dialect == "vllm" else body["sampling_params"]
+    assert path == ("/v1/completions" if dialect == "vllm" else "/generate")
+    assert body["prompt" if dialect == "vllm" else "input_ids"] == [1, 2]
+    assert later["prompt" if dialect == "vllm" else "input_ids"] == [1, 2, 9, STOP, 4]
+    assert sampling["stop_token_ids"] == [STOP] and sampling["top_p"] == 1.0
+    if dialect == "vllm":
+        assert body["cache_salt"] == "version 3" and body["seed"] != later["seed"]
+
+
+def test_the_end_of_the_context_is_full():
+    async def use(engine):
+        nothing = await engine.generate("s", list(range(16)), SampleParams(max_tokens=5, seed=1))
+        last = await engine.generate("s", list(range(10, 24)), SampleParams(max_tokens=5, seed=1))
+        return nothing, last
+
+    (nothing, last), requests = served("vllm", [vllm([1, 2], False)], use)
+    assert (nothing.ids, nothing.finish) == ((), "full")
+    assert (last.ids, last.finish, requests[0][1]["max_tokens"]) == ((1, 2), "full", 2)
+
+
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        (vllm([9, STOP], False), "stop ids"),  # a stop that the server does not report
+        (vllm([9, 5], True), "stop ids"),  # a stop id that the server cut off
+        (vllm([9, STOP, 5], False), "stop ids"),
+        (vllm([9, 5], False, [-1.0]), "2 ids and 1 log-prob"),
+        (vllm([9, 5], False, [-1.0, None]), "not numbers"),
+        (vllm([], False), "0 ids"),
+        ({"choices": [{"text": "hello"}]}, "expected choices"),
+        ({}, "expected choices"),
+    ],
+)
+def test_replies_that_a_trainer_must_not_learn_from_are_errors(reply, message):
+    async def use(engine):
+        with pytest.raises(EndpointError, match=message):
+            await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
+        return engine.stats()
+
+    stats, _ = served("vllm", [reply], use)
+    assert stats["sampled_tokens"] == 0
+
+
+def test_new_weights_are_read_from_where_they_were_published():
+    published = []
+
+    def publish(params, version):
+        published.append((params, version))
+        return f"/weights/{version}"
+
+    async def use(engine):
+        await engine.update_weights({"w": 1}, 4)
+        with pytest.raises(EndpointError, match="did not take the weights in /weights/5: bad shape"):
+            await engine.update_weights({"w": 2}, 5)
+        return engine.version
+
+    replies = [{"success": True}, {"success": False, "message": "bad shape"}]
+    version, requests = served("sglang", replies, use, publish=publish)
+    assert version == 4 and published == [({"w": 1}, 4), ({"w": 2}, 5)]
+    assert requests[0][:2] == ("/update_weights_from_disk", {"model_path": "/weights/4", "flush_cache": True})
+
+
+def test_what_cannot_be_done_is_said():
+    async def use(engine):
+        with pytest.raises(ValueError, match="expected an SGLang server"):
+            await engine.update_weights({}, 1)
+
+    served("vllm", [], use)
+    with pytest.raises(ValueError, match="dialect among"):
+        RemoteEngine(Endpoint("http://127.0.0.1:1"), "tgi", max_len=4, stop_ids=())
