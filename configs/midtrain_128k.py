@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
     )
     config.agent.update(dict(prompt="full", max_turns=30, max_turn_tokens=16384, max_episode_tokens=131072))  # paper
 
+    config.eval.update(dict(every_tokens=5_000_000_000, inline=False))  # paper: every 5B tokens
+    config.log.tensorboard = True
+
     config.midtrain1.update(
         dict(
             context=32768,  # paper
@@ -70,6 +73,7 @@ def get_config() -> ConfigDict:
                 opening="",  # the model can copy already
                 opening_steps=0,
                 keep_checkpoints=3,
+                heldout_every=500,  # steps
             )
         )
     return config.lock()

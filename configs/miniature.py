@@ -70,6 +70,18 @@ def get_config() -> ConfigDict:
             vocab_size=768,  # of a trained one: byte-level BPE, control tokens included; Qwen2.5: 151,665
         )
     )
+    config.log = ConfigDict(
+        dict(
+            tensorboard=False,  # event files in each stage's folder, beside metrics.jsonl
+            wandb_project="",  # project of Weights & Biases (pip install wandb); empty = off
+        )
+    )
+    config.profile = ConfigDict(
+        dict(
+            steps=(0, 0),  # first and last step of a trace by jax's profiler; (0, 0) = none is planned
+            length=3,  # steps of a trace that is asked for while training runs (training/profiling.py)
+        )
+    )
     config.model = ConfigDict(
         dict(
             hidden_size=64,
@@ -118,6 +130,8 @@ def get_config() -> ConfigDict:
             checkpoint_every=100,  # steps
             keep_checkpoints=2,
             log_every=10,  # steps
+            heldout_rows=8,  # of each component, never trained on; 0 = all are trained on
+            heldout_every=200,  # steps between measurements of the loss on them, and at the end; 0 = never
             microbatches=1,
             guard=ConfigDict(
                 dict(
@@ -218,6 +232,9 @@ def get_config() -> ConfigDict:
             samples=1,  # episodes per task
             temperature=1.0,  # the official repository's setting
             price_per_million_tokens=1.0,  # arbitrary unit: makes cost comparable, not real
+            every_tokens=0,  # training tokens between evaluations while a stage trains; recipe: 5B; 0 = none
+            milestone_tasks=40,  # held-out tasks of such an evaluation
+            inline=True,  # training waits for it; False: launch.evaluate --watch does it on another machine
         )
     )
     return config.lock()

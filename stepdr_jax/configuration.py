@@ -20,7 +20,8 @@ MAY_BE_NEGATIVE = ("seed", "data_seed")
 MAY_BE_ZERO = frozenset(
     "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
-    "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds".split()
+    "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
+    "heldout_every every_tokens".split()
 )
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
@@ -102,6 +103,9 @@ def check_values(config: ConfigDict) -> None:
         low_high = tuple(config.synthesis[section])
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise UserError(f"synthesis.{section}: expected (low, high) with 0 < low <= high, got {low_high}")
+    first, last = (*config.profile.steps, 0, 0)[:2]
+    if len(config.profile.steps) != 2 or not 0 <= first <= last:
+        raise UserError(f"profile.steps: expected (first, last), or (0, 0) for none, got {tuple(config.profile.steps)}")
     try:
         datetime.date.fromisoformat(config.world.as_of)
     except ValueError:

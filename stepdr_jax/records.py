@@ -19,6 +19,7 @@ from stepdr_jax.errors import UserError
 SCHEMA_VERSION = 1
 
 Lang = Literal["en", "zh"]
+CAPABILITIES = ("planning", "deep_search", "reflection", "report")  # the recipe's four; data may also be of none
 
 
 class Record(pydantic.BaseModel):

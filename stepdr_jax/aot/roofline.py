@@ -6,6 +6,7 @@ the model's shape, transfers from the HLO (bytes x executions), speeds from `ops
 
 import dataclasses
 
+from stepdr_jax.models.flops import layer_parameters
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.ops.context_layout import hop_pairs
 from stepdr_jax.sharding.topology import Topology
@@ -36,12 +37,6 @@ class Work:
     @property
     def model(self) -> float:
         return self.model_products + self.model_attention
-
-
-def layer_parameters(model: Qwen2Config) -> int:
-    """Of the kernels of one layer."""
-    D, K = model.hidden_size, model.head_dim
-    return D * K * (2 * model.num_heads + 2 * model.num_kv_heads) + 3 * D * model.intermediate_size
 
 
 def work_of(

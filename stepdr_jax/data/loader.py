@@ -16,6 +16,7 @@ import numpy as np
 from stepdr_jax import files
 from stepdr_jax.data import packing
 from stepdr_jax.errors import UserError
+from stepdr_jax.records import CAPABILITIES
 
 
 class _Rows:
@@ -23,6 +24,9 @@ class _Rows:
 
     def __init__(self, path: Path, card: dict, source: int):
         self._path, self._context, self._source = path, card["context"], source
+        named = list(card["tokens_by_capability"])
+        known = named[0] if len(named) == 1 and named[0] in CAPABILITIES else ""
+        self._capability = CAPABILITIES.index(known) + 1 if known else 0
         try:
             self._records = grain.sources.ArrayRecordDataSource(str(path))
             rows = len(self._records)
@@ -39,7 +43,7 @@ class _Rows:
             row = packing.row_from_bytes(self._records[index], self._context)
         except Exception as error:
             raise self._damaged(error) from None
-        return row | dict(source=np.int32(self._source))
+        return row | dict(source=np.int32(self._source), capability=np.int32(self._capability))
 
     def _damaged(self, reason) -> UserError:
         short = (str(reason) or repr(reason)).splitlines()[0][:160]
@@ -66,10 +70,13 @@ class Loader:
         seed: int,
         tokenizer_fingerprint: str,
         opening: tuple[str, int] = ("", 0),
+        heldout_rows: int = 0,
     ):
         """Opens data_dir/<stage>/<component>.arecord for each component with a positive rate.
 
         `opening` is a curriculum of two parts: (component, n) draws the first n batches from that component alone.
+        `heldout_rows` of each component, at most a quarter, are never drawn: its last ones, which are any, as rows are
+        shuffled when they are built. Long texts and renamed copies of an episode may still have parts in both.
 
         Raises UserError when a file is absent, damaged, or built with another tokenizer.
         """
@@ -83,13 +90,19 @@ class Loader:
             raise UserError(f"{Path(data_dir) / stage} mixes rows of {sorted(contexts)} tokens; run launch.build_data")
         self.context = contexts.pop()
         self.rows = {name: card["rows"] for name, card in cards.items()}
-        self.fingerprint = _hash(stage, rates, batch, seed, [cards[name]["fingerprint"] for name in rates], opening)
-        components = []
+        self.fingerprint = _hash(
+            stage, rates, batch, seed, [cards[name]["fingerprint"] for name in rates], opening, heldout_rows
+        )
+        self.families = [name.removeprefix("sft_") for name in self.sources] if stage == "sft" else []
+        components, self._heldout = [], []
         for index, name in enumerate(self.sources):
             rows = _Rows(Path(data_dir) / stage / f"{name}.arecord", cards[name], index)
+            trained = len(rows) - min(heldout_rows, len(rows) // 4)
+            self._heldout += [(rows, row) for row in range(trained, len(rows))]
             component_seed = int(_hash(seed, stage, name)[:8], 16)
-            components.append(grain.MapDataset.source(rows).seed(component_seed).shuffle().repeat())
+            components.append(grain.MapDataset.source(rows)[:trained].seed(component_seed).shuffle().repeat())
         mixed = grain.MapDataset.mix(components, weights=list(rates.values()))
+        self._size = batch
         self._batches = mixed.batch(batch, drop_remainder=True)
         component, self._opening_steps = opening
         if self._opening_steps:
@@ -101,10 +114,22 @@ class Loader:
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """Returns the batch of `step` (from 0): tokens, segment_ids, positions int32[B,T], loss_mask bool[B,T],
-        source int32[B]. The same (seed, step) gives the same batch in any process and order of calls."""
+        source and capability int32[B]. The same (seed, step) gives the same batch in any process and order of calls."""
         if step < self._opening_steps:
             return self._opening[step]
         return self._batches[step - self._opening_steps]
+
+    @property
+    def heldout_batches(self) -> int:
+        """How many batches the rows that are never drawn make."""
+        return -(-len(self._heldout) // self._size)
+
+    def heldout_batch(self, index: int) -> dict[str, np.ndarray]:
+        """Batch `index` of the rows that are never drawn, component by component; padding fills the last one."""
+        chosen = self._heldout[index * self._size : (index + 1) * self._size]
+        rows = [rows[row] for rows, row in chosen]
+        rows += [{name: np.zeros_like(value) for name, value in rows[0].items()}] * (self._size - len(rows))
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _card(folder: Path, name: str, tokenizer_fingerprint: str) -> dict:

@@ -9,6 +9,7 @@ same as being killed: what follows is read from disk.
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -16,28 +17,47 @@ import jax
 import numpy as np
 
 from stepdr_jax import files
+from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
+from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
 from stepdr_jax.training import checkpoint, guards, metrics, state
 from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
-from stepdr_jax.training.program import order_of, parallel_of, train_program
+from stepdr_jax.training.profiling import Profiler
+from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program
 from stepdr_jax.training.step import TrainState, arrange, empty_window
+from stepdr_jax.training.writers import Journal
 
 
 class Batches(Protocol):
-    """What the loop needs of a loader (`data.loader.Loader`)."""
+    """What the loop needs of a loader (`data.loader.Loader`).
+
+    sources: mixture components, numbered by a batch's `source`; families: of each of them, for learning curves, or ().
+    heldout_batches: how many batches of rows that training never reads `heldout_batch` can give.
+    """
 
     sources: list[str]
+    families: list[str]
     fingerprint: str
+    heldout_batches: int
 
     def batch(self, step: int) -> dict[str, np.ndarray]: ...
 
+    def heldout_batch(self, index: int) -> dict[str, np.ndarray]: ...
 
-def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int | None = None) -> dict:
+
+def train(
+    config,
+    stage: str,
+    *,
+    loader: Batches | None = None,
+    vocab_size: int | None = None,
+    on_milestone: Callable[[int], None] | None = None,
+) -> dict:
     """Trains one stage to its end, from wherever it stopped, and returns its done.json.
 
     Args:
@@ -45,6 +65,8 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
         stage: midtrain1, midtrain2 or sft.
         loader: batches by step; default the run's data on disk.
         vocab_size: default `state.vocab_size`.
+        on_milestone: called with the step when parameters have been laid down in <stage>/milestones, every
+            config.eval.every_tokens tokens.
 
     Raises:
         UserError: missing or damaged input, a config that differs from the one the run directory was made with, a full
@@ -85,6 +107,7 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
     program, abstract, abstract_batch = train_program(
         config, stage, mesh, vocab_size=model.vocab_size, num_sources=len(sources)
     )
+    evaluate = eval_program(config, stage, mesh, vocab_size=model.vocab_size, num_sources=len(sources))[0]
     parallel = parallel_of(config, stage, mesh, model)
     order = order_of(parallel, settings.context)
     if mesh.size > 1:
@@ -99,86 +122,122 @@ def train(config, stage: str, *, loader: Batches | None = None, vocab_size: int 
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params = state.start_of(config, stage, model, placed.params)
         fresh = jax.device_put(state.new_state(params, optimizer_of(settings), len(sources)), placed)
-        return fresh, {"step": 0, "tokens": 0, "seconds": 0.0, "watch": {}}
+        return fresh, {"step": 0, "tokens": 0, "seconds": 0.0, "productive": 0.0, "watch": {}}
 
     def put(batch):
         return {name: jax.device_put(a, abstract_batch[name].sharding) for name, a in arrange(batch, order).items()}
 
-    def real_tokens(batch):
-        return int(np.count_nonzero(batch["segment_ids"]))
+    def undo(to: int) -> None:
+        for kind in ("checkpoints", "milestones"):
+            checkpoint.remove_after(home / kind, to)
+
+    def heldout_loss(params) -> dict[str, float]:
+        sums = None
+        for index in range(loader.heldout_batches):
+            part = jax.device_get(evaluate(params, put(loader.heldout_batch(index))))
+            sums = part if sums is None else jax.tree.map(np.add, sums, part)
+        return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
     def advance() -> dict | None:
-        """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back first."""
-        rewinds = guards.complete(home, lambda to: checkpoint.remove_after(home / "checkpoints", to))
+        """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back."""
+        rewinds = guards.complete(home, undo)
         with jax.transfer_guard("allow"):
             now, saved = begin()
         step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
         watch = guards.Watch.after(rewinds, saved["watch"])
         if step:
             _say(f"{stage}  continuing from step {step}")
-        rows = metrics.rewind(home / "metrics.jsonl", step)
-        progress, timed_from, timed_tokens = None, None, 0  # begun after the first step, which compiles
+        journal = Journal(home, config, stage, step)
+        pace = metrics.Pace(
+            productive=saved["productive"],
+            first_start=journal.first_start,
+            peak_flops=peak_flops(list(mesh.devices.flat)),
+        )
+        profiler = Profiler(home, config.profile, lambda *trace: journal.event("profile", trace=trace))
 
         def next_batch():
             return loader.batch(guards.data_position(rewinds, step)) if step < settings.steps else None
 
-        batch = next_batch()
+        batch, progress = next_batch(), None  # progress begins after the first step, which compiles
+        names = dict(families=loader.families)
         if batch is not None:
             _say(f"{stage}  compiling")
+            names["capabilities"] = ("other", *CAPABILITIES) if "capability" in batch else ()
         while step < settings.steps:
             step += 1
-            in_step = real_tokens(batch)
+            profiler.before(step)
+            stepped = time.monotonic()
             now = program(now, put(batch))
             batch = next_batch()  # while the devices work
             jax.block_until_ready(now.step)
-            if progress is None:
-                timed_from = time.monotonic()
-                progress = Progress(stage, settings.steps, start=step - 1)
-            else:
-                timed_tokens += in_step
+            pace.step(time.monotonic() - stepped)
+            profiler.after(step)
+            progress = progress or Progress(stage, settings.steps, start=step - 1)
 
-            if step % settings.log_every == 0 or step == settings.steps:
+            row, last = None, step == settings.steps
+            if step % settings.log_every == 0 or last:
                 window = jax.device_get(now.window)
-                tokens += int(window["tokens"])
                 rate = float(jax.device_get(_rate(schedule, step - 1)))
-                row = metrics.row_of(window, sources, step=step, learning_rate=rate, tokens=tokens)
-                elapsed = time.monotonic() - timed_from
-                row["tokens_per_second"] = round(timed_tokens / elapsed, 1) if timed_tokens else None
-                timed_from, timed_tokens = time.monotonic(), 0
-                files.append_jsonl(home / "metrics.jsonl", row)
-                rows.append(row)
-                _report_skips(row, stage)
+                before, tokens = tokens, tokens + int(window["tokens"])
+                row = metrics.row_of(window, sources, step=step, learning_rate=rate, tokens=tokens, **names)
+                if loader.heldout_batches and _crossed(settings.heldout_every, step - settings.log_every, step, last):
+                    row["heldout_loss"] = heldout_loss(now.params)
+                row |= pace.row(
+                    steps=sum(int(window[name]) for name in ("steps", "skipped", "spikes")),
+                    tokens=float(window["tokens"]),
+                    flops=training_flops(model, tokens=float(window["tokens"]), pairs=float(window["pairs"])),
+                    left=settings.steps - step,
+                )
+                journal.row(row)
+                _report_skips(row, stage, journal)
                 weights = dict(zip(sources, map(float, window["weight"]), strict=True))
                 if reason := watch.judge(settings.guard, row, weights):
-                    if guards.go_back(
-                        home, stage, settings.guard, rewinds, guards.Rewind(step, watch.good, reason), row
-                    ):
+                    rewind = guards.Rewind(step, watch.good, reason)
+                    back = guards.go_back(home, stage, settings.guard, rewinds, rewind, row)
+                    journal.event(
+                        "rewind" if back else "spike", step=step, to=watch.good if back else step, reason=reason
+                    )
+                    _say(f"{stage}  step {step}: {reason}" + (f"; going back to step {watch.good}" if back else ""))
+                    if back:
+                        profiler.close(step)
+                        journal.close()
                         return None
                 now = dataclasses.replace(now, window=jax.device_put(_zeros(len(sources)), replicated(mesh)))
-            latest = rows[-1] if rows else {}
+            latest = journal.rows[-1] if journal.rows else {}
             shown = {"loss": latest["loss"]} if latest.get("loss") is not None else {}
             speed = {"tok/s": int(latest["tokens_per_second"])} if latest.get("tokens_per_second") else {}
             progress.update(1, **shown, **speed)
 
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
+            metadata = {"stage": stage, "seed": config.seed, "model": dataclasses.asdict(model), "tokens": tokens}
+            if step % settings.checkpoint_every == 0 or last:
                 # After the row of this step: a restored run must find its rows up to the checkpoint.
-                watch.saved(step, judged=step % settings.log_every == 0)
-                metadata = {
-                    "stage": stage,
-                    "seed": config.seed,
-                    "model": dataclasses.asdict(model),
+                watch.saved(step, judged=row is not None)
+                progress_so_far = {
                     "settings": asked,
-                    "tokens": tokens,
                     "seconds": seconds + time.monotonic() - began,
+                    "productive": pace.productive,
                     "watch": watch.as_dict(),
                 }
                 checkpoint.save(
-                    home / "checkpoints", step, state.as_tree(now), metadata, keep=settings.keep_checkpoints
+                    home / "checkpoints",
+                    step,
+                    state.as_tree(now),
+                    metadata | progress_so_far,
+                    keep=settings.keep_checkpoints,
                 )
+            if row and _crossed(config.eval.every_tokens, before, tokens):
+                checkpoint.save(home / "milestones", step, {"params": now.params}, metadata, keep=sys.maxsize)
+                journal.event("milestone", step=step, tokens=tokens)
+                if on_milestone:
+                    with jax.transfer_guard("allow"):
+                        on_milestone(step)
+        profiler.close(step)
+        journal.event("end", step=step)
+        journal.close()
         return {
             "steps": settings.steps,
-            "final_loss": rows[-1]["loss"] if rows else None,
+            "final_loss": journal.rows[-1]["loss"] if journal.rows else None,
             "params_sha256": checkpoint.params_sha256(now.params),
             "seconds": round(seconds + time.monotonic() - began, 2),
             "tokens": tokens,
@@ -209,13 +268,20 @@ def _open_data(config, stage: str) -> Batches:
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
         opening=(settings.opening, settings.opening_steps),
+        heldout_rows=settings.heldout_rows,
     )
 
 
-def _report_skips(row: dict, stage: str) -> None:
+def _report_skips(row: dict, stage: str, journal: Journal) -> None:
     for name, what in (("skipped", "whose gradient was not finite"), ("spikes", "whose gradient was a spike")):
         if row[name]:
+            journal.event(name, step=row["step"], steps=row[name])
             _say(f"{stage}  step {row['step']}: skipped {row[name]} steps {what}")
+
+
+def _crossed(every: int, before: int, now: int, last: bool = False) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; at the last step too. Never when `every` is 0."""
+    return bool(every) and (last or now // every > before // every)
 
 
 def _rate(schedule, step: int):

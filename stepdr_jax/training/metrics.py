@@ -1,30 +1,63 @@
-"""metrics.jsonl: one row per log interval, equal to an uninterrupted run's (timings apart) however often it resumed."""
+"""One row per log interval: losses by source and capability from exact sums, and how fast and how fully the run goes.
+
+All but `TIMINGS` is equal to an uninterrupted run's however often it resumed.
+"""
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from stepdr_jax import files
 
+TIMINGS = ("tokens_per_second", "step_seconds", "mfu", "goodput", "eta_seconds")
 
-def row_of(window: dict, sources: Sequence[str], *, step: int, learning_rate: float, tokens: int) -> dict:
+
+def mean_by(names: Sequence[str], loss: Iterable[float], weight: Iterable[float]) -> dict[str, float]:
+    """Mean loss of each name, from sums; several entries of one name are added, names without weight left out."""
+    sums: dict[str, list[float]] = {}
+    for name, part, w in zip(names, loss, weight, strict=True):
+        total = sums.setdefault(name, [0.0, 0.0])
+        total[0] += float(part)
+        total[1] += float(w)
+    return {name: part / w for name, (part, w) in sums.items() if w}
+
+
+def row_of(
+    window: Mapping,
+    sources: Sequence[str],
+    *,
+    step: int,
+    learning_rate: float,
+    tokens: int,
+    capabilities: Sequence[str] = (),
+    families: Sequence[str] = (),
+) -> dict:
     """One row from the sums of a window (`training.step.empty_window`, on the host).
 
+    Args:
+        sources, capabilities: names of the window's sums.
+        families: of each source; empty leaves them out.
+
     Returns:
-        step, loss (nats per target token; null when the window had none), source_loss {source: nats per target token},
-        learning_rate, grad_norm (mean before clipping), skipped (steps whose gradient was not finite), spikes (steps whose
-        gradient was too large), tokens (so far, padding excluded).
+        step, loss (nats per target token; null when the window had none), source_loss, capability_loss and family_loss
+        {name: nats per target token}, learning_rate, grad_norm (mean before clipping), skipped (steps whose gradient
+        was not finite), spikes (steps whose gradient was too large), tokens (so far, padding excluded).
     """
     weight = float(window["weight"].sum())
     steps = int(window["steps"])
-    return {
+    row = {
         "step": step,
         "loss": float(window["loss"].sum()) / weight if weight else None,
-        "source_loss": {
-            name: float(loss) / float(w)
-            for name, loss, w in zip(sources, window["loss"], window["weight"], strict=True)
-            if w
-        },
+        "source_loss": mean_by(sources, window["loss"], window["weight"]),
+    }
+    if capabilities:
+        row["capability_loss"] = mean_by(capabilities, window["capability_loss"], window["capability_weight"])
+    if families:
+        row["family_loss"] = mean_by(families, window["loss"], window["weight"])
+    return row | {
         "learning_rate": learning_rate,
         "grad_norm": float(window["grad_norm"]) / steps if steps else None,
         "skipped": int(window["skipped"]),
@@ -41,3 +74,52 @@ def rewind(path: str | os.PathLike, step: int, *, key: str = "step") -> list[dic
     kept = [row for row in rows if row[key] <= step]
     files.write_jsonl(path, kept)  # also drops a torn last line
     return kept
+
+
+class Pace:
+    """Seconds of steps, and what follows from them.
+
+    Args:
+        productive: seconds of steps that earlier processes took and that are still part of the run.
+        first_start: unix time at which the stage first began, for goodput.
+        peak_flops: of all devices, FLOP/s; None leaves MFU out.
+    """
+
+    def __init__(self, *, productive: float, first_start: float, peak_flops: float | None):
+        self.productive, self.first_start, self.peak_flops = productive, first_start, peak_flops
+        self.compiled = False
+        self.seconds: list[float] = []
+
+    def step(self, seconds: float) -> None:
+        """Takes in one step. The first of a process compiles, so it says nothing about speed and is no progress."""
+        if self.compiled:
+            self.seconds.append(seconds)
+            self.productive += seconds
+        self.compiled = True
+
+    def row(self, *, steps: int, tokens: float, flops: float, left: int) -> dict:
+        """The timings of a log row, and begins the next.
+
+        Args:
+            steps, tokens, flops: of the row, whoever took its steps; only their means are used.
+            left: steps to the end of the stage.
+
+        Returns:
+            tokens_per_second, step_seconds {median, p90, largest}, mfu (share of peak), goodput (share of the wall
+            clock since the first start, restarts and going back included, that went into steps which still count),
+            eta_seconds; null where unknown.
+        """
+        out: dict = dict.fromkeys(TIMINGS)
+        if self.seconds and steps:
+            spent, share = sum(self.seconds), len(self.seconds) / steps
+            median, p90, largest = (float(np.quantile(self.seconds, q)) for q in (0.5, 0.9, 1.0))
+            out["tokens_per_second"] = round(tokens * share / spent, 1)
+            out["step_seconds"] = {"median": round(median, 5), "p90": round(p90, 5), "largest": round(largest, 5)}
+            out["eta_seconds"] = round(left * spent / len(self.seconds), 1)
+            if self.peak_flops:
+                out["mfu"] = round(flops * share / spent / self.peak_flops, 5)
+        wall = time.time() - self.first_start
+        if 0 < self.productive <= wall:  # a clock that was set back says nothing
+            out["goodput"] = round(self.productive / wall, 4)
+        self.seconds = []
+        return out

@@ -25,6 +25,7 @@ ROWS = {
     "targets": jnp.int32,
     "positions": jnp.int32,
     "segment_ids": jnp.int32,
+    "capability": jnp.int32,
     "weight": jnp.float32,
 }
 
@@ -130,7 +131,7 @@ def train_program(
 def eval_program(
     config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, *, vocab_size: int, num_sources: int = 1
 ) -> tuple[jax.stages.Wrapped, dict, dict]:
-    """The loss of a stage's batch: (jitted (params, batch) -> (nll sums, weights), abstract params, abstract batch)."""
+    """The loss of a stage's batch: (jitted (params, batch) -> sums as in `step.empty_sums`, abstract params, abstract batch)."""
     settings = config[stage]
     model = qwen2.Qwen2Config.from_config(config.model, vocab_size)
     shapes = qwen2.param_shapes(model)

@@ -5,6 +5,7 @@ result does not depend on how the batch is cut.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -15,9 +16,12 @@ from jax.sharding import Mesh
 
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
+from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import WHOLE, Placement
 from stepdr_jax.training import guards
+
+NUM_CAPABILITIES = 1 + len(CAPABILITIES)  # 0 is none of them
 
 
 @jax.tree_util.register_dataclass
@@ -38,17 +42,27 @@ class TrainState:
     window: dict
 
 
+def empty_sums(num_sources: int) -> dict:
+    """Zeroed sums over target tokens: loss and weight float32, per source [num_sources] and per capability [C]."""
+    sizes = {
+        "loss": num_sources,
+        "weight": num_sources,
+        "capability_loss": NUM_CAPABILITIES,
+        "capability_weight": NUM_CAPABILITIES,
+    }
+    return {name: jnp.zeros((size,), jnp.float32) for name, size in sizes.items()}
+
+
 def empty_window(num_sources: int) -> dict:
-    """Zeroed sums: loss and weight per source [num_sources], gradient norm, tokens, skipped and taken steps.
+    """Zeroed sums since the last log row: `empty_sums`, gradient norm, tokens, pairs, skipped and taken steps.
 
     Of the skipped, `skipped` had a gradient that was not finite and `spikes` one that was too large. Only steps that
-    were taken count in loss, weight and gradient norm.
+    were taken count in losses, weights and gradient norm. `pairs` are the (query, key) pairs that segments let through.
     """
-    return {
-        "loss": jnp.zeros((num_sources,), jnp.float32),
-        "weight": jnp.zeros((num_sources,), jnp.float32),
+    return empty_sums(num_sources) | {
         "grad_norm": jnp.zeros((), jnp.float32),
         "tokens": jnp.zeros((), jnp.int32),
+        "pairs": jnp.zeros((), jnp.float32),
         "skipped": jnp.zeros((), jnp.int32),
         "spikes": jnp.zeros((), jnp.int32),
         "steps": jnp.zeros((), jnp.int32),
@@ -83,17 +97,20 @@ def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
     The target of position t is token t+1 when both are of one segment (not padding) and loss_mask[t+1] is set.
 
     Args:
-        batch: tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T], source int32[B].
+        batch: tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T], source int32[B]; may have capability
+            int[B, T] or int[B], 1 + the place in `records.CAPABILITIES` or 0.
         order: int32[T], a permutation of every row (`ops.context_parallel.zigzag_order`); None keeps it.
 
     Returns:
-        tokens, targets, segment_ids, positions int32[B, T], weight float32[B, T], source int32[B].
+        tokens, targets, segment_ids, positions, capability int32[B, T], weight float32[B, T], source int32[B].
     """
     segments_BT = batch["segment_ids"]
     weight_BT = (segments_BT == np.roll(segments_BT, -1, axis=1)) & (segments_BT != 0)
     weight_BT &= np.roll(batch["loss_mask"], -1, axis=1)
     weight_BT[:, -1] = False
+    capability = np.asarray(batch.get("capability", 0), np.int32)
     rows = {
+        "capability": np.broadcast_to(capability[..., None] if capability.ndim == 1 else capability, segments_BT.shape),
         "tokens": batch["tokens"],
         "targets": np.roll(batch["tokens"], -1, axis=1),
         "positions": batch["positions"],
@@ -116,8 +133,8 @@ def loss_sums(
     placement: Placement = WHOLE,
     remat: str = "none",
     vocab_tiles: int = 1,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Summed objective of a packed batch and, per source, summed negative log-likelihood and weight.
+) -> tuple[jax.Array, dict]:
+    """Summed objective of a packed batch, and summed negative log-likelihood and weight by source and capability.
 
     Args:
         params: parameter tree.
@@ -130,7 +147,7 @@ def loss_sums(
         vocab_tiles: slices of the vocabulary whose unembedding is gathered at a time.
 
     Returns:
-        (sum over target tokens of nll + z_loss * logz^2, (nll sums [num_sources], weights [num_sources])).
+        (sum over target tokens of nll + z_loss * logz^2, sums as in `empty_sums`).
     """
     x_BTD = qwen2.hidden_states(
         params,
@@ -151,9 +168,18 @@ def loss_sums(
     )
     nll_BT = -logprob_N.reshape(weight_BT.shape) * weight_BT
     z_BT = jnp.square(logz_N).reshape(weight_BT.shape) * weight_BT
-    nll_S = jax.ops.segment_sum(nll_BT.sum(axis=1), batch["source"], num_segments=num_sources)
-    weight_S = jax.ops.segment_sum(weight_BT.sum(axis=1), batch["source"], num_segments=num_sources)
-    return nll_BT.sum() + z_loss * z_BT.sum(), (nll_S, weight_S)
+    by_source = functools.partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=num_sources)
+
+    def by_capability(x_BT):
+        return jnp.stack([jnp.sum(x_BT * (batch["capability"] == c)) for c in range(NUM_CAPABILITIES)])
+
+    sums = {
+        "loss": by_source(nll_BT.sum(axis=1)),
+        "weight": by_source(weight_BT.sum(axis=1)),
+        "capability_loss": by_capability(nll_BT),
+        "capability_weight": by_capability(weight_BT),
+    }
+    return nll_BT.sum() + z_loss * z_BT.sum(), sums
 
 
 def gradients(
@@ -165,7 +191,7 @@ def gradients(
     parallel: Parallel = Parallel(),
     **options,
 ):
-    """Mean gradient over the batch's target tokens: (gradient, nll sums [S], weights [S]).
+    """Mean gradient over the batch's target tokens: (gradient, sums as in `empty_sums`).
 
     Each device cuts its own rows into microbatches; gradients are accumulated in the parameters' dtype.
     """
@@ -181,18 +207,18 @@ def gradients(
         def add(total, micro):
             return jax.tree.map(jnp.add, total, grad(params, micro, config, **options)), None
 
-        sums_S = jnp.zeros((options["num_sources"],))
-        return jax.lax.scan(add, (jax.tree.map(jnp.zeros_like, params), (sums_S, sums_S)), cut)[0]
+        zero = (jax.tree.map(jnp.zeros_like, params), empty_sums(options["num_sources"]))
+        return jax.lax.scan(add, zero, cut)[0]
 
     if placement.sizes:
         local = _on_every_device(local, params, batch, parallel.mesh, gradient=True)
-    total, (nll_S, weight_S) = local(params, batch)
-    scale = 1.0 / jnp.maximum(weight_S.sum(), 1.0)
-    return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), nll_S, weight_S
+    total, sums = local(params, batch)
+    scale = 1.0 / jnp.maximum(sums["weight"].sum(), 1.0)
+    return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), sums
 
 
 def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: Parallel = Parallel(), **options):
-    """(nll sums [S], weights [S]) of a batch; options as of `loss_sums`."""
+    """Sums as in `empty_sums` of a batch; options as of `loss_sums`."""
     placement = parallel.placement(config)
     options |= dict(placement=placement, vocab_tiles=parallel.vocab_tiles)
 
@@ -269,16 +295,15 @@ def train_step(
 
     A step whose gradient is not finite or a spike by `limits` moves only the data position and the count of skips.
     """
-    gradient, nll_S, weight_S = gradients(state.params, batch, config, **options)
+    gradient, sums = gradients(state.params, batch, config, **options)
     params, optimizer_state, norm, taken = apply_gradient(
         state.params, state.optimizer, gradient, optimizer, clip_norm, guards.norm_limit(state.guard, limits)
     )
-    window, finite = state.window, jnp.isfinite(norm)
-    window = {
-        "loss": window["loss"] + jnp.where(taken, nll_S, 0.0),
-        "weight": window["weight"] + jnp.where(taken, weight_S, 0.0),
+    window, finite, real_BT = state.window, jnp.isfinite(norm), batch["segment_ids"] != 0
+    window = {name: window[name] + jnp.where(taken, part, 0.0) for name, part in sums.items()} | {
         "grad_norm": window["grad_norm"] + jnp.where(taken, norm, 0.0),
-        "tokens": window["tokens"] + jnp.sum(batch["segment_ids"] != 0),
+        "tokens": window["tokens"] + jnp.sum(real_BT),
+        "pairs": window["pairs"] + jnp.sum(jnp.where(real_BT, batch["positions"] + 1, 0).astype(jnp.float32)),
         "skipped": window["skipped"] + ~finite,
         "spikes": window["spikes"] + (finite & ~taken),
         "steps": window["steps"] + taken,

@@ -56,7 +56,19 @@ def test_a_batch_has_the_promised_arrays(data):
         segment_ids=((8, 4), np.int32),
         positions=((8, 4), np.int32),
         source=((8,), np.int32),
+        capability=((8,), np.int32),
     )
+
+
+def test_rows_held_out_are_never_drawn_and_all_of_them_are_there_to_measure_by(data):
+    heldout = Loader(data, "sft", MIXTURE, 8, 0, "tok", heldout_rows=3)
+    batches = [heldout.heldout_batch(i) for i in range(heldout.heldout_batches)]
+    kept = {int(t) for b in batches for t, s in zip(b["tokens"][:, 0], b["segment_ids"][:, 0], strict=True) if s}
+    drawn = {int(token) for step in range(20) for token in heldout.batch(step)["tokens"][:, 0]}
+    assert len(kept) == 3 + 1  # at most a quarter of the five short ones
+    assert not kept & drawn and kept | drawn == {*range(100, 130), *range(200, 205)}
+    assert {batch["tokens"].shape for batch in batches} == {(8, 4)}
+    assert loader(data).heldout_batches == 0
 
 
 def test_components_come_at_their_rates_exactly(data):

@@ -70,8 +70,8 @@ def outcome(axes: dict[str, int], overrides: dict, train: bool) -> dict:
             sums.append((float(now.window["loss"].sum()), float(now.window["weight"].sum())))
         loss, weight = np.diff(np.array([(0.0, 0.0), *sums]), axis=0).T
         evaluation = eval_program(config, "midtrain1", mesh, vocab_size=VOCAB, num_sources=2)[0]
-        nll_S, weight_S = evaluation(now.params, batch(9))
-        found |= {"losses": (loss / weight).tolist(), "held_out": float(nll_S.sum() / weight_S.sum())}
+        sums = evaluation(now.params, batch(9))
+        found |= {"losses": (loss / weight).tolist(), "held_out": float(sums["loss"].sum() / sums["weight"].sum())}
     return found
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import checkpoint, loop, state
+from stepdr_jax.training import checkpoint, loop, metrics, state
 from tests.training import tiny
 
 SCRIPT = Path(tiny.__file__)
@@ -27,7 +27,7 @@ def train(run_dir, **overrides):
 def rows(run_dir):
     """metrics.jsonl without timings."""
     path = Path(run_dir) / "seed0" / "midtrain1" / "metrics.jsonl"
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in files.read_jsonl(path)]
+    return [{k: v for k, v in row.items() if k not in metrics.TIMINGS} for row in files.read_jsonl(path)]
 
 
 @pytest.fixture(scope="module")

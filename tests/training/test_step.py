@@ -12,7 +12,7 @@ from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.training import state
 from stepdr_jax.training.optimizer import adamw, schedule_of, wsd_schedule
 from stepdr_jax.training.program import train_program
-from stepdr_jax.training.step import arrange, gradients, loss_sums, train_step
+from stepdr_jax.training.step import NUM_CAPABILITIES, arrange, gradients, loss_sums, train_step
 from tests.training.tiny import VOCAB, Memory, tiny_config
 
 MODEL = qwen2.Qwen2Config(VOCAB, 16, 1, 2, 1, 8, 32, 1e4, 1e-6, True)
@@ -50,10 +50,10 @@ def by_hand(params, batch):
 def test_loss_is_the_sum_over_targets_inside_segments(params):
     batch = Memory().batch(0)
     batch["loss_mask"][:, 5:9] = False
-    total, (nll, weight) = jax.jit(functools.partial(loss_sums, config=MODEL, **OPTIONS))(params, arrange(batch))
+    total, sums = jax.jit(functools.partial(loss_sums, config=MODEL, **OPTIONS))(params, arrange(batch))
     expected_total, expected_nll, expected_weight = by_hand(params, batch)
-    np.testing.assert_array_equal(weight, expected_weight)
-    np.testing.assert_allclose(nll, expected_nll, rtol=1e-5)
+    np.testing.assert_array_equal(sums["weight"], expected_weight)
+    np.testing.assert_allclose(sums["loss"], expected_nll, rtol=1e-5)
     np.testing.assert_allclose(total, expected_total, rtol=1e-5)
 
 
@@ -61,10 +61,10 @@ def test_microbatches_of_unequal_weight_give_the_gradient_of_the_whole(params):
     batch = Memory().batch(1)
     batch["loss_mask"][0] = False
     batch["loss_mask"][1, 10:] = False
-    whole, *sums = program()(params, arrange(batch))
-    cut, *cut_sums = program(microbatches=2)(params, arrange(batch))
+    whole, sums = program()(params, arrange(batch))
+    cut, cut_sums = program(microbatches=2)(params, arrange(batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4), cut, whole)
-    np.testing.assert_allclose(cut_sums, sums, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), cut_sums, sums)
 
 
 def test_changing_what_is_no_target_and_no_context_changes_no_gradient(params):
@@ -77,9 +77,22 @@ def test_changing_what_is_no_target_and_no_context_changes_no_gradient(params):
 def test_a_batch_without_targets_moves_nothing_but_the_position(params):
     batch = Memory().batch(3)
     batch["loss_mask"][:] = False
-    gradient, _, weight = program()(params, arrange(batch))
+    gradient, sums = program()(params, arrange(batch))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
-    assert not np.any(weight)
+    assert not np.any(sums["weight"])
+
+
+def test_losses_of_capabilities_add_up_to_those_of_sources_token_by_token(params):
+    batch = Memory().batch(4)
+    batch["capability"] = np.where(batch["segment_ids"] == 1, 1, 3)  # two in every row
+    batch["capability"][0] = 0
+    _, sums = program()(params, arrange(batch))
+    weight_BT = arrange(batch)["weight"]
+    assert sums["capability_weight"].tolist() == [
+        float(weight_BT[batch["capability"] == c].sum()) for c in range(NUM_CAPABILITIES)
+    ]
+    assert np.count_nonzero(sums["capability_loss"]) == 3
+    np.testing.assert_allclose(sums["capability_loss"].sum(), sums["loss"].sum(), rtol=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(params):

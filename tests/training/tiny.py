@@ -20,7 +20,9 @@ class Memory:
     """Batches of counting sequences: a function of (seed, step), like the loader's."""
 
     sources = ["up", "down"]
+    families = ["search", "research"]
     fingerprint = "counting"
+    heldout_batches = 2
 
     def __init__(self, batch=4, context=32, seed=0):
         self.shape, self.seed = (batch, context), seed
@@ -37,8 +39,16 @@ class Memory:
         tokens = (rng.integers(0, VOCAB, (B, 1)) + direction * np.arange(T)) % VOCAB
         mask = (segments > 0) & (positions > 0)
         return dict(
-            tokens=tokens.astype(np.int32), loss_mask=mask, segment_ids=segments, positions=positions, source=source
+            tokens=tokens.astype(np.int32),
+            loss_mask=mask,
+            segment_ids=segments,
+            positions=positions,
+            source=source,
+            capability=segments,
         )
+
+    def heldout_batch(self, index):
+        return Memory(*self.shape, seed=self.seed + 1).batch(index)
 
 
 def tiny_config(run_dir, **overrides):

@@ -1,0 +1,110 @@
+"""Everything a stage writes about itself while it trains: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases.
+
+metrics.jsonl holds one row per log interval, the same whether or not the run was interrupted. events.jsonl is the diary:
+what happened and when, restarts and all, in the order in which it happened. Only the first process writes.
+"""
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import jax
+
+from stepdr_jax import files
+from stepdr_jax.errors import UserError
+from stepdr_jax.training import metrics
+
+
+def flat(row: dict, prefix: str = "") -> dict[str, float]:
+    """The numbers of a row under slash-joined names."""
+    out: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            out[prefix + name] = value
+    return out
+
+
+class Journal:
+    """The writers of one stage, from where a checkpoint of `step` left off.
+
+    Attributes:
+        rows: of metrics.jsonl, those of earlier processes included (empty in processes other than the first).
+        first_start: unix time at which the stage first began.
+    """
+
+    def __init__(self, home: str | os.PathLike, config, stage: str, step: int):
+        self.home, self.rows = Path(home), []
+        self.first_start = time.time()
+        self._board = self._wandb = None
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        events = read_events(self.home)
+        self.first_start = events[0]["time"] if events else self.first_start
+        self.rows = metrics.rewind(self.home / "metrics.jsonl", step)
+        if config.log.tensorboard:
+            from tensorboardX import SummaryWriter  # here: protobuf takes half a second to import
+
+            self._board = SummaryWriter(str(self.home / "tensorboard"), purge_step=step + 1 if step else None)
+        if config.log.wandb_project:
+            self._wandb = _wandb_run(config, stage, self.home)
+        devices = jax.devices()
+        self.event(
+            "start", step=step, device=devices[0].device_kind, devices=len(devices), processes=jax.process_count()
+        )
+
+    def row(self, row: dict) -> None:
+        """Appends a row of metrics."""
+        if not self._writes:
+            return
+        files.append_jsonl(self.home / "metrics.jsonl", row)
+        self.rows.append(row)
+        numbers = flat(row)
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, row["step"])
+            self._board.flush()
+        if self._wandb:
+            self._wandb.log(numbers)
+
+    def event(self, event: str, **fields) -> None:
+        """Appends to the diary, with the time."""
+        if self._writes:
+            files.append_jsonl(self.home / "events.jsonl", {"time": round(time.time(), 3), "event": event} | fields)
+
+    def close(self) -> None:
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish(quiet=True)
+
+
+def read_events(home: str | os.PathLike) -> list[dict]:
+    """The diary of a stage, a torn last line left out."""
+    path = Path(home) / "events.jsonl"
+    return files.read_jsonl(path) if path.exists() else []
+
+
+def _wandb_run(config, stage: str, home: Path):
+    """A run of Weights & Biases that a resumed process continues. WANDB_MODE=offline needs no account."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            "log.wandb_project: Weights & Biases is not installed; install it with: pip install wandb, or leave "
+            "--config.log.wandb_project empty"
+        ) from None
+    name = f"{config.name}-seed{config.seed}-{stage}"
+    run = wandb.init(
+        project=config.log.wandb_project,
+        name=name,
+        id=hashlib.blake2b(f"{name} {home.absolute()}".encode(), digest_size=8).hexdigest(),
+        resume="allow",
+        dir=str(home),
+        config=config.to_dict(),
+    )
+    run.define_metric("*", step_metric="step")  # a run that goes back writes smaller steps again
+    return run
