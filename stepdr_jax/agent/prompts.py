@@ -79,14 +79,11 @@ def system_prompt(style: str, as_of: str, tool_specs: Sequence["ToolSpec"] = (),
     opening = COMPACT[lang].format(as_of=as_of)
     if style == "compact":
         return opening
-    signatures = "\n".join(
-        json.dumps(
-            {
-                "type": "function",
-                "function": {"name": spec.name, "description": spec.description, "parameters": spec.schema},
-            },
-            ensure_ascii=False,
-        )
-        for spec in tool_specs
-    )
-    return "\n\n".join([opening, RULES[lang].format(as_of=as_of), TOOLS.format(signatures=signatures)])
+    functions = [{"name": spec.name, "description": spec.description, "parameters": spec.schema} for spec in tool_specs]
+    return "\n\n".join([opening, RULES[lang].format(as_of=as_of), tool_section(functions)])
+
+
+def tool_section(functions: Sequence[dict]) -> str:
+    """Returns the part of a system message that describes functions: {"name", "description", "parameters"} each."""
+    signatures = (json.dumps({"type": "function", "function": f}, ensure_ascii=False) for f in functions)
+    return TOOLS.format(signatures="\n".join(signatures))

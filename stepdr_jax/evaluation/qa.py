@@ -270,23 +270,10 @@ def _kept(partial: Path, mark: str) -> list[Result]:
 
 
 async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
-    from stepdr_jax.engine.engine import JaxEngine  # here, so that selecting and reading work without jax
-    from stepdr_jax.models.qwen2 import Qwen2Config
-    from stepdr_jax.tokens.tokenizer import Tokenizer
-    from stepdr_jax.training import state
-    from stepdr_jax.training.compilation import keep_compiled
+    from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
 
     run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
-    keep_compiled(run_dir / ".jax_cache")
-    engine = JaxEngine(
-        state.load_params(config, config.seed, stage),
-        Qwen2Config.from_config(config.model, state.vocab_size(config)),
-        slots=config.ppo.slots,
-        shards=config.ppo.shards,
-        max_len=config.agent.max_episode_tokens,
-        stop_ids=(tokenizer.im_end, tokenizer.endoftext),
-    )
+    engine, tokenizer = sampler.of_stage(config, stage, slots=config.ppo.slots, shards=config.ppo.shards)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools = Tools.of(config, host)
     try:

@@ -74,12 +74,9 @@ def trained_policy(
     config: ConfigDict, stage: str, question: str, as_of: str, temperature: float
 ) -> policy.EnginePolicy:
     """The run's checkpoint of `stage` in the JAX sampler. Raises UserError when the question leaves it no room."""
-    from stepdr_jax.engine.engine import JaxEngine  # here, so that endpoint users need no jax
-    from stepdr_jax.models import qwen2
-    from stepdr_jax.tokens import chat
+    from stepdr_jax.tokens import chat  # here, so that endpoint users need no jax
     from stepdr_jax.tokens.tokenizer import Tokenizer
-    from stepdr_jax.training import state
-    from stepdr_jax.training.compilation import keep_compiled
+    from stepdr_jax.training import sampler
 
     tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
     asked = task(question, as_of)
@@ -91,14 +88,7 @@ def trained_policy(
         raise UserError(
             f"the question takes {used} tokens, this model's context has room for {room}; ask it in fewer words"
         )
-    keep_compiled(Path(config.run_dir) / ".jax_cache")
-    engine = JaxEngine(
-        state.load_params(config, config.seed, stage),
-        qwen2.Qwen2Config.from_config(config.model, state.vocab_size(config)),
-        slots=1,
-        max_len=config.agent.max_episode_tokens,
-        stop_ids=(tokenizer.im_end, tokenizer.endoftext),
-    )
+    engine, tokenizer = sampler.of_stage(config, stage, slots=1)
     return policy.EnginePolicy(engine, tokenizer, temperature, name=stage)
 
 
