@@ -23,7 +23,7 @@ from stepdr_jax.progress import Progress
 from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
-from stepdr_jax.training import checkpoint, guards, metrics, state
+from stepdr_jax.training import checkpoint, distributed, guards, metrics, state
 from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
@@ -45,7 +45,7 @@ class Batches(Protocol):
     fingerprint: str
     heldout_batches: int
 
-    def batch(self, step: int) -> dict[str, np.ndarray]: ...
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]: ...
 
     def heldout_batch(self, index: int) -> dict[str, np.ndarray]: ...
 
@@ -97,7 +97,7 @@ def train(
         stage_settings.require_same(files.read_json(home / "settings.json"), asked, home)
     if finished is not None:
         return finished
-    files.write_json(home / "settings.json", asked)
+    distributed.lead_first("settings", lambda: files.write_json(home / "settings.json", asked), lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
     keep_compiled(Path(config.run_dir) / ".jax_cache")
@@ -121,11 +121,19 @@ def train(
             return TrainState(**restored.tree), restored.metadata | {"step": restored.step}
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         params = state.start_of(config, stage, model, placed.params)
-        fresh = jax.device_put(state.new_state(params, optimizer_of(settings), len(sources)), placed)
-        return fresh, {"step": 0, "tokens": 0, "seconds": 0.0, "productive": 0.0, "watch": {}}
+        fresh = jax.jit(
+            lambda params: state.new_state(params, optimizer_of(settings), len(sources)),
+            donate_argnums=0,
+            out_shardings=placed,
+        )
+        return fresh(params), {"step": 0, "tokens": 0, "seconds": 0.0, "productive": 0.0, "watch": {}}
+
+    tokens_like = abstract_batch["tokens"]
+    rows = distributed.own_rows(tokens_like.sharding, tokens_like.shape)  # of a batch, that this process makes
 
     def put(batch):
-        return {name: jax.device_put(a, abstract_batch[name].sharding) for name, a in arrange(batch, order).items()}
+        like = abstract_batch
+        return {name: distributed.place_rows(a, rows, like[name]) for name, a in arrange(batch, order).items()}
 
     def undo(to: int) -> None:
         for kind in ("checkpoints", "milestones"):
@@ -134,14 +142,17 @@ def train(
     def heldout_loss(params) -> dict[str, float]:
         sums = None
         for index in range(loader.heldout_batches):
-            part = jax.device_get(evaluate(params, put(loader.heldout_batch(index))))
+            batch = {name: a[rows] for name, a in loader.heldout_batch(index).items()}
+            part = jax.device_get(evaluate(params, put(batch)))
             sums = part if sums is None else jax.tree.map(np.add, sums, part)
         return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
     def advance() -> dict | None:
         """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back."""
-        rewinds = guards.complete(home, undo)
+        rewinds = distributed.lead_first(
+            f"{stage} rewinds", lambda: guards.complete(home, undo), lambda: guards.read_rewinds(home)
+        )
         with jax.transfer_guard("allow"):
             now, saved = begin()
         step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
@@ -154,10 +165,10 @@ def train(
             first_start=journal.first_start,
             peak_flops=peak_flops(list(mesh.devices.flat)),
         )
-        profiler = Profiler(home, config.profile, lambda *trace: journal.event("profile", trace=trace))
+        profiler = Profiler(home, config.profile, journal.event)
 
         def next_batch():
-            return loader.batch(guards.data_position(rewinds, step)) if step < settings.steps else None
+            return loader.batch(guards.data_position(rewinds, step), rows) if step < settings.steps else None
 
         batch, progress = next_batch(), None  # progress begins after the first step, which compiles
         names = dict(families=loader.families)
@@ -203,7 +214,9 @@ def train(
                         profiler.close(step)
                         journal.close()
                         return None
-                now = dataclasses.replace(now, window=jax.device_put(_zeros(len(sources)), replicated(mesh)))
+                zeros = _zeros(len(sources))
+                placed = jax.tree.map(lambda _: replicated(mesh), zeros)
+                now = dataclasses.replace(now, window=distributed.place(zeros, placed))
             latest = journal.rows[-1] if journal.rows else {}
             shown = {"loss": latest["loss"]} if latest.get("loss") is not None else {}
             speed = {"tok/s": int(latest["tokens_per_second"])} if latest.get("tokens_per_second") else {}
@@ -249,8 +262,11 @@ def train(
             pass
 
     # ---------------------------------------------------------------- done
-    files.write_json(home / "done.json", finished)
-    return finished
+    def write_done() -> dict:
+        files.write_json(home / "done.json", finished)
+        return finished
+
+    return distributed.lead_first(f"{stage} done", write_done, lambda: files.read_json(home / "done.json"))
 
 
 def _open_data(config, stage: str) -> Batches:
@@ -294,5 +310,4 @@ def _zeros(num_sources: int) -> dict:
         return jax.device_get(empty_window(num_sources))
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+_say = distributed.say

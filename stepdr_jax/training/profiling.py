@@ -8,8 +8,11 @@ Traces lie in <stage>/profiles/<step>/, one folder per process and trace.
 """
 
 import contextlib
+import importlib.util
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -23,11 +26,11 @@ class Profiler:
     Args:
         home: folder of the stage.
         settings: config.profile.
-        on_trace: told (first step, last step, folder) when a trace is written.
+        event: `writers.Journal.event`, told when a trace is written.
     """
 
-    def __init__(self, home: Path, settings, on_trace=lambda first, last, folder: None):
-        self.home, self.length, self.on_trace = Path(home), int(settings.length), on_trace
+    def __init__(self, home: Path, settings, event: Callable):
+        self.home, self.length, self.event = Path(home), int(settings.length), event
         self.planned = tuple(settings.steps)
         self.first_process = jax.process_index() == 0
         self.asked = threading.Event()
@@ -41,7 +44,9 @@ class Profiler:
         if self.running:
             return
         last = self._due(step)
-        if last:
+        if last and (reason := _crashes()):
+            print(f"no trace of step {step}: {reason}", file=sys.stderr, flush=True)
+        elif last:
             folder = self.home / "profiles" / f"{step:08d}"
             jax.profiler.start_trace(str(folder))
             self.running = (step, last, folder)
@@ -73,4 +78,15 @@ class Profiler:
         first, _, folder = self.running
         self.running = None
         jax.profiler.stop_trace()
-        self.on_trace(first, step, folder)
+        self.event("profile", step=step, first=first, folder=str(folder))
+
+
+def _crashes() -> str:
+    """Why jax's profiler would end this process, or "".
+
+    jax 0.10.2 with libtpu 0.0.51 on a machine without a TPU: libtpu's part of the profiler is of another version, and
+    starting it is a segmentation fault unless jax was told not to look for TPUs.
+    """
+    if jax.default_backend() == "cpu" and not jax.config.jax_platforms and importlib.util.find_spec("libtpu"):
+        return "libtpu is installed but there is no TPU; start with JAX_PLATFORMS=cpu"
+    return ""

@@ -19,6 +19,7 @@ from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import WHOLE, Placement
+from stepdr_jax.sharding.spmd import on_every_device
 from stepdr_jax.training import guards
 
 NUM_CAPABILITIES = 1 + len(CAPABILITIES)  # 0 is none of them
@@ -211,7 +212,7 @@ def gradients(
         return jax.lax.scan(add, zero, cut)[0]
 
     if placement.sizes:
-        local = _on_every_device(local, params, batch, parallel.mesh, gradient=True)
+        local = on_every_device(local, params, batch, parallel.mesh, gradient=True)
     total, sums = local(params, batch)
     scale = 1.0 / jnp.maximum(sums["weight"].sum(), 1.0)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), sums
@@ -226,40 +227,7 @@ def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: 
         return loss_sums(params, batch, config, **options)[1]
 
     return (
-        _on_every_device(local, params, batch, parallel.mesh)(params, batch)
-        if placement.sizes
-        else local(params, batch)
-    )
-
-
-def _on_every_device(local, params, batch, mesh: Mesh, *, gradient: bool = False):
-    """`local` under shard_map on each device's part, its sums over all rows summed.
-
-    With `gradient` it returns (gradient, sums): parts of gradients are summed over the axes that hold copies of a
-    parameter; the transposes of gathers have summed them over the others.
-    """
-    specs = rules.param_specs(params, mesh)
-    copies = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)
-
-    def summed(axes, g):
-        held = {axis for dim in axes for axis in dim}
-        return jax.lax.psum(g, tuple(axis for axis in copies if axis not in held))
-
-    def work(params, batch):
-        out = local(params, batch)
-        if not gradient:
-            return jax.lax.psum(out, copies)
-        return jax.tree.map(lambda g, axes: summed(axes, g), out[0], specs), jax.lax.psum(out[1], copies)
-
-    partition = jax.tree.map(lambda s: s.spec, rules.param_shardings(params, mesh))
-    rows = {name: rules.batch_sharding(mesh, ndim=a.ndim).spec for name, a in batch.items()}
-    everywhere = jax.sharding.PartitionSpec()
-    return jax.shard_map(
-        work,
-        mesh=mesh,
-        in_specs=(partition, rows),
-        out_specs=(partition, everywhere) if gradient else everywhere,
-        check_vma=False,
+        on_every_device(local, params, batch, parallel.mesh)(params, batch) if placement.sizes else local(params, batch)
     )
 
 
