@@ -103,21 +103,29 @@ class Loader:
             components.append(grain.MapDataset.source(rows)[:trained].seed(component_seed).shuffle().repeat())
         mixed = grain.MapDataset.mix(components, weights=list(rates.values()))
         self._size = batch
-        self._batches = mixed.batch(batch, drop_remainder=True)
+        self._mixed = mixed
         component, self._opening_steps = opening
         if self._opening_steps:
             if component not in rates:
                 raise UserError(
                     f"expected {stage}.opening to be a component of its mixture ({', '.join(rates)}), got {component!r}"
                 )
-            self._opening = components[self.sources.index(component)].batch(batch, drop_remainder=True)
+            self._opening = components[self.sources.index(component)]
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Returns the batch of `step` (from 0): tokens, segment_ids, positions int32[B,T], loss_mask bool[B,T],
-        source and capability int32[B]. The same (seed, step) gives the same batch in any process and order of calls."""
-        if step < self._opening_steps:
-            return self._opening[step]
-        return self._batches[step - self._opening_steps]
+        source and capability int32[B]. The same (seed, step) gives the same batch in any process and order of calls.
+
+        Args:
+            rows: which rows of the whole batch to read, for a host that feeds only those; None = all of them.
+        """
+        opening = step < self._opening_steps
+        drawn, first = (self._opening, step) if opening else (self._mixed, step - self._opening_steps)
+        chosen = range(self._size)[rows or slice(None)]
+        if not chosen:
+            raise ValueError(f"expected rows of a batch of {self._size}, got {rows}, which has none")
+        read = [drawn[first * self._size + row] for row in chosen]
+        return {name: np.stack([row[name] for row in read]) for name in read[0]}
 
     @property
     def heldout_batches(self) -> int:

@@ -48,6 +48,18 @@ def test_a_batch_depends_on_seed_and_step_alone(data):
     assert any(not np.array_equal(forwards[step]["tokens"], other.batch(step)["tokens"]) for step in range(6))
 
 
+def test_hosts_read_their_rows_of_the_same_batch(data):
+    subject = loader(data)
+    for step in (0, 7):
+        whole = subject.batch(step)
+        for hosts in (1, 2, 4):
+            share = 8 // hosts
+            parts = [loader(data).batch(step, slice(host * share, (host + 1) * share)) for host in range(hosts)]
+            assert all(np.array_equal(whole[key], np.concatenate([part[key] for part in parts])) for key in whole)
+    with pytest.raises(ValueError, match="rows of a batch of 8"):
+        subject.batch(0, slice(8, 16))
+
+
 def test_a_batch_has_the_promised_arrays(data):
     batch = loader(data).batch(0)
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dict(
