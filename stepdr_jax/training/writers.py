@@ -79,7 +79,7 @@ class Journal:
         if self._board:
             self._board.close()
         if self._wandb:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def read_events(home: str | os.PathLike) -> list[dict]:
