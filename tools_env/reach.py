@@ -16,7 +16,8 @@ import yarl
 from tools_env.errors import ToolError
 
 WORLD_PORT = 80
-_METADATA = frozenset({"168.63.129.16"})  # a cloud's own service at an address that is public by its number
+# Clouds keep services for their own machines at these, which ipaddress takes for public.
+_OF_CLOUDS = [ipaddress.ip_network(block) for block in ("168.63.129.16/32", "192.0.0.0/24")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NUMBER_AT_END = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", re.IGNORECASE)
 
@@ -104,7 +105,7 @@ def is_public(address: str) -> bool:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.scope_id):
         return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and str(ip) not in _METADATA
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in block for block in _OF_CLOUDS))
 
 
 async def _system_lookup(host: str, port: int) -> list[str]:

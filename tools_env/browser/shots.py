@@ -2,7 +2,8 @@
 
 The rule (Step-DeepResearch report, arXiv:2512.20491, browser tool): consecutive screenshots that barely differ are
 redundant, and the answer is text only. A page with the same address, text and scroll offset is not even photographed;
-otherwise the perceptual hash of the picture decides, always of a PNG: the same view as JPEG hashes 12 bits away.
+if the address or the text is the same, the perceptual hash of the picture decides, always of a PNG: the same view as JPEG
+hashes 12 bits away. Pages that differ in both are different, although articles in one layout hash alike.
 """
 
 import asyncio
@@ -39,8 +40,9 @@ class Shots:
     async def add(self, folder: Path, key: tuple[str, str, int], png: bytes) -> bool:
         """Keeps a picture in the workspace `folder` if it shows something new. Raises ToolError if it cannot."""
         seen = await asyncio.to_thread(perceptual_hash, png)
+        alike = self.key is not None and (key[0] == self.key[0] or key[1] == self.key[1])
         self.key = key
-        if self.path and distance(seen, self.hash) <= self.threshold:
+        if self.path and alike and distance(seen, self.hash) <= self.threshold:
             return False
         if self.count >= self.most:
             raise ToolError(f"a session keeps {self.most}")

@@ -13,12 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools_env.browser import reading, sandbox
+from tools_env.browser import sandbox
 from tools_env.browser.chromium import Chromium
-from tools_env.browser.reading import Reading
 from tools_env.browser.shots import Shots
+from tools_env.browser.tab import ACTION_MS, Tab, fill, playwright_error
 from tools_env.errors import BadArguments, RetryLater, ToolError, ToolHostError
-from tools_env.proxy import REFUSED
 from tools_env.reach import Reach
 from tools_env.search.citations import canonical_url
 from tools_env.tools.base import Call, Output, Tool
@@ -29,8 +28,6 @@ VIEWPORT = {"width": 1280, "height": 800}  # pixels
 _MARK = "browser"  # folder of a session, beside its workspace: while it is there, the session is open
 _WATCH_SECONDS = 0.5
 _MARGIN = 1.5  # seconds of a call's time kept for what comes after its action
-_QUIET_SECONDS = 0.2  # without a request in flight: the page has answered
-_SETTLE_SECONDS = 3.0  # at most
 _CLOSE_SECONDS = 5.0
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)")
 
@@ -63,28 +60,10 @@ class Options:
     contexts: int = 16  # sessions with an open page; the one unused for longest makes room
     idle: int = 300  # seconds until an unused page is closed
     shots: int = 50  # screenshots of a session
-    # Bits of 64. Measured on pages with forms and text: a typed word or a ticked box 0 to 2, another page 14 and more.
+    # Bits of 64. On 40 articles (browser_bench) a typed word or a ticked box changed at most 4, a scroll at least 20.
     threshold: int = 4
     memory_mb: int = 4096  # of the whole browser, where control groups are writable
     accept_weaker_isolation: bool = False
-
-
-@dataclasses.dataclass
-class _Tab:
-    """One session's page."""
-
-    directory: Path
-    shots: Shots
-    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
-    used: float = dataclasses.field(default_factory=time.monotonic)
-    context: Any = None
-    page: Any = None
-    reading: Reading | None = None
-    lost: str = ""  # why the page is gone, until the model has read it
-    pending: dict[Any, float] = dataclasses.field(default_factory=dict)  # requests in flight, and since when
-    quiet_since: float = 0.0
-    refused: str = ""  # why the proxy refused the last document
-    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 class Browser:
@@ -104,7 +83,7 @@ class Browser:
         self._options = options
         self._reach = reach
         self._chromium = Chromium(reach, executable, walls, memory_mb=options.memory_mb)
-        self._tabs: dict[Path, _Tab] = {}
+        self._tabs: dict[Path, Tab] = {}
         self._watcher: asyncio.Task | None = None
         self._closing: set[asyncio.Task] = set()
 
@@ -114,7 +93,7 @@ class Browser:
         missing = [name for name in _NEEDED.get(action, ()) if name not in arguments]
         if missing:
             raise BadArguments(f"{action} needs {' and '.join(missing)}")
-        tab = self._tab(call)
+        tab = self.tab(call.directory)
         seconds = min(self._options.timeout, call.seconds_left() - _MARGIN)
         try:
             async with asyncio.timeout(max(seconds, 0.1)), tab.lock:
@@ -123,12 +102,12 @@ class Browser:
                 return await self._shown(call, tab, failure, photograph=action == "look")
         except TimeoutError:
             raise ToolError(await self._after_timeout(tab, action)) from None
-        except _playwright_error() as error:
+        except playwright_error() as error:
             raise ToolError(self._after_error(tab, error)) from None
         finally:
             tab.used = time.monotonic()
 
-    async def _act(self, call: Call, tab: _Tab, action: str, arguments: dict[str, Any]) -> str:
+    async def _act(self, call: Call, tab: Tab, action: str, arguments: dict[str, Any]) -> str:
         """Does what was asked. Returns what failed although there is a page to show, or ""."""
         if action == "open":
             return await self._open(call, tab, arguments["url"])
@@ -136,19 +115,13 @@ class Browser:
             why, tab.lost = tab.lost or ("no page is open" if tab.context is None else "the browser stopped"), ""
             raise ToolError(f"{why}; open an address first")
         if action in ("click", "type"):
-            if tab.reading is None:
-                tab.reading = await reading.read(tab.page)
-            element = tab.reading.find(arguments["target"])
-            handle = await element.handle.evaluate_handle("(found, i) => found.elements[i]", element.index)
-            handle = handle.as_element()
-            if handle is None:
-                raise ToolError("the element is gone; look again")
+            element = await tab.find(arguments["target"])
             if action == "click":
-                await handle.click(timeout=_ACTION_MS)
+                await element.click(timeout=ACTION_MS)
             else:
-                await _fill(handle, arguments["text"])
+                await fill(element, arguments["text"])
                 if arguments.get("submit"):
-                    await handle.press("Enter", timeout=_ACTION_MS)
+                    await element.press("Enter", timeout=ACTION_MS)
         elif action == "scroll":
             down = 1 if arguments.get("direction", "down") == "down" else -1
             await tab.page.mouse.move(VIEWPORT["width"] / 2, VIEWPORT["height"] / 2)
@@ -158,7 +131,7 @@ class Browser:
                 raise ToolError("there is no earlier page")
         return ""
 
-    async def _open(self, call: Call, tab: _Tab, wanted: str) -> str:
+    async def _open(self, call: Call, tab: Tab, wanted: str) -> str:
         if wanted in call.known:
             wanted = call.known[wanted].url
         if _NO_SCHEME.match(wanted):
@@ -169,10 +142,10 @@ class Browser:
             raise ToolError("not an http address") from None
         if tab.page is None or tab.page.is_closed():
             await self._new_page(tab)
-        tab.refused, tab.lost = "", ""
+        tab.refused = ""
         try:
             reply = await tab.page.goto(address, wait_until="domcontentloaded")
-        except _playwright_error() as error:
+        except playwright_error() as error:
             if "ERR_ABORTED" not in str(error) and "Download is starting" not in str(error):
                 raise
             tab.notes = []
@@ -181,13 +154,13 @@ class Browser:
             raise ToolError(tab.refused)
         return f"HTTP {reply.status}" if reply is not None and reply.status >= 400 else ""
 
-    async def _shown(self, call: Call, tab: _Tab, failure: str, *, photograph: bool) -> Output:
+    async def _shown(self, call: Call, tab: Tab, failure: str, *, photograph: bool) -> Output:
         """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
-        found = await _read(tab)
+        found = await tab.read()
         if tab.refused:
             failure, tab.refused = tab.refused, ""
         head = [" | ".join(filter(None, [found.title, found.url])), *filter(None, [failure])]
-        key = (found.url, found.digest, found.scroll)
+        key = (found.url.partition("#")[0], found.digest, found.scroll)
         if tab.shots.redundant(key) and not photograph:
             head.append(f"the screen is as in {tab.shots.path}")
         else:
@@ -210,17 +183,18 @@ class Browser:
         await self._chromium.close()
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    def _tab(self, call: Call) -> _Tab:
-        tab = self._tabs.get(call.directory)
+    def tab(self, directory: Path) -> Tab:
+        """Returns what belongs to the session in this folder."""
+        tab = self._tabs.get(directory)
         if tab is None:
-            (call.directory / _MARK).mkdir(exist_ok=True)
+            (directory / _MARK).mkdir(exist_ok=True)
             shots = Shots(self._options.threshold, self._options.shots)
-            tab = self._tabs[call.directory] = _Tab(call.directory, shots)
+            tab = self._tabs[directory] = Tab(shots)
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         return tab
 
-    async def _new_page(self, tab: _Tab) -> None:
+    async def _new_page(self, tab: Tab) -> None:
         taken = [other for other in self._tabs.values() if other.context is not None and other is not tab]
         if len(taken) >= self._options.contexts:
             free = [other for other in taken if not other.lock.locked()]
@@ -229,7 +203,7 @@ class Browser:
             self._drop(min(free, key=lambda other: other.used), "the page was closed to make room for others")
         browser = await self._chromium.browser()
         self._drop(tab, "")
-        tab.context = await browser.new_context(
+        context = await browser.new_context(
             viewport=VIEWPORT,
             accept_downloads=False,
             service_workers="block",
@@ -237,17 +211,21 @@ class Browser:
             locale="en-US",
             reduced_motion="reduce",
         )
-        tab.pending = {}
-        tab.page = await tab.context.new_page()
-        _listen(tab)
+        try:
+            tab.attach(context, await context.new_page())
+        finally:
+            if tab.context is None:
+                self._close_later(context)
 
-    def _drop(self, tab: _Tab, why: str) -> None:
+    def _drop(self, tab: Tab, why: str) -> None:
         """Lets a session's page go; its context is closed in the background."""
-        context, tab.context, tab.page, tab.reading, tab.lost = tab.context, None, None, None, why
-        if context is not None:
-            task = asyncio.create_task(self._close_context(context))
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
+        if (context := tab.detach(why)) is not None:
+            self._close_later(context)
+
+    def _close_later(self, context) -> None:
+        task = asyncio.create_task(self._close_context(context))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def _close_context(self, context) -> None:
         """Closes a context; the browser is ended when it does not do that in time."""
@@ -257,23 +235,23 @@ class Browser:
         except TimeoutError:
             logger.warning("a page could not be closed; the browser is started again")
             await self._chromium.restart()
-        except _playwright_error():
+        except playwright_error():
             pass  # the browser is gone
 
-    async def _after_timeout(self, tab: _Tab, action: str) -> str:
+    async def _after_timeout(self, tab: Tab, action: str) -> str:
         """Looks whether a page that took too long still lives; one that hangs is closed."""
         if tab.lock.locked():
             return f"{action}: another call of this session still uses the page"
         if tab.page is None:
             return f"{action} timed out"
-        with contextlib.suppress(TimeoutError, _playwright_error()):
+        with contextlib.suppress(TimeoutError, playwright_error()):
             async with asyncio.timeout(0.5):
                 await tab.page.evaluate("window.stop()")
                 return f"{action} timed out; look at what has loaded"
         self._drop(tab, "")
         return f"{action} timed out: the page hung and was closed; open an address"
 
-    def _after_error(self, tab: _Tab, error: Exception) -> str:
+    def _after_error(self, tab: Tab, error: Exception) -> str:
         """Returns a Playwright error in words for the model; a page that is gone is let go."""
         words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         if tab.page is None or tab.page.is_closed() or "crashed" in words or not tab.context.browser.is_connected():
@@ -307,7 +285,6 @@ class Browser:
                     logger.exception("watching the page of %s", directory)
 
 
-_ACTION_MS = 4000.0
 _NET = {
     "ERR_TUNNEL_CONNECTION_FAILED": "cannot connect",
     "ERR_TOO_MANY_REDIRECTS": "too many redirects",
@@ -317,98 +294,6 @@ _NET = {
     "ERR_UNSAFE_PORT": "cannot connect",
     "ERR_BLOCKED_BY_CLIENT": "not an http address",
 }
-
-
-def _playwright_error() -> type[Exception]:
-    from playwright.async_api import Error
-
-    return Error
-
-
-def _listen(tab: _Tab) -> None:
-    """Refuses what would leave the page, with a note for the model, and counts the requests in flight."""
-    page, context = tab.page, tab.context
-
-    def note(text: str) -> None:
-        if len(tab.notes) < 5:
-            tab.notes.append(text[:300])
-
-    async def popup(other) -> None:
-        if other is not page:
-            with contextlib.suppress(_playwright_error()):
-                if other.url in ("", "about:blank"):
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(1.0):
-                            await other.wait_for_url(lambda url: url != "about:blank", wait_until="commit")
-                note(f"a new window was refused: {other.url}")
-                await other.close()
-
-    async def dialog(box) -> None:
-        with contextlib.suppress(_playwright_error()):
-            if box.type == "beforeunload":  # to dismiss it would be to stay
-                return await box.accept()
-            note(f"a dialog was dismissed: {box.message}")
-            await box.dismiss()
-
-    def began(request) -> None:
-        tab.pending[request] = time.monotonic()
-
-    def ended(request) -> None:
-        tab.pending.pop(request, None)
-        tab.quiet_since = time.monotonic()
-
-    def replied(response) -> None:
-        if response.request.is_navigation_request() and response.frame == page.main_frame:
-            tab.refused = response.headers.get(REFUSED, "").partition("details=")[2]
-
-    context.on("page", popup)
-    page.on("dialog", dialog)
-    page.on("download", lambda download: note(f"a download was refused: {download.url}"))
-    page.on("request", began)
-    page.on("requestfinished", ended)
-    page.on("requestfailed", ended)
-    page.on("response", replied)
-
-
-async def _read(tab: _Tab) -> Reading:
-    """Reads the page once it has come to rest; again when it went on while it was read."""
-    for attempt in range(3):
-        await _settled(tab)
-        if tab.reading is not None:
-            await tab.reading.dispose()
-            tab.reading = None
-        try:
-            tab.reading = await reading.read(tab.page)
-            break
-        except _playwright_error() as error:
-            if attempt == 2 or not re.search("destroyed|navigat|detached", str(error)):
-                raise
-    return tab.reading
-
-
-async def _settled(tab: _Tab) -> None:
-    """Waits until no request has been in flight for a moment. Some pages never rest, and some requests never end."""
-    now = tab.quiet_since = time.monotonic()
-    end = now + _SETTLE_SECONDS
-    while now < end:
-        waiting = any(now - since < _SETTLE_SECONDS for since in tab.pending.values())
-        if not waiting and now - tab.quiet_since > _QUIET_SECONDS:
-            return
-        await asyncio.sleep(0.02)
-        now = time.monotonic()
-
-
-async def _fill(handle, text: str) -> None:
-    kind = await handle.evaluate("e => e.tagName === 'SELECT' ? 'select' : (e.type || '').toLowerCase()")
-    if kind == "file":
-        raise ToolError("files cannot be uploaded")
-    if kind in ("checkbox", "radio", "submit", "button"):
-        raise ToolError(f"a {kind} is clicked, not typed into")
-    if kind == "select":
-        if not await handle.select_option(label=text, timeout=_ACTION_MS):
-            raise ToolError(f"no option {text!r}")
-    else:
-        await handle.fill(text, timeout=_ACTION_MS)
 
 
 def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: Reach) -> Tool:
