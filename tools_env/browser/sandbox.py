@@ -6,6 +6,7 @@ processes) with Chromium's own inside. `strongest` tries, from there to none.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import shutil
@@ -51,12 +52,14 @@ def find(executable: str) -> str:
     return found[0]
 
 
-def strongest(executable: str) -> Walls:
-    """Starts the browser behind weaker and weaker walls until it starts. About a second. Raises ToolHostError."""
+@functools.cache
+def strongest(executable: str, bubblewrap: bool) -> Walls:
+    """Starts the browser behind weaker and weaker walls until it starts. About a second. Raises ToolHostError.
+
+    `bubblewrap`: whether that program is there.
+    """
     reason = "no output"
-    for outer in (True, False):
-        if outer and shutil.which("bwrap") is None:
-            continue
+    for outer in (True, False) if bubblewrap else (False,):
         for inner in (True, False):
             walls = Walls(outer, inner)
             with tempfile.TemporaryDirectory(prefix="stepdr_browser_") as folder:

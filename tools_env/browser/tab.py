@@ -53,6 +53,13 @@ class Tab:
         self.context, self.page, self.reading, self.lost, self.notes = None, None, None, why, []
         return context
 
+    async def stop(self) -> None:
+        """Ends what the page loads; returns only if its scripts still run."""
+        session = await self.context.new_cdp_session(self.page)
+        await session.send("Page.stopLoading")
+        await self.page.evaluate("1")
+        await session.detach()
+
     async def read(self) -> Reading:
         """Reads the page once it has come to rest; again when it went on while it was read."""
         for attempt in range(3):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Browser:
     def __init__(self, options: Options, reach: Reach):
         """Raises ToolHostError when the browser cannot run here, or behind weaker walls than `options` accepts."""
         executable = sandbox.find(options.executable)
-        walls = sandbox.strongest(executable)
+        walls = sandbox.strongest(executable, shutil.which("bwrap") is not None)
         if walls.weakness and not options.accept_weaker_isolation:
             raise ToolHostError(
                 f"the browser tool's sandbox is weaker here than it should be: {walls.weakness}; fix that, leave browser "
@@ -144,7 +145,7 @@ class Browser:
             await self._new_page(tab)
         tab.refused = ""
         try:
-            reply = await tab.page.goto(address, wait_until="domcontentloaded")
+            reply = await self._go(tab, address)
         except playwright_error() as error:
             if "ERR_ABORTED" not in str(error) and "Download is starting" not in str(error):
                 raise
@@ -153,6 +154,14 @@ class Browser:
         if tab.refused:
             raise ToolError(tab.refused)
         return f"HTTP {reply.status}" if reply is not None and reply.status >= 400 else ""
+
+    async def _go(self, tab: Tab, address: str):
+        try:
+            return await tab.page.goto(address, wait_until="domcontentloaded")
+        except playwright_error() as error:
+            if "interrupted by another navigation" not in str(error):
+                raise
+        return await tab.page.goto(address, wait_until="domcontentloaded")  # an earlier failure's page came in between
 
     async def _shown(self, call: Call, tab: Tab, failure: str, *, photograph: bool) -> Output:
         """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
@@ -246,7 +255,7 @@ class Browser:
             return f"{action} timed out"
         with contextlib.suppress(TimeoutError, playwright_error()):
             async with asyncio.timeout(0.5):
-                await tab.page.evaluate("window.stop()")
+                await tab.stop()
                 return f"{action} timed out; look at what has loaded"
         self._drop(tab, "")
         return f"{action} timed out: the page hung and was closed; open an address"
