@@ -101,6 +101,15 @@ def get_config() -> ConfigDict:
     )
     config.initial_checkpoint = ""  # folder from launch.convert that midtrain1 starts from; empty = random parameters
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
+    config.distributed = ConfigDict(
+        dict(
+            coordinator="",  # host:port of process 0; auto = jax asks the cluster (TPU VMs, GKE, Slurm); empty = alone
+            processes=1,  # that take part, with a host:port
+            process=0,  # which of them this is
+            join_seconds=300.0,  # that the others may take to start; jax's default
+            heartbeat_seconds=100.0,  # after which a silent process is taken for dead and all end; jax's default
+        )
+    )
     config.parallel = ConfigDict(
         dict(
             context_strategy="auto",  # how attention crosses mesh.context: ring, all_gather, ulysses; auto = cheapest

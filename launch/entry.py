@@ -1,7 +1,8 @@
 """How every script starts: flags, config, and errors as one line that names the fix.
 
 A script defines `main(config)` and ends with `entry.run(main, __doc__)`. Its own flags are absl flags. Exit codes:
-0 done, 1 a bug (with its stack trace), 2 something the person can fix, 130 interrupted, 143 terminated.
+0 done, 1 a bug (with its stack trace), 2 something the person can fix, 75 saved or lost a peer: run the same command
+again, 130 interrupted, 143 terminated.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,17 +33,43 @@ _arguments: list[str] = []
 _config_arguments: list[str] = []
 
 
-def run(main: Callable[[ConfigDict], Any], doc: str | None = None, *, positional: str = "") -> NoReturn:
+def run(
+    main: Callable[[ConfigDict], Any], doc: str | None = None, *, positional: str = "", many_processes: bool = False
+) -> NoReturn:
     """Parses the command line, runs `main(config)` and exits.
 
     Args:
         main: the script's work; its return value is the exit status if it is an int.
         doc: the script's docstring, shown by --help.
         positional: what the words after the flags mean, for --help and errors; "" means there may be none.
+        many_processes: the script may be one of several processes, those of config.distributed.
     """
     _die_with_parent()
     signal.signal(signal.SIGTERM, _terminate)
+    if many_processes:
+        sys.exit(_among_others(lambda: parse(sys.argv, doc, positional=positional), main))
     sys.exit(guarded(lambda: main(parse(sys.argv, doc, positional=positional))))
+
+
+def _among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDict], Any]) -> int:
+    """`guarded`, with config.distributed joined first; a process that fails lets the others notice at once."""
+
+    def work():
+        config = parse_line()
+        from stepdr_jax.training import distributed  # after the flags: a mistyped one should not wait for jax
+
+        distributed.initialize(config)
+        with distributed.failing_together():
+            return main(config)
+
+    try:
+        status = guarded(work)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    if status and "stepdr_jax.training.distributed" in sys.modules:
+        sys.modules["stepdr_jax.training.distributed"].leave(status)
+    return status
 
 
 def guarded(work: Callable[[], Any]) -> int:

@@ -7,7 +7,7 @@ import sys
 
 from absl import flags
 
-from launch import entry
+from launch import entry, tool_host
 from stepdr_jax.errors import UserError
 
 STAGES = ("midtrain1", "midtrain2")
@@ -18,12 +18,16 @@ def main(config) -> None:
     stages = STAGES if not _STAGE.value else (_STAGE.value,)
     if not set(stages) <= set(STAGES):
         raise UserError(f"expected --stage=midtrain1 or --stage=midtrain2, got --stage={_STAGE.value}")
+    from stepdr_jax.evaluation import milestones
     from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
 
     for stage in stages:
-        done = loop.train(config, stage)
+        on_milestone = milestones.inline(
+            config, stage, lambda name=stage: tool_host.of(config, f"seed{config.seed}.{name}")
+        )
+        done = loop.train(config, stage, on_milestone=on_milestone)
         print(f"{stage}  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    entry.run(main, __doc__)
+    entry.run(main, __doc__, many_processes=True)

@@ -5,15 +5,17 @@ Continues where it stopped; a finished stage returns at once. Writes run_dir/see
 
 import sys
 
-from launch import entry
+from launch import entry, tool_host
 
 
 def main(config) -> None:
+    from stepdr_jax.evaluation import milestones
     from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
 
-    done = loop.train(config, "sft")
+    on_milestone = milestones.inline(config, "sft", lambda: tool_host.of(config, f"seed{config.seed}.sft"))
+    done = loop.train(config, "sft", on_milestone=on_milestone)
     print(f"sft  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    entry.run(main, __doc__)
+    entry.run(main, __doc__, many_processes=True)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.training import distributed
 
 _HIDDEN = ".writing-"
 
@@ -158,11 +159,15 @@ def verify(path: Path) -> tuple[str | None, dict]:
 
 
 def params_sha256(params: Any) -> str:
-    """Digest of every parameter's path, type, shape and bytes: equal exactly when the trees are bit-equal."""
+    """Digest of every parameter's path, type, shape and bytes: equal exactly when the trees are bit-equal.
+
+    The same however the arrays are spread over devices and processes; every process of a run must call it.
+    """
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(params)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}\n".encode())
-        digest.update(leaf.tobytes())
+        for piece in distributed.host_pieces(leaf):
+            digest.update(piece.tobytes())
     return digest.hexdigest()
 
 
