@@ -52,10 +52,11 @@ def select_tasks(tasks: Iterable[Task], count: int) -> list[Task]:
     return [task for key in sorted(strata) for task in strata[key][: quota[key]]]
 
 
-def load_tasks(config: ConfigDict) -> tuple[list[Task], dict[str, RubricSet]]:
-    """The selected held-out tasks and their rubric sets by task id."""
+def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[str, RubricSet]]:
+    """The held-out tasks for a stage, or the fewer for a milestone, and their rubric sets by task id."""
     corpus = Path(config.run_dir) / "corpus"
-    tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), config.eval.tasks)
+    count = config.eval.milestone_tasks if "@" in stage else config.eval.tasks
+    tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), count)
     if not tasks:
         raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
     rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
@@ -193,7 +194,9 @@ def trained_stages(config: ConfigDict) -> list[str]:
 def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     """What the rows of a stage depend on: checkpoint, tasks, budgets and sampling, as 16 hex digits."""
     run_dir = Path(config.run_dir)
-    done = run_dir / f"seed{config.seed}" / stage / "done.json"
+    name, _, step = stage.partition("@")
+    home = run_dir / f"seed{config.seed}" / name
+    done = home / "milestones" / step.zfill(8) / step.zfill(8) / "manifest.json" if step else home / "done.json"
     tokenizer = run_dir / "tokenizer" / "tokenizer.json"
     trained = files.read_json(done) if done.exists() else {}
     parts = [
@@ -212,7 +215,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
 
 def finished(config: ConfigDict, stage: str) -> Path | None:
     """The path of a stage's rows when all of them are there and belong to the checkpoint and settings at hand."""
-    tasks, _ = load_tasks(config)
+    tasks, _ = load_tasks(config, stage)
     path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
     if not path.exists():
         return None
@@ -223,16 +226,16 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be a milestone, STAGE@STEP (`training.state.milestones`), with config.eval.milestone_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
     """
-    if stage not in STAGES:
+    if stage.partition("@")[0] not in STAGES:
         raise UserError(f"expected a stage among {', '.join(STAGES)}, got {stage!r}; change --stages")
     if path := finished(config, stage):
         return path
-    tasks, rubric_sets = load_tasks(config)
+    tasks, rubric_sets = load_tasks(config, stage)
     path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
     total = len(tasks) * config.eval.samples
     partial = path.with_name(f"{stage}.partial.jsonl")

@@ -163,7 +163,8 @@ def go_back(home: str | os.PathLike, stage: str, guard, rewinds: list[Rewind], r
             f"--config.{stage}.learning_rate and delete {home}, or let it go back more often with "
             f"--config.{stage}.guard.max_rewinds={2 * len(rewinds) or 3}"
         )
-    _write(home, [*rewinds, rewind])
+    if jax.process_index() == 0:
+        _write(home, [*rewinds, rewind])
     return True
 
 

@@ -7,7 +7,7 @@ same as being killed: what follows is read from disk.
 """
 
 import dataclasses
-import sys
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from stepdr_jax import files
+from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
@@ -26,6 +27,7 @@ from stepdr_jax.sharding.rules import replicated
 from stepdr_jax.training import checkpoint, distributed, guards, metrics, state
 from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.compilation import keep_compiled
+from stepdr_jax.training.distributed import say as _say
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
 from stepdr_jax.training.profiling import Profiler
 from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program
@@ -56,7 +58,7 @@ def train(
     *,
     loader: Batches | None = None,
     vocab_size: int | None = None,
-    on_milestone: Callable[[int], None] | None = None,
+    on_milestone: Callable[[int], dict] | None = None,
 ) -> dict:
     """Trains one stage to its end, from wherever it stopped, and returns its done.json.
 
@@ -65,8 +67,8 @@ def train(
         stage: midtrain1, midtrain2 or sft.
         loader: batches by step; default the run's data on disk.
         vocab_size: default `state.vocab_size`.
-        on_milestone: called with the step when parameters have been laid down in <stage>/milestones, every
-            config.eval.every_tokens tokens.
+        on_milestone: evaluates the parameters that have been laid down at a step, every config.eval.every_tokens
+            tokens (`evaluation.milestones`); None leaves that to another job.
 
     Raises:
         UserError: missing or damaged input, a config that differs from the one the run directory was made with, a full
@@ -82,6 +84,12 @@ def train(
         return finished  # data may be deleted to save space once a stage is done
     if stage != "midtrain1":
         stage_settings.require_parent(config, stage)
+
+    if on_milestone and jax.process_count() > 1:
+        raise UserError(
+            "eval.inline: one process cannot sample from parameters that others hold parts of; set "
+            "--config.eval.inline=false and run python -m launch.evaluate --watch beside this run"
+        )
 
     # ---------------------------------------------------------------- data
     if loader is None:
@@ -136,8 +144,9 @@ def train(
         return {name: distributed.place_rows(a, rows, like[name]) for name, a in arrange(batch, order).items()}
 
     def undo(to: int) -> None:
-        for kind in ("checkpoints", "milestones"):
-            checkpoint.remove_after(home / kind, to)
+        checkpoint.remove_after(home / "checkpoints", to)
+        for later in (step for step in state.milestones(home) if step > to):
+            shutil.rmtree(state.milestone_dir(home, later), ignore_errors=True)
 
     def heldout_loss(params) -> dict[str, float]:
         sums = None
@@ -220,7 +229,8 @@ def train(
             latest = journal.rows[-1] if journal.rows else {}
             shown = {"loss": latest["loss"]} if latest.get("loss") is not None else {}
             speed = {"tok/s": int(latest["tokens_per_second"])} if latest.get("tokens_per_second") else {}
-            progress.update(1, **shown, **speed)
+            if distributed.is_lead():
+                progress.update(1, **shown, **speed)
 
             metadata = {"stage": stage, "seed": config.seed, "model": dataclasses.asdict(model), "tokens": tokens}
             if step % settings.checkpoint_every == 0 or last:
@@ -240,11 +250,11 @@ def train(
                     keep=settings.keep_checkpoints,
                 )
             if row and _crossed(config.eval.every_tokens, before, tokens):
-                checkpoint.save(home / "milestones", step, {"params": now.params}, metadata, keep=sys.maxsize)
+                checkpoint.save(state.milestone_dir(home, step), step, {"params": now.params}, metadata, keep=1)
                 journal.event("milestone", step=step, tokens=tokens)
                 if on_milestone:
                     with jax.transfer_guard("allow"):
-                        on_milestone(step)
+                        journal.measured(on_milestone(step))
         profiler.close(step)
         journal.event("end", step=step)
         journal.close()
@@ -308,6 +318,3 @@ def _rate(schedule, step: int):
 def _zeros(num_sources: int) -> dict:
     with jax.transfer_guard("allow"):
         return jax.device_get(empty_window(num_sources))
-
-
-_say = distributed.say

@@ -31,6 +31,17 @@ def stage_dir(config, seed: int, stage: str) -> Path:
     return Path(config.run_dir) / f"seed{seed}" / stage
 
 
+def milestone_dir(home: Path, step: int) -> Path:
+    """Where a stage lays down its parameters of `step` for evaluation: one checkpoint, never written again."""
+    return home / "milestones" / f"{step:08d}"
+
+
+def milestones(home: Path) -> list[int]:
+    """Steps at which a stage has laid down its parameters, in increasing order."""
+    folders = home.joinpath("milestones").glob("[0-9]*")
+    return sorted(int(folder.name) for folder in folders if checkpoint.steps(folder))
+
+
 def vocab_size(config) -> int:
     """Rows of the embedding: the run's tokenizer's ids, or as many as config.initial_checkpoint has (Qwen2.5 pads).
 
@@ -62,7 +73,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
     Args:
         config: the run's config; its model section must be the one the stage was trained with.
         seed: training seed.
-        stage: init, midtrain1, midtrain2, sft or ppo.
+        stage: init, midtrain1, midtrain2, sft or ppo; or STAGE@STEP for a milestone of it.
         shardings: tree of NamedSharding, as the parameters.
 
     Raises:
@@ -70,7 +81,13 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
     """
     if stage == "init":
         return _start(config, qwen2.Qwen2Config.from_config(config.model, vocab_size(config)), seed, shardings)
+    stage, _, step = stage.partition("@")
     home = stage_dir(config, seed, stage)
+    if step:
+        restored = _restore_params(config, milestone_dir(home, int(step)), shardings)
+        if restored is None:
+            raise UserError(f"{home} has no milestone of step {step}; it has {milestones(home) or 'none'}")
+        return restored.tree["params"]
     if not (home / "done.json").exists():
         raise UserError(
             f"stage {stage} of seed {seed} is not finished in {home}; "

@@ -62,10 +62,18 @@ class Journal:
             return
         files.append_jsonl(self.home / "metrics.jsonl", row)
         self.rows.append(row)
-        numbers = flat(row)
+        self._plot(row["step"], flat(row))
+
+    def measured(self, row: dict) -> None:
+        """Takes note of the evaluation of a milestone; its row is in qa.jsonl already."""
+        self.event("evaluated", step=row["step"])
+        if self._writes:
+            self._plot(row["step"], flat({"step": row["step"], "qa": row}))
+
+    def _plot(self, step: int, numbers: dict[str, float]) -> None:
         if self._board:
             for name, value in numbers.items():
-                self._board.add_scalar(name, value, row["step"])
+                self._board.add_scalar(name, value, step)
             self._board.flush()
         if self._wandb:
             self._wandb.log(numbers)

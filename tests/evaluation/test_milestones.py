@@ -1,0 +1,96 @@
+"""QA at milestones of training, by the training process and by a job that watches: a tiny model, a real tool host."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from stepdr_jax import files, records
+from stepdr_jax.evaluation import milestones
+from stepdr_jax.records import Rubric, RubricSet
+from stepdr_jax.tokens.tokenizer import Tokenizer
+from stepdr_jax.training import checkpoint, loop, state
+from tests.reporting import synthetic_run
+from tests.tools_env.conftest import write_world
+from tests.training import tiny
+from tools_env.process import ToolHost
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Twelve steps of 120 tokens, a milestone every 500 tokens at the rows of every third step."""
+    run_dir = tmp_path_factory.mktemp("milestones")
+    tasks = synthetic_run.make_tasks(12)
+    records.write(run_dir / "corpus" / "tasks.jsonl", tasks)
+    check = Rubric(rid="a", criterion="States it.", weight=1, role="explicit", check={"kind": "states", "any": ["x"]})
+    rubric_sets = [RubricSet(id=task.id, task_id=task.id, rubrics=[check]) for task in tasks]
+    records.write(run_dir / "corpus" / "rubrics.jsonl", rubric_sets)
+    tokenizer = Tokenizer.train([task.query for task in tasks], 300)
+    tokenizer.save(run_dir / "tokenizer" / "tokenizer.json")
+    config = tiny.tiny_config(
+        run_dir, **{"eval.every_tokens": 500, "eval.milestone_tasks": 4, "ppo.slots": 4, "ppo.shards": 1}
+    )
+    config.agent.update(dict(max_turns=2, max_turn_tokens=8, max_episode_tokens=512))
+    world = write_world(run_dir / "world")
+
+    def host():
+        return ToolHost(world, web_port=9, log_path=run_dir / "log")
+
+    on_milestone = milestones.inline(config, "midtrain1", host)
+    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tokenizer.vocab_size, on_milestone=on_milestone)
+    return config, host, state.stage_dir(config, 0, "midtrain1")
+
+
+def test_milestones_lie_at_the_rows_that_pass_a_multiple_of_the_tokens(trained):
+    config, _, home = trained
+    assert state.milestones(home) == [6, 9]  # 720 and 1,080 tokens
+    assert [event["step"] for event in files.read_jsonl(home / "events.jsonl") if event["event"] == "evaluated"] == [
+        6,
+        9,
+    ]
+    final = checkpoint.restore(home / "checkpoints", {"step": np.zeros((), np.int32)})
+    params = {step: state.load_params(config, 0, f"midtrain1@{step}") for step in (6, 9)}
+    assert final.step == 12
+    assert not np.array_equal(params[6]["embedding"], params[9]["embedding"])
+
+
+def test_a_row_a_milestone_says_what_was_measured(trained):
+    rows = files.read_jsonl(milestones.rows_path(trained[0], "midtrain1"))
+    assert [(row["step"], row["tokens"], row["episodes"]) for row in rows] == [(6, 720, 4), (9, 1080, 4)]
+    for row in rows:
+        assert row["missing"] == 0
+        assert row["low"]["reward"] <= row["reward"] <= row["high"]["reward"]
+        assert 0 <= row["format"]["turns"] <= 1 and row["format"]["answer"] == row["answered"]
+
+
+def test_a_job_that_watches_writes_the_same_rows_and_ends_with_the_stages(trained, tmp_path):
+    config, host, home = trained
+    path = milestones.rows_path(config, "midtrain1")
+    before = files.read_jsonl(path)
+    shutil.move(path, tmp_path / "qa.jsonl")
+    (home / "done.json").rename(tmp_path / "done.json")
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        (tmp_path / "done.json").rename(home / "done.json")
+
+    rows = list(milestones.watch(config, ["midtrain1"], None, every=7.0, sleep=sleep))
+    assert looks == [7.0]
+    assert rows == [{"stage": "midtrain1"} | row for row in before] and files.read_jsonl(path) == before
+
+
+def test_a_milestone_that_was_undone_loses_its_row(trained, tmp_path):
+    config, _, home = trained
+    shutil.move(state.milestone_dir(home, 9), tmp_path / "gone")
+    milestones.evaluate(config, "midtrain1", 6, None)
+    assert [row["step"] for row in files.read_jsonl(milestones.rows_path(config, "midtrain1"))] == [6]
+    shutil.move(tmp_path / "gone", state.milestone_dir(home, 9))
+
+
+def test_no_milestones_and_no_evaluation_in_this_process_unless_asked(trained):
+    config = trained[0].copy_and_resolve_references()
+    config.eval.inline = False
+    assert milestones.inline(config, "midtrain1", trained[1]) is None
+    config.eval.update(dict(inline=True, every_tokens=0))
+    assert milestones.inline(config, "midtrain1", trained[1]) is None
