@@ -19,8 +19,9 @@ from stepdr_jax import files, records
 from stepdr_jax.evaluation import results
 from stepdr_jax.progress import clock
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
-from stepdr_jax.reporting import collect, sections, viewer
+from stepdr_jax.reporting import collect, viewer
 from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
+from stepdr_jax.reporting.sections import data, evaluation, headline, ppo, training, wording
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -79,8 +80,8 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         stage: {field: results.breakdown(rows, field) for field in ("kind", "lang")}
         for stage, rows in run.evaluated.items()
     }
-    differences = sections.differences(run)
-    verdict = sections.result_sentences(run, differences)
+    differences = evaluation.differences(run)
+    verdict = headline.result_sentences(run, differences)
     seconds = stage_seconds(run)
     total = sum(value for key, value in seconds.items() if key != "report")
     episodes = episodes_for_viewer(run)
@@ -89,25 +90,25 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         meta=_meta(run, written, total),
         contents=CONTENTS,
         verdict=verdict,
-        tiles=sections.tiles(run, summaries, total or None),
-        overview=sections.overview(run, summaries),
+        tiles=headline.tiles(run, summaries, total or None),
+        overview=headline.overview(run, summaries),
         timing=_timing(run, seconds),
         machine=_machine_sentence(machine),
-        data=sections.data(run),
-        training=sections.training(run, command),
-        ppo=sections.ppo(run),
-        evaluation=sections.evaluation(run, summaries, differences, breakdowns),
+        data=data.section(run),
+        training=training.sections(run, command),
+        ppo=ppo.section(run),
+        evaluation=evaluation.section(run, summaries, differences, breakdowns),
         viewer=dict(
             count=len(episodes),
             first=_first(episodes),
             json=viewer.embed(episodes),
             sentence=_viewer_sentence(run, episodes),
         ),
-        limits=sections.LIMITS,
+        limits=evaluation.LIMITS,
         run_dir=str(config.run_dir),
         commands=["bash launch/quickstart.sh", "", *(command(stage) for stage in STAGE_COMMANDS)],
         config_text=json.dumps(_plain(config), indent=1, ensure_ascii=False),
-        versions=sections.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
+        versions=wording.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
         command=command,
         css=_asset("style.css") + _asset("viewer.css"),
         script=_asset("page.js") + _asset("viewer.js"),
@@ -223,7 +224,7 @@ def _timing(run: Run, seconds: Mapping[str, float]) -> dict[str, Any]:
         cells += [""] * (max(len(run.seeds), 1) - len(cells))
         peak = max((run.ledger.get(key, {}).get("peak_bytes", 0) for key in keys), default=0)
         rows.append([title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _made(run, stage)])
-    return sections.table(head, rows, numeric=False)
+    return wording.table(head, rows, numeric=False)
 
 
 def _state(run: Run, key: str) -> str:
@@ -242,20 +243,20 @@ def _state(run: Run, key: str) -> str:
 
 
 def _made(run: Run, stage: str) -> str:
-    data = run.data
-    if stage == "world" and data.get("documents"):
-        return sections.counted(data["documents"], "page")
-    if stage == "synthesize" and data.get("tasks"):
-        kept = data.get("trajectories", {}).get("kept", 0)
-        return f"{sections.counted(sum(row['count'] for row in data['tasks']), 'task')}, {sections.counted(kept, 'trajectory', 'trajectories')}"
-    if stage == "build_data" and data.get("prepared"):
-        return f"{data['prepared']['tokens']:,} tokens"
+    found = run.data
+    if stage == "world" and found.get("documents"):
+        return wording.counted(found["documents"], "page")
+    if stage == "synthesize" and found.get("tasks"):
+        kept = found.get("trajectories", {}).get("kept", 0)
+        return f"{wording.counted(sum(row['count'] for row in found['tasks']), 'task')}, {wording.counted(kept, 'trajectory', 'trajectories')}"
+    if stage == "build_data" and found.get("prepared"):
+        return f"{found['prepared']['tokens']:,} tokens"
     if stage == "evaluate" and run.evaluated:
-        return sections.counted(sum(map(len, run.evaluated.values())), "episode")
+        return wording.counted(sum(map(len, run.evaluated.values())), "episode")
     curves = run.curves.get(run.first_seed, {}).get(stage)
     if curves and curves.x:
         unit = "iteration" if stage == "ppo" else "step"
-        return sections.made(curves, unit)
+        return wording.made(curves, unit)
     return "–"
 
 
@@ -378,7 +379,7 @@ def _viewer_sentence(run: Run, episodes: list[dict[str, Any]]) -> str:
     places = len({row["where"] for row in episodes})
     detailed = sum("tokens" in row for row in episodes)
     sentence = (
-        f"{sections.counted(len(episodes), 'episode')} from {sections.counted(places, 'place')} in the recipe, a sample that keeps "
+        f"{wording.counted(len(episodes), 'episode')} from {wording.counted(places, 'place')} in the recipe, a sample that keeps "
         f"this file small; the others are in {run.path}. Citations lead to the passage that the episode observed."
     )
     if detailed:

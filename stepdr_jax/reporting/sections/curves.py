@@ -1,0 +1,81 @@
+"""Charts of metrics over steps or iterations, for every stage that logs them."""
+
+import math
+import re
+from collections.abc import Callable
+
+from stepdr_jax.reporting import plots
+from stepdr_jax.reporting.collect import Curves, Run
+from stepdr_jax.reporting.plots import Line
+
+
+def several(run: Run, stage: str, pick: Callable[[str], str | None], **settings) -> tuple[str, set[str]]:
+    """A line chart of every metric that `pick` gives a label, over all seeds; and the metric names it used.
+
+    Of several labels those that are 0 throughout are left out.
+    """
+    found: list[tuple[str, int, Curves, str]] = []
+    for seed in run.seeds:
+        curves = run.curves.get(seed, {}).get(stage)
+        for name in curves.values if curves else ():
+            label = pick(name)
+            if label is not None:
+                found.append((label, seed, curves, name))
+    names = {name for *_, name in found}
+    one_metric = len({label for label, *_ in found}) == 1
+    labels = list(
+        dict.fromkeys(
+            label for label, _, curves, name in found if any(v and math.isfinite(v) for v in curves.values[name])
+        )
+    )
+    if not one_metric:
+        if found and not labels:
+            return plots.nothing(settings["title"], "0 throughout"), names
+        found = [row for row in found if row[0] in labels]
+    labels = list(dict.fromkeys(label for label, *_ in found))
+    seeds = list(dict.fromkeys(seed for _, seed, *_ in found))
+    lines = []
+    for label, seed, curves, name in found:
+        if len(labels) == 1 and len(seeds) > 1:  # colour tells seeds apart
+            lines.append(Line(f"seed {seed}" if one_metric else f"{label}, seed {seed}", curves.x, curves.values[name]))
+        else:
+            lines.append(Line(label, curves.x, curves.values[name], f"seed {seed}" if len(seeds) > 1 else ""))
+    return plots.line_chart(lines, **settings), names
+
+
+def matching(pattern: str, label: str | None = None) -> Callable[[str], str | None]:
+    """Picks metrics by a regular expression; the label is its first group, or given."""
+    compiled = re.compile(pattern)
+
+    def pick(name: str) -> str | None:
+        match = compiled.fullmatch(name)
+        if not match:
+            return None
+        found = (match.group(1) if match.groups() else "") or name
+        return label or LABELS.get(found, found.replace("_", " "))
+
+    return pick
+
+
+LABELS = {"success": "correct"}
+HIDDEN = re.compile(r"(.*/)?(step|iteration|time|timestamp|wall_time|.*seconds.*|tokens|tokens_seen|.*_total)")
+
+
+def rest(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
+    """A small chart for every metric that no panel showed and that is not bookkeeping or constant."""
+    names = dict.fromkeys(
+        name for seed in run.seeds if stage in run.curves.get(seed, {}) for name in run.curves[seed][stage].values
+    )
+    out = []
+    for name in names:
+        if name in used or HIDDEN.fullmatch(name):
+            continue
+        values = [
+            v for seed in run.seeds if stage in run.curves[seed] for v in run.curves[seed][stage].values.get(name, ())
+        ]
+        if len({v for v in values if math.isfinite(v)}) > 1:
+            figure, _ = several(
+                run, stage, matching(re.escape(name), name), title=name.replace("_", " "), x_label=x_label
+            )
+            out.append(figure)
+    return out

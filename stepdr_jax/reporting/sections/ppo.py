@@ -1,0 +1,77 @@
+"""Curves of reinforcement learning."""
+
+import math
+
+from stepdr_jax.reporting import plots
+from stepdr_jax.reporting.collect import Run
+from stepdr_jax.reporting.sections.curves import matching, rest, several
+from stepdr_jax.reporting.sections.wording import Section, listed
+
+PPO_PANELS = (
+    ("Reward of training episodes", r"reward", "mean reward", {"smooth": 5, "y_label": "reward"}),
+    ("Correct and cited training episodes", r"(success|cited)", None, {"smooth": 5, "y_label": "share"}),
+    ("Reward by kind of task", r"reward/(.+)", None, {"smooth": 5, "y_label": "reward"}),
+    ("KL to the policy that sampled", r"kl(?:/(.+))?", None, {"y_label": "nats"}),
+    ("Entropy of the policy", r"entropy", "entropy", {"y_label": "nats per token"}),
+    (
+        "Explained variance of the critic",
+        r"explained_variance",
+        "explained variance",
+        {"y_range": (-1, 1), "zero": True},
+    ),
+    ("Masked episodes by cause", r"masked/(.+)", None, {"y_label": "episodes"}),
+    ("Log-probability gap, sampler against trainer", r"logprob_gap/(.+)", None, {"y_label": "nats"}),
+    ("Turns and tool calls per episode", r"(turns|tool_calls)", None, {"smooth": 5}),
+    ("Tokens per episode", r"(sampled_tokens|given_tokens)", None, {"smooth": 5, "y_label": "tokens"}),
+    ("Tokens sampled, by how the episode ended", r"tokens_by_finish/(.+)", None, {"y_label": "tokens"}),
+    ("Seconds per iteration", r"seconds_(sampling|training)", None, {"y_label": "seconds"}),
+)
+FINISHES_AFTER = 1  # the panel of shares stands behind this many others
+
+
+def section(run: Run) -> Section:
+    section: Section = {"figures": [], "more": [], "sentence": ""}
+    if not any("ppo" in run.curves.get(seed, {}) for seed in run.seeds):
+        return section
+    used: set[str] = set()
+    for index, (title, pattern, label, settings) in enumerate(PPO_PANELS):
+        if index == FINISHES_AFTER:
+            figure, names = _finishes(run)
+            if names:
+                section["figures"].append(figure)
+                used |= names
+        figure, names = several(run, "ppo", matching(pattern, label), title=title, x_label="iteration", **settings)
+        if names:
+            section["figures"].append(figure)
+            used |= names
+    section["more"] = rest(run, "ppo", used, "iteration")
+    lengths = [len(run.curves[seed]["ppo"].x) for seed in run.seeds if "ppo" in run.curves.get(seed, {})]
+    section["sentence"] = (
+        f"{listed([f'{n:,}' for n in dict.fromkeys(lengths)])} iterations of sampling and updating"
+        + (f", {len(lengths)} seeds" if len(lengths) > 1 else "")
+        + ". Episodes here are on training tasks and sampled at the training temperature; the evaluation below is what counts. "
+        "Masked episodes are those that our own system broke: they carry no reward and no gradient."
+    )
+    return section
+
+
+def _finishes(run: Run) -> tuple[str, set[str]]:
+    """Shares of finish reasons over iterations, averaged over seeds."""
+    pick = matching(r"(?:rollout/)?finish(?:_share)?[/_](.+)")
+    sums: dict[str, dict[float, float]] = {}
+    used: set[str] = set()
+    for seed in run.seeds:
+        curves = run.curves.get(seed, {}).get("ppo")
+        for name in curves.values if curves else ():
+            label = pick(name)
+            if label is None:
+                continue
+            used.add(name)
+            for x, value in zip(curves.x, curves.values[name], strict=True):
+                at = sums.setdefault(label, {})
+                at[x] = at.get(x, 0.0) + (value if math.isfinite(value) else 0.0)
+    xs = sorted({x for at in sums.values() for x in at})
+    totals = {x: sum(at.get(x, 0.0) for at in sums.values()) or 1.0 for x in xs}
+    order = sorted(sums, key=lambda label: (label != "answered", label))
+    shares = {label: [sums[label].get(x, 0.0) / totals[x] for x in xs] for label in order}
+    return plots.share_chart(xs, shares, title="How episodes ended", x_label="iteration"), used
