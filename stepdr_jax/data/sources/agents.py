@@ -1,0 +1,73 @@
+"""Trajectories in the Agent Data Protocol's standard form (neulab/agent-data-protocol, schema up to 1.2).
+
+A trajectory is {id, content: [steps], details}. Steps are observations (text_observation, web_observation) and actions
+(api_action: a function and its arguments; code_action: a language and code; message_action: text); an action's `description` is
+the thought before it.
+"""
+
+from typing import Any
+
+from stepdr_jax.data.sources import dialogue
+from stepdr_jax.data.sources.fields import common, parsed
+from stepdr_jax.tokens.chat import tool_call_text
+
+
+def agent_data_protocol(line: bytes) -> dict:
+    """A row whose actions are assistant turns with <think> and <tool_call>, and whose observations are tool results.
+
+    Actions that follow each other are one turn. What the data itself puts into the agent's mouth (an observation of source
+    agent) is a turn that is not learned.
+    """
+    row = parsed(line)
+    steps = row.get("content")
+    if not isinstance(steps, list) or not steps:
+        raise ValueError("expected content, a list of steps")
+    messages: list[dict] = []
+    answer, before = None, ""
+    for number, step in enumerate(steps, 1):
+        message = _message(step, number, before)
+        if step["class_"] == "message_action":
+            answer = str(step["content"])
+        if step["class_"].endswith("_action"):
+            before = step["class_"]
+        last = messages[-1] if messages else None
+        if last and last["role"] == message["role"] == "assistant":
+            if last.get("train", True) != message.get("train", True):
+                raise ValueError(f"step {number}: the agent acts and is spoken for in one turn")
+            last["content"] += "\n" + message["content"]
+        else:
+            messages.append(message)
+    details = row.get("details") if isinstance(row.get("details"), dict) else {}
+    own = common(row) | {key: str(details[key]) for key in ("licence", "license") if details.get(key)}
+    own["licence"] = own.pop("license", "") or own.get("licence", "")
+    return own | {"trajectory": dialogue.trajectory(row.get("id"), "adp", messages, answer=answer)}
+
+
+def _message(step: Any, number: int, before: str) -> dict:
+    """Returns a step as a message. `before`: the class of the last action; what follows a call is its result."""
+    called = before in ("api_action", "code_action")
+    if not isinstance(step, dict):
+        raise ValueError(f"step {number}: expected an object")
+    kind = step.get("class_")
+    if kind == "text_observation":
+        source = step.get("source")
+        if source == "agent":
+            return {"role": "assistant", "content": str(step["content"]), "train": False}
+        if source == "environment" and not before:
+            return {"role": "system" if step.get("name") == "system" else "user", "content": str(step["content"])}
+        return {"role": "tool" if called or source == "environment" else "user", "content": str(step["content"])}
+    if kind == "web_observation":
+        page = step.get("axtree") or step.get("html")
+        if not page:
+            raise ValueError(f"step {number}: a web observation without text (axtree or html)")
+        content = f"{step['url']}\n{page}" if step.get("url") else str(page)
+        return {"role": "tool" if called else "user", "content": content}
+    thought = f"<think>\n{step['description']}\n</think>\n" if step.get("description") else ""
+    if kind == "api_action":
+        return {"role": "assistant", "content": thought + tool_call_text(step["function"], dict(step["kwargs"]))}
+    if kind == "code_action":
+        code = tool_call_text(str(step.get("language") or "python"), {"code": str(step["content"])})
+        return {"role": "assistant", "content": thought + code}
+    if kind == "message_action":
+        return {"role": "assistant", "content": thought + str(step["content"])}
+    raise ValueError(f"step {number}: unknown class_ {kind!r}")
