@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from stepdr_jax.models import qwen2
+from stepdr_jax.sharding.placement import WHOLE, Placement
 
 
 def init_value_params(actor_params: dict, config: qwen2.Qwen2Config, key: jax.Array) -> dict:
@@ -33,8 +34,11 @@ def values(
     segment_ids_BT: jax.Array,
     config: qwen2.Qwen2Config,
     *,
+    placement: Placement = WHOLE,
     remat: str = "none",
 ) -> jax.Array:
-    """v_BT float32: the value after reading tokens 0..t of the segment."""
-    x_BTD = qwen2.hidden_states(params["decoder"], tokens_BT, positions_BT, segment_ids_BT, config, remat=remat)
+    """v_BT float32: the value after reading tokens 0..t of the segment; `placement` and `remat` as in `hidden_states`."""
+    x_BTD = qwen2.hidden_states(
+        params["decoder"], tokens_BT, positions_BT, segment_ids_BT, config, placement=placement, remat=remat
+    )
     return jnp.einsum("BTD,D->BT", x_BTD.astype(jnp.float32), params["value_kernel"]) + params["value_bias"]

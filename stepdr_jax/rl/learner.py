@@ -16,6 +16,8 @@ from stepdr_jax.models import value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import advantages, ppo
 from stepdr_jax.rl.rollouts import EpisodeArrays
+from stepdr_jax.training.program import order_of, parallel_of
+from stepdr_jax.training.step import Parallel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,18 @@ class PPOConfig:
     rows: int
     context: int
     seed: int
+    order: np.ndarray | None = None  # of a row's tokens on a mesh; None gathers actions instead
 
     @classmethod
-    def from_config(cls, config: ConfigDict, model: Qwen2Config) -> "PPOConfig":
+    def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
+        """From the config; with a mesh, rows are split over it. Raises UserError for sizes that it does not divide."""
         c = config.ppo
+        context = config.agent.max_episode_tokens
+        parallel, order = Parallel(remat=c.remat), None
+        if mesh is not None and mesh.size > 1:
+            parallel = parallel_of(config, "ppo", mesh, model)
+            order = order_of(parallel, context)
+            order = np.arange(context) if order is None else order
         return cls(
             settings=ppo.Settings(
                 model=model,
@@ -47,7 +57,7 @@ class PPOConfig:
                 value_clip=c.value_clip,
                 kl_coefficient=c.kl_coefficient,
                 entropy_coefficient=c.entropy_coefficient,
-                remat=c.remat,
+                parallel=parallel,
             ),
             actor_optimizer=ppo.make_optimizer(c.actor_learning_rate, c.warmup_steps, c.beta2, c.clip_norm),
             critic_optimizer=ppo.make_optimizer(c.critic_learning_rate, c.warmup_steps, c.beta2, c.clip_norm),
@@ -59,8 +69,9 @@ class PPOConfig:
             loss_aggregation=c.loss_aggregation,
             whiten=c.whiten,
             rows=c.microbatch_rows,
-            context=config.agent.max_episode_tokens,
+            context=context,
             seed=config.seed,
+            order=order,
         )
 
 
@@ -162,7 +173,7 @@ def _at_once(*works: Callable[[], Any]) -> list[Any]:
 def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
     """Log-probability and entropy of every action now, and its log-probability under the reference (0 without one)."""
     old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
-    for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context):
+    for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context, order=config.order):
         logprob_N, entropy_N = ppo.logprobs(actor, micro.rows, settings=config.settings)
         micro.scatter(logprob_N, old_ET)
         micro.scatter(entropy_N, entropy_ET)
@@ -173,7 +184,9 @@ def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
 
 def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:
     values_ET = np.zeros(episodes.tokens_ET.shape, np.float32)
-    for micro in ppo.pack(episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False):
+    for micro in ppo.pack(
+        episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False, order=config.order
+    ):
         micro.scatter(ppo.values(critic, micro.rows, settings=config.settings), values_ET)
     return values_ET
 
@@ -203,7 +216,9 @@ def _train(
         weight_ET = ppo.action_weights(kept_ET, config.loss_aggregation)
         share_ET = ppo.action_weights(kept_ET, "token_mean")
         total = ppo.zeros_like(params)
-        for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, tight=is_actor):
+        for micro in ppo.pack(
+            episodes, members, rows=config.rows, context=config.context, tight=is_actor, order=config.order
+        ):
             actions = micro.gather(weight=weight_ET, share=share_ET, **per_action)
             total, more = gradients(params, total, micro.rows, actions, settings=config.settings)
             for key, value in more.items():

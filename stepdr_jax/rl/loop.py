@@ -153,9 +153,10 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
     files.write_json(home / "settings.json", asked)
 
     # ---------------------------------------------------------------- state: new or continued
-    learning = learner.PPOConfig.from_config(config, parts.model)
+    mesh = make_mesh(**config.mesh)
+    learning = learner.PPOConfig.from_config(config, parts.model, mesh)
     fresh = learner.init_state(parts.actor, learning, jax.random.key(config.seed))
-    fresh = jax.device_put(fresh, rules.param_shardings(fresh, make_mesh(**config.mesh)))
+    fresh = jax.device_put(fresh, rules.param_shardings(fresh, mesh))
     restored = checkpoint.restore(home / "checkpoints", fresh)
     now, start, seconds = fresh, 0, 0.0
     if restored is not None:

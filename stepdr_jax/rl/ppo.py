@@ -6,6 +6,9 @@ microbatches add up to the gradient of the batch, however it was split.
 
 Alignment: action n is the token at flat index i of the rows; its log-probability and its value are read from the hidden
 state at i - 1, the state in which it was sampled. The first token of an episode is given, so i - 1 is of the same episode.
+
+On a mesh actions are not gathered: they stay in [R, T] at the place of the state they are read from, so that every array is
+split as the rows are, and states in which nothing was sampled weigh nothing.
 """
 
 import dataclasses
@@ -21,6 +24,8 @@ from stepdr_jax.models import qwen2, value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.rl.rollouts import EpisodeArrays
+from stepdr_jax.sharding import spmd
+from stepdr_jax.training.step import Parallel
 
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
 
@@ -76,42 +81,51 @@ def action_weights(action_mask_ET: np.ndarray, aggregation: str) -> np.ndarray:
 class Microbatch:
     """Rows and actions of fixed shape, and where each action comes from.
 
-    rows: tokens, positions, segment_ids int32[R, T]; index int32[N], the action's flat index (1 where unused); used
-    bool[N]. episode_N, token_N: row and column of the action in the episode arrays (0 where unused).
+    rows: tokens, positions, segment_ids int32[R, T]; target int32, the action (0 where unused); and, where actions are
+    gathered, state int32[N], the flat index of the state that each is read from (0 where unused). used_N: which are
+    actions. episode_N, token_N: row and column of the action in the episode arrays (0 where unused). Arrays of actions
+    have the shape [N], or [R, T] where they are not gathered.
     """
 
     rows: dict[str, np.ndarray]
+    used_N: np.ndarray
     episode_N: np.ndarray
     token_N: np.ndarray
 
     def gather(self, **values_ET: np.ndarray) -> dict[str, np.ndarray]:
         """The named [E, T] arrays at the actions, 0 where unused."""
-        used_N = self.rows["used"]
         return {
-            name: np.where(used_N, array[self.episode_N, self.token_N], 0).astype(np.float32)
+            name: np.where(self.used_N, array[self.episode_N, self.token_N], 0).astype(np.float32)
             for name, array in values_ET.items()
         }
 
     def scatter(self, values_N, out_ET: np.ndarray) -> None:
         """Writes per-action values back into an [E, T] array."""
-        used_N = self.rows["used"]
-        out_ET[self.episode_N[used_N], self.token_N[used_N]] = np.asarray(values_N)[used_N]
+        out_ET[self.episode_N[self.used_N], self.token_N[self.used_N]] = np.asarray(values_N)[self.used_N]
 
 
 def pack(
-    episodes: EpisodeArrays, members: Sequence[int], *, rows: int, context: int, tight: bool = True
+    episodes: EpisodeArrays,
+    members: Sequence[int],
+    *,
+    rows: int,
+    context: int,
+    tight: bool = True,
+    order: np.ndarray | None = None,
 ) -> list[Microbatch]:
     """Packs the unmasked episodes among `members` into microbatches of `rows` rows of `context` tokens.
 
     First fit by decreasing length, ties by index: a function of the lengths alone. The width N of a microbatch is its
     number of actions rounded up to half of its tokens, so that the vocabulary loss does little in vain and few
     shapes are compiled; not `tight`, it is all tokens and one shape (for the critic, whose head costs nothing).
+
+    With `order`, a permutation of every row (of `training.program.order_of`, or any for a mesh), actions are not gathered.
     """
     lengths = episodes.lengths_E
-    order = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))
+    longest_first = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))
     packed: list[list[int]] = []
     room: list[int] = []
-    for e in order:
+    for e in longest_first:
         place = next((r for r, left in enumerate(room) if left >= lengths[e]), None)
         if place is None:
             place = len(packed)
@@ -120,17 +134,16 @@ def pack(
         packed[place].append(e)
         room[place] -= int(lengths[e])
     groups = [packed[start : start + rows] for start in range(0, len(packed), rows)]
-    return [_microbatch(episodes, group, rows, context, tight) for group in groups]
+    return [_microbatch(episodes, group, rows, context, tight, order) for group in groups]
 
 
-def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows: int, context: int, tight: bool) -> Microbatch:
+def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows, context, tight, order) -> Microbatch:
     actions = int(episodes.action_mask_ET[[e for row in group for e in row]].sum())
     half = max(rows * context // 2, 1)
-    width = -(-actions // half) * half if tight else rows * context
-    shape = (rows, context)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    index_N, used_N = np.ones(width, np.int32), np.zeros(width, bool)
-    episode_N, token_N = np.zeros(width, np.int32), np.zeros(width, np.int32)
+    width = -(-actions // half) * half if tight and order is None else rows * context
+    tokens, positions, segments = (np.zeros((rows, context), np.int32) for _ in range(3))
+    state_N, used_N = np.zeros(width, np.int32), np.zeros(width, bool)
+    target_N, episode_N, token_N = (np.zeros(width, np.int32) for _ in range(3))
     filled = 0
     for row, members in enumerate(group):
         start = 0
@@ -141,13 +154,18 @@ def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows: int, cont
             positions[row, span] = np.arange(length)
             segments[row, span] = segment
             at = np.flatnonzero(episodes.action_mask_ET[e])
-            here = slice(filled, filled + len(at))
-            index_N[here], used_N[here] = row * context + start + at, True
-            episode_N[here], token_N[here] = e, at
+            state = row * context + start + at - 1
+            here = slice(filled, filled + len(at)) if order is None else state
+            state_N[here], used_N[here] = state, True
+            target_N[here], episode_N[here], token_N[here] = episodes.tokens_ET[e, at], e, at
             filled += len(at)
             start += length
-    arrays = dict(tokens=tokens, positions=positions, segment_ids=segments, index=index_N, used=used_N)
-    return Microbatch(arrays, episode_N, token_N)
+    arrays = dict(tokens=tokens, positions=positions, segment_ids=segments)
+    if order is None:
+        return Microbatch(arrays | dict(target=target_N, state=state_N), used_N, episode_N, token_N)
+    target_N, used_N, episode_N, token_N = (a.reshape(rows, context) for a in (target_N, used_N, episode_N, token_N))
+    arrays = {name: array[:, order] for name, array in (arrays | dict(target=target_N)).items()}
+    return Microbatch(arrays, used_N[:, order], episode_N[:, order], token_N[:, order])
 
 
 def minibatches(count: int, parts: int, *, seed: int, iteration: int, purpose: int) -> Iterator[np.ndarray]:
@@ -169,8 +187,12 @@ class Settings:
     value_clip: float
     kl_coefficient: float
     entropy_coefficient: float
-    remat: str = "none"  # see models.qwen2.REMAT
+    parallel: Parallel = Parallel()  # how rows of microbatches are split
     loss_chunk: int = 2048  # actions per slice of the vocabulary
+
+    @property
+    def sharded(self) -> bool:
+        return self.parallel.mesh is not None and self.parallel.mesh.size > 1
 
 
 @functools.cache  # one object per setting: it is a static argument of `apply`
@@ -187,40 +209,87 @@ def make_optimizer(
     )
 
 
+def _states(x_RTX, rows):
+    """What stands at the states of the actions: [N, ...]."""
+    flat_XX = x_RTX.reshape(-1, *x_RTX.shape[2:])
+    return flat_XX[rows["state"]] if "state" in rows else flat_XX
+
+
 def _action_stats(params, rows, settings: Settings):
     """(logprob_N, entropy_N) of the actions under the policy, at the sampling temperature."""
+    parallel, placement = settings.parallel, settings.parallel.placement(settings.model)
     x_RTD = qwen2.hidden_states(
-        params, rows["tokens"], rows["positions"], rows["segment_ids"], settings.model, remat=settings.remat
+        params,
+        rows["tokens"],
+        rows["positions"],
+        rows["segment_ids"],
+        settings.model,
+        placement=placement,
+        remat=parallel.remat,
     )
-    state_ND = x_RTD.reshape(-1, x_RTD.shape[-1])[rows["index"] - 1]
-    target_N = rows["tokens"].reshape(-1)[rows["index"]]
     logprob_N, entropy_N, _ = token_stats(
-        state_ND,
+        _states(x_RTD, rows),
         qwen2.unembedding(params),
-        target_N,
+        rows["target"].reshape(-1),
         chunk=settings.loss_chunk,
         temperature=settings.temperature,
+        head=placement.head(tied=settings.model.tie_embeddings, tiles=parallel.vocab_tiles),
     )
     return logprob_N, entropy_N
 
 
 def _action_values(params, rows, settings: Settings):
     v_RT = value_head.values(
-        params, rows["tokens"], rows["positions"], rows["segment_ids"], settings.model, remat=settings.remat
+        params,
+        rows["tokens"],
+        rows["positions"],
+        rows["segment_ids"],
+        settings.model,
+        placement=settings.parallel.placement(settings.model),
+        remat=settings.parallel.remat,
     )
-    return v_RT.reshape(-1)[rows["index"] - 1]
+    return _states(v_RT, rows)
+
+
+def _each(read, params, rows, settings: Settings):
+    """`read(params, rows)`, a tree of one number an action, in the actions' own shape."""
+
+    def local(params, rows):
+        return jax.tree.map(lambda a: a.reshape(rows["target"].shape), read(params, rows, settings))
+
+    return (
+        spmd.on_every_device(local, params, rows, settings.parallel.mesh, gives=spmd.ROWS)
+        if settings.sharded
+        else local(params, rows)
+    )
+
+
+def _gradient(loss, params, total, rows, actions, settings: Settings):
+    """Adds to `total` the gradient of `loss(params, rows, actions)` -> (objective, sums); returns (total, sums)."""
+
+    def local(params, batch):
+        batch = dict(batch)
+        flat = {name: batch.pop("action " + name).reshape(-1) for name in actions}
+        return jax.grad(loss, has_aux=True)(params, batch, flat)
+
+    batch = rows | {"action " + name: array for name, array in actions.items()}
+    if settings.sharded:
+        gradient, sums = spmd.on_every_device(local, params, batch, settings.parallel.mesh, gives=spmd.GRADIENT)
+    else:
+        gradient, sums = local(params, batch)
+    return jax.tree.map(jnp.add, total, gradient), sums
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def logprobs(params, rows, *, settings: Settings):
     """(logprob_N, entropy_N) float32 of a microbatch's actions."""
-    return _action_stats(params, rows, settings)
+    return _each(_action_stats, params, rows, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
 def values(params, rows, *, settings: Settings):
     """value_N float32: the critic's value of the state in which each action was sampled."""
-    return _action_values(params, rows, settings)
+    return _each(_action_values, params, rows, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
@@ -231,9 +300,11 @@ def actor_gradients(params, total, rows, actions, *, settings: Settings):
     reference_logprob too, used when kl_coefficient is not 0.
     """
 
-    def loss(params):
+    def loss(params, rows, actions):
         logprob_N, entropy_N = _action_stats(params, rows, settings)
         weight_N = actions["weight"]
+        # States without an action have a meaningless log-probability, which must not meet an exponential.
+        logprob_N = jnp.where(weight_N > 0, logprob_N, actions["old_logprob"])
         surrogate, clipped_N = policy_loss(
             logprob_N, actions["old_logprob"], actions["advantage"], weight_N, settings.clip
         )
@@ -249,8 +320,7 @@ def actor_gradients(params, total, rows, actions, *, settings: Settings):
             objective = objective + settings.kl_coefficient * kl
         return objective, sums
 
-    gradient, sums = jax.grad(loss, has_aux=True)(params)
-    return jax.tree.map(jnp.add, total, gradient), sums
+    return _gradient(loss, params, total, rows, actions, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
@@ -260,15 +330,14 @@ def critic_gradients(params, total, rows, actions, *, settings: Settings):
     actions: weight, old_value, return_ float32[N].
     """
 
-    def loss(params):
+    def loss(params, rows, actions):
         value_N = _action_values(params, rows, settings)
         total_loss = value_loss(
             value_N, actions["old_value"], actions["return_"], actions["weight"], settings.value_clip
         )
         return total_loss, {"value_loss": total_loss}
 
-    gradient, sums = jax.grad(loss, has_aux=True)(params)
-    return jax.tree.map(jnp.add, total, gradient), sums
+    return _gradient(loss, params, total, rows, actions, settings)
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "moments"))

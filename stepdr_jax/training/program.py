@@ -31,19 +31,23 @@ ROWS = {
 
 
 def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: qwen2.Qwen2Config) -> Parallel:
-    """config.parallel for one stage on `mesh`, every "auto" resolved.
+    """config.parallel for one stage (or ppo) on `mesh`, every "auto" resolved.
 
     Raises:
         UserError: a size that its mesh axis does not divide; the message names both fields.
     """
     settings, asked = config[stage], config.parallel
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
-    rows = mesh.shape["data"] * mesh.shape["fsdp"] * settings.microbatches
-    if settings.batch % rows:
-        raise UserError(
-            f"{stage}.batch: expected a multiple of mesh.data * mesh.fsdp * {stage}.microbatches = {rows}, got "
-            f"{settings.batch}"
-        )
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if stage == "ppo":
+        length, batch, remat = config.agent.max_episode_tokens, settings.microbatch_rows, settings.remat
+        fields = "ppo.microbatch_rows: expected a multiple of mesh.data * mesh.fsdp"
+    else:
+        length, batch, remat = settings.context, settings.batch, asked.remat
+        rows *= settings.microbatches
+        fields = f"{stage}.batch: expected a multiple of mesh.data * mesh.fsdp * {stage}.microbatches"
+    if batch % rows:
+        raise UserError(f"{fields} = {rows}, got {batch}")
     for name, size in (
         ("num_kv_heads", model.num_kv_heads),
         ("intermediate_size", model.intermediate_size),
@@ -61,15 +65,15 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
         layout = dict(axis_size=context, zigzag=zigzag)
         if strategy == "auto":
             strategy, reason = context_layout.choose(
-                settings.context,
+                length,
                 *heads,
                 model.head_dim,
                 device_kind=device.device_kind,
-                rows=settings.batch // rows,
+                rows=batch // rows,
                 **layout,
             )
-        context_layout.check_layout(settings.context, *heads, strategy=strategy, backend=attention, **layout)
-    parallel = Parallel(mesh, strategy, reason, zigzag, attention, asked.remat)
+        context_layout.check_layout(length, *heads, strategy=strategy, backend=attention, **layout)
+    parallel = Parallel(mesh, strategy, reason, zigzag, attention, remat)
     head = parallel.placement(model).head(tied=model.tie_embeddings)
     words = model.vocab_size // math.prod(mesh.shape[axis] for axis in (*head.v_axes, head.tensor[0]) if axis)
     return dataclasses.replace(parallel, vocab_tiles=_nearest_divisor(words, asked.vocab_tiles))

@@ -19,7 +19,7 @@ from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import WHOLE, Placement
-from stepdr_jax.sharding.spmd import on_every_device
+from stepdr_jax.sharding.spmd import GRADIENT, on_every_device
 from stepdr_jax.training import guards
 
 NUM_CAPABILITIES = 1 + len(CAPABILITIES)  # 0 is none of them
@@ -212,8 +212,9 @@ def gradients(
         return jax.lax.scan(add, zero, cut)[0]
 
     if placement.sizes:
-        local = on_every_device(local, params, batch, parallel.mesh, gradient=True)
-    total, sums = local(params, batch)
+        total, sums = on_every_device(local, params, batch, parallel.mesh, gives=GRADIENT)
+    else:
+        total, sums = local(params, batch)
     scale = 1.0 / jnp.maximum(sums["weight"].sum(), 1.0)
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), sums
 
@@ -226,9 +227,7 @@ def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: 
     def local(params, batch):
         return loss_sums(params, batch, config, **options)[1]
 
-    return (
-        on_every_device(local, params, batch, parallel.mesh)(params, batch) if placement.sizes else local(params, batch)
-    )
+    return on_every_device(local, params, batch, parallel.mesh) if placement.sizes else local(params, batch)
 
 
 def apply_gradient(

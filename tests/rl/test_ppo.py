@@ -125,18 +125,25 @@ def test_aggregation_decides_the_weight_of_an_episode():
 # ---------------------------------------------------------------------------------------------------------- packing
 
 
-def test_packing_keeps_every_action_once_and_its_own_history():
+@pytest.mark.parametrize("order", [None, np.arange(CONTEXT), np.random.default_rng(0).permutation(CONTEXT)])
+def test_packing_keeps_every_action_once_and_its_own_history(order):
     episodes = make_episodes()
     seen = np.zeros_like(episodes.action_mask_ET, int)
-    for micro in ppo.pack(episodes, range(6), rows=2, context=CONTEXT):
-        rows, used = micro.rows, micro.rows["used"]
-        for n in np.flatnonzero(used):
-            e, t = micro.episode_N[n], micro.token_N[n]
+    back = np.arange(CONTEXT) if order is None else np.argsort(order)
+    for micro in ppo.pack(episodes, range(6), rows=2, context=CONTEXT, order=order):
+        rows = {name: array if array.ndim == 1 else array[:, back] for name, array in micro.rows.items()}
+        places = list(zip(*np.nonzero(micro.used_N), strict=True))
+        for place in places:
+            e, t = micro.episode_N[place], micro.token_N[place]
             seen[e, t] += 1
-            row, column = divmod(int(rows["index"][n]), CONTEXT)
-            assert rows["positions"][row, column] == t
-            assert rows["segment_ids"][row, column - 1] == rows["segment_ids"][row, column] > 0
-            np.testing.assert_array_equal(rows["tokens"][row, column - t : column + 1], episodes.tokens_ET[e, : t + 1])
+            assert micro.rows["target"][place] == episodes.tokens_ET[e, t]
+            if order is None:
+                row, column = divmod(int(rows["state"][place]), CONTEXT)
+            else:
+                row, column = place[0], order[place[1]]
+            assert rows["positions"][row, column] == t - 1
+            assert rows["segment_ids"][row, column] == rows["segment_ids"][row, column + 1 - t] > 0
+            np.testing.assert_array_equal(rows["tokens"][row, column - t + 1 : column + 1], episodes.tokens_ET[e, :t])
     np.testing.assert_array_equal(seen, episodes.action_mask_ET)
 
 
