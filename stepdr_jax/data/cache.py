@@ -20,10 +20,11 @@ from array_record.python import array_record_module
 from stepdr_jax import files
 from stepdr_jax.data import packing
 from stepdr_jax.errors import UserError
+from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 STAGES = ("midtrain1", "midtrain2", "sft")
-LAYOUT = 1  # raise when rows on disk change their meaning
+LAYOUT = 2  # raise when rows on disk change their meaning
 POOL = 1 << 16  # examples packed together: enough to fill rows, few enough for memory
 
 
@@ -142,7 +143,7 @@ def _build_component(path: Path, examples, inputs: dict) -> dict:
     count, dropped, lengths = Counter(), Counter(too_long=0, no_loss=0), Counter()
     by_capability, by_lang = Counter(), Counter()
     side_path(path).unlink(missing_ok=True)  # from here to the end of the build the component is unfinished
-    pool: list[tuple[np.ndarray, np.ndarray]] = []
+    pool: list[tuple[np.ndarray, np.ndarray, int]] = []
 
     with files.atomic_path(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
@@ -150,7 +151,7 @@ def _build_component(path: Path, examples, inputs: dict) -> dict:
         def write_pool() -> None:
             pool_order = rng.permutation(len(pool))
             shuffled = [pool[index] for index in pool_order]
-            bins = packing.best_fit([len(tokens) for tokens, _ in shuffled], context)
+            bins = packing.best_fit([len(tokens) for tokens, *_ in shuffled], context)
             for index in rng.permutation(len(bins)):
                 writer.write(packing.row_bytes([shuffled[i] for i in rng.permutation(bins[index])], context))
             count["rows"] += len(bins)
@@ -171,7 +172,9 @@ def _build_component(path: Path, examples, inputs: dict) -> dict:
             lengths[max(32, 1 << math.ceil(math.log2(len(tokens))))] += 1
             by_capability[capability.decode() or "unnamed"] += len(tokens)
             by_lang[lang.decode() or "unnamed"] += len(tokens)
-            pool += pieces
+            name = capability.decode()
+            number = CAPABILITIES.index(name) + 1 if name in CAPABILITIES else 0
+            pool += [(*piece, number) for piece in pieces]
             if len(pool) >= POOL:
                 write_pool()
         write_pool()

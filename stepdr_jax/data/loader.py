@@ -16,7 +16,6 @@ import numpy as np
 from stepdr_jax import files
 from stepdr_jax.data import packing
 from stepdr_jax.errors import UserError
-from stepdr_jax.records import CAPABILITIES
 
 
 class _Rows:
@@ -24,9 +23,6 @@ class _Rows:
 
     def __init__(self, path: Path, card: dict, source: int):
         self._path, self._context, self._source = path, card["context"], source
-        named = list(card["tokens_by_capability"])
-        known = named[0] if len(named) == 1 and named[0] in CAPABILITIES else ""
-        self._capability = CAPABILITIES.index(known) + 1 if known else 0
         try:
             self._records = grain.sources.ArrayRecordDataSource(str(path))
             rows = len(self._records)
@@ -43,7 +39,7 @@ class _Rows:
             row = packing.row_from_bytes(self._records[index], self._context)
         except Exception as error:
             raise self._damaged(error) from None
-        return row | dict(source=np.int32(self._source), capability=np.int32(self._capability))
+        return row | dict(source=np.int32(self._source))
 
     def _damaged(self, reason) -> UserError:
         short = (str(reason) or repr(reason)).splitlines()[0][:160]
@@ -113,8 +109,8 @@ class Loader:
             self._opening = components[self.sources.index(component)]
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """Returns the batch of `step` (from 0): tokens, segment_ids, positions int32[B,T], loss_mask bool[B,T],
-        source and capability int32[B]. The same (seed, step) gives the same batch in any process and order of calls.
+        """Returns the batch of `step` (from 0): tokens, segment_ids, positions, capability int32[B,T], loss_mask bool[B,T],
+        source int32[B]. The same (seed, step) gives the same batch in any process and order of calls.
 
         Args:
             rows: which rows of the whole batch to read, for a host that feeds only those; None = all of them.

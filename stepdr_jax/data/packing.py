@@ -61,25 +61,29 @@ def windows(tokens_T: np.ndarray, loss_mask_T: np.ndarray, context: int) -> list
     return pieces
 
 
-def row_bytes(examples: Sequence[tuple[np.ndarray, np.ndarray]], context: int) -> bytes:
-    """Returns a row's form on disk: tokens int32[T], segment ids uint16[T], loss mask uint8[T], little endian.
+def row_bytes(examples: Sequence[tuple], context: int) -> bytes:
+    """Returns a row's form on disk: tokens int32[T], segment ids uint16[T], marks uint8[T], little endian.
+
+    The lowest bit of a mark is the loss mask; the others number the capability that the example is for.
 
     Args:
-        examples: (tokens, loss mask) pairs whose lengths add up to at most `context`.
+        examples: (tokens, loss mask) or (tokens, loss mask, capability), whose lengths add up to at most `context`.
+            A capability is 1 + its place in `records.CAPABILITIES`, or 0.
     """
     tokens = np.zeros(context, "<i4")
     segments = np.zeros(context, "<u2")
-    mask = np.zeros(context, np.uint8)
+    marks = np.zeros(context, np.uint8)
     start = 0
-    for number, (example_tokens, example_mask) in enumerate(examples, 1):
+    for number, (example_tokens, example_mask, *capability) in enumerate(examples, 1):
         end = start + len(example_tokens)
-        tokens[start:end], segments[start:end], mask[start:end] = example_tokens, number, example_mask
+        tokens[start:end], segments[start:end] = example_tokens, number
+        marks[start:end] = np.asarray(example_mask, np.uint8) | (sum(capability) << 1)
         start = end
-    return tokens.tobytes() + segments.tobytes() + mask.tobytes()
+    return tokens.tobytes() + segments.tobytes() + marks.tobytes()
 
 
 def row_from_bytes(data: bytes, context: int) -> dict[str, np.ndarray]:
-    """Returns tokens int32[T], loss_mask bool[T], segment_ids int32[T], positions int32[T].
+    """Returns tokens, segment_ids, positions and capability int32[T], loss_mask bool[T].
 
     Raises ValueError when `data` is not a row of `context` tokens.
     """
@@ -90,9 +94,11 @@ def row_from_bytes(data: bytes, context: int) -> dict[str, np.ndarray]:
     starts = np.flatnonzero(np.diff(segment_ids, prepend=-1))
     lengths = np.diff(starts, append=context)
     positions = index - np.repeat(index[starts], lengths)
+    marks = np.frombuffer(data, np.uint8, context, 6 * context)
     return dict(
         tokens=np.frombuffer(data, "<i4", context).astype(np.int32),
-        loss_mask=np.frombuffer(data, np.uint8, context, 6 * context).astype(bool),
+        loss_mask=(marks & 1).astype(bool),
+        capability=(marks >> 1).astype(np.int32),
         segment_ids=segment_ids,
         positions=np.where(segment_ids > 0, positions, 0).astype(np.int32),
     )

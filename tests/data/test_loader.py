@@ -68,7 +68,7 @@ def test_a_batch_has_the_promised_arrays(data):
         segment_ids=((8, 4), np.int32),
         positions=((8, 4), np.int32),
         source=((8,), np.int32),
-        capability=((8,), np.int32),
+        capability=((8, 4), np.int32),
     )
 
 

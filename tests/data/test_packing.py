@@ -41,7 +41,7 @@ def test_windows_predict_every_target_exactly_once(mask, context):
 
 def test_a_row_survives_its_form_on_disk():
     examples = [
-        (np.asarray([7, 8, 9], np.int32), np.asarray([False, True, True])),
+        (np.asarray([7, 8, 9], np.int32), np.asarray([False, True, True]), 4),
         (np.asarray([151_664, 5], np.int32), np.asarray([False, False])),
     ]
     row = packing.row_from_bytes(packing.row_bytes(examples, 8), 8)
@@ -49,8 +49,9 @@ def test_a_row_survives_its_form_on_disk():
     assert row["segment_ids"].tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
     assert row["positions"].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert row["loss_mask"].tolist() == [False, True, True] + [False] * 5
+    assert row["capability"].tolist() == [4, 4, 4] + [0] * 5
     assert {key: value.dtype for key, value in row.items()} == dict(
-        tokens=np.int32, loss_mask=bool, segment_ids=np.int32, positions=np.int32
+        tokens=np.int32, loss_mask=bool, segment_ids=np.int32, positions=np.int32, capability=np.int32
     )
 
 
