@@ -5,16 +5,19 @@ that finds nothing, all visible text counts. Heavy parsers are imported when fir
 """
 
 import dataclasses
+import json
 import re
-import threading
+import resource
+import subprocess
+import sys
 
+from tools_env.charset import decode
 from tools_env.errors import ToolError
 from tools_env.fetch import Fetched
 from tools_env.search import text
 
-VERSION = "1"  # part of the cache key; raise when the same bytes would read differently
+VERSION = "2"  # part of the cache key; raise when the same bytes would read differently
 
-_META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w-]{2,40})", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _DATE_NAMES = ("article:published_time", "date", "dc.date", "dcterms.date", "datepublished", "last-modified")
 _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
@@ -24,7 +27,13 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = frozenset("aside button footer form head header nav noscript script select style svg template".split())
 _SENTENCE_END = (".", "!", "?", "。", "！", "？", ":", "：")
-_pdfium = threading.Lock()  # pdfium is not thread-safe
+_MAX_EXTRACTED = 500_000  # characters of a page whose main text is looked for; on 4 million of links that took 18 s
+# For what no parser reads, such as a thousand elements in each other.
+_UNREAD = re.compile(r"<!--.*?-->|<(script|style|head)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"<[^<>]{0,5000}>")
+_PDF_SECONDS = 20
+_PDF_MEMORY = 2 << 30  # bytes of address space
+_MAX_PAGES = 500  # of a PDF
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +55,6 @@ def read(fetched: Fetched) -> Page:
     return _read_html(content)
 
 
-def decode(body: bytes, charset: str | None) -> str:
-    """Returns text by the header's charset, else the document's own, else UTF-8, GB 18030 or Latin-1, what fits."""
-    declared = _META_CHARSET.search(body[:4096])
-    for name in (charset, declared and declared.group(1).decode(), "utf-8", "gb18030"):
-        try:
-            if name:
-                return body.decode("gb18030" if name.lower() in ("gb2312", "gbk") else name)
-        except (LookupError, UnicodeDecodeError):
-            continue
-    return body.decode("latin-1")
-
-
 def _read_html(content: str) -> Page:
     import lxml.html
 
@@ -74,13 +71,14 @@ def _read_html(content: str) -> Page:
     title = next((" ".join(t.split()) for t in titles if t.strip()), "")
     main = [node for node in root.iter("main", "article")]
     passages = text.passages(_lines(main[0])) if main else []
-    if not passages:
+    if not passages and len(content) <= _MAX_EXTRACTED:
         import trafilatura
 
         extracted = trafilatura.extract(
             content, output_format="markdown", include_comments=False, include_links=False, favor_recall=True
         )
-        passages = text.passages(extracted or "") or text.passages(_lines(root))
+        passages = text.passages(extracted or "")
+    passages = passages or text.passages(_lines(root)) or text.passages(_TAG.sub("\n", _UNREAD.sub("", content)))
     return Page(title, _date(root), passages)
 
 
@@ -118,19 +116,34 @@ def _lines(root) -> str:
 
 
 def _read_pdf(body: bytes) -> Page:
+    """Reads a PDF in a process of its own with limits: a hostile one takes nothing else down."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tools_env.page"],
+            input=body,
+            capture_output=True,
+            timeout=_PDF_SECONDS,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "LANG": "C.UTF-8"},
+        )
+        answer = json.loads(done.stdout)
+    except (subprocess.TimeoutExpired, ValueError):
+        raise ToolError("unreadable PDF: it takes too much time or memory") from None
+    if "error" in answer:
+        raise ToolError(answer["error"])
+    return Page(**answer)
+
+
+def _parse_pdf(body: bytes) -> Page:
     import pypdfium2
 
-    with _pdfium:
-        try:
-            document = pypdfium2.PdfDocument(body)
-            try:
-                title = document.get_metadata_value("Title")
-                created = re.match(r"D:(\d{4})(\d{2})(\d{2})", document.get_metadata_value("CreationDate") or "")
-                pages = [document[i].get_textpage().get_text_bounded() for i in range(len(document))]
-            finally:
-                document.close()
-        except pypdfium2.PdfiumError:
-            raise ToolError("unreadable PDF") from None
+    try:
+        document = pypdfium2.PdfDocument(body)
+        title = document.get_metadata_value("Title")
+        created = re.match(r"D:(\d{4})(\d{2})(\d{2})", document.get_metadata_value("CreationDate") or "")
+        count = min(len(document), _MAX_PAGES)
+        pages = [document[i].get_textpage().get_text_bounded() for i in range(count)]
+    except pypdfium2.PdfiumError:
+        raise ToolError("unreadable PDF") from None
     lines = [line.strip() for page in pages for line in page.splitlines()]
     if not title:
         title = next((line for line in lines if line), "")
@@ -152,3 +165,22 @@ def _joined(lines: list[str]) -> list[str]:
     if current:
         paragraphs.append(current)
     return paragraphs
+
+
+def main() -> int:
+    """Reads a PDF from standard input and prints it as JSON, with little memory and time."""
+    resource.setrlimit(resource.RLIMIT_AS, (_PDF_MEMORY, _PDF_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (_PDF_SECONDS, _PDF_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    try:
+        answer = dataclasses.asdict(_parse_pdf(sys.stdin.buffer.read()))
+    except ToolError as error:
+        answer = {"error": str(error)}
+    except Exception as error:  # a parser's own failure on a broken file is the file's
+        answer = {"error": f"unreadable PDF ({type(error).__name__})"}
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

