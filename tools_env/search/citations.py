@@ -7,11 +7,13 @@ which makes that choice stable.
 
 import hashlib
 import re
+from collections.abc import Callable
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 _CONSONANTS = "bdfghjklmnprstvz"
 _VOWELS = "aeiou"
 _SYLLABLES = tuple(c + v for c in _CONSONANTS for v in _VOWELS)
+_SYLLABLE_NUMBERS = {syllable: i for i, syllable in enumerate(_SYLLABLES)}
 PATTERN = re.compile(r"web_(?:[bdfghjklmnprstvz][aeiou]){4}")
 CITED = re.compile(r"\\cite\{(web_[a-z]+)\}")
 
@@ -30,6 +32,19 @@ def canonical_url(url: str) -> str:
     return urlunsplit((parts.scheme, host, path or ("/" if host else ""), query, ""))
 
 
+def number(name: str) -> int:
+    """Returns which of the 80^4 ids `web_` and four syllables is."""
+    value = 0
+    for at in range(len(name) - 2, 3, -2):
+        value = value * len(_SYLLABLES) + _SYLLABLE_NUMBERS[name[at : at + 2]]
+    return value
+
+
+def owner_digest(url: str, text: str) -> bytes:
+    """Returns the first 8 bytes of the digest of what an id stands for."""
+    return hashlib.sha256(f"{canonical_url(url)}\n{text}".encode()).digest()[:8]
+
+
 def syllables(digest: bytes, count: int) -> str:
     """Returns `count` syllables that spell the leading bytes of `digest` (at least 8)."""
     number = int.from_bytes(digest[:8], "big")
@@ -43,8 +58,10 @@ def syllables(digest: bytes, count: int) -> str:
 class Citations:
     """Gives every (url, passage text) its id and never gives an id twice."""
 
-    def __init__(self):
+    def __init__(self, given: Callable[[str], bytes | None] = lambda name: None):
+        """`given` tells of ids that were given before: the first 8 bytes of their owner's digest."""
         self._owner: dict[str, bytes] = {}  # id -> digest of the passage that has it
+        self._given = given
 
     def id(self, url: str, text: str) -> str:
         key = f"{canonical_url(url)}\n{text}".encode()
@@ -52,7 +69,10 @@ class Citations:
         digest = owner
         for salt in range(1, 1000):
             name = "web_" + syllables(digest, 4)
-            if self._owner.setdefault(name, owner) == owner:
+            if before := self._given(name):
+                if before == owner[:8]:
+                    return name
+            elif self._owner.setdefault(name, owner) == owner:
                 return name
             digest = hashlib.sha256(key + b"\n%d" % salt).digest()
         raise RuntimeError("no free citation id after 1000 tries")

@@ -1,11 +1,10 @@
-"""The passage index over a world's documents: built once into world_dir/index, opened read-only by every host.
+"""The embedded search: full text, dense vectors or both over the passages of a directory.
 
-index.json   fingerprint of the inputs and of the indexing rules
-passages.jsonl   one passage a line, in id order of their documents; the line number is its ordinal
-tantivy/     full-text index of tokens (text.py) over passage and title; a fast field holds the ordinal
+A world's directory has documents.jsonl; its index is made from it whole, at the first start, and made again when the
+file changes. A directory of `python -m tools_env.index` has an index only. Files are those of store.py and dense.py.
 """
 
-import dataclasses
+import asyncio
 import functools
 import hashlib
 import json
@@ -13,41 +12,37 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import tantivy
 
-from tools_env.errors import ToolHostError
-from tools_env.search import ranking, text
+from tools_env.errors import ToolError, ToolHostError
+from tools_env.search import dense, ranking, store, text
+from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
 
-VERSION = "1"  # raise when tokens, passages or ids change, so that old indexes are rebuilt
-CANDIDATES = 64  # passages that the full-text engine hands to the ranking
+__all__ = ["Passage", "PassageIndex", "build"]
+
+CANDIDATES = 64  # passages that each retrieval hands to the ranking
 COMMON = 0.3  # tokens in a larger share of passages do not select candidates when rarer ones can
-
-
-@dataclasses.dataclass(frozen=True)
-class Passage:
-    """One passage of one page. `authority`: 0 unknown or unreliable, 1 ordinary, 2 authoritative."""
-
-    id: str  # citation id
-    url: str
-    title: str
-    text: str
-    authority: int
-    published_at: str | None
+MODES = ("bm25", "dense", "hybrid")
+NEAR = 0.25  # a passage found by its vector alone has at least this cosine
+FILTERED = 1024  # neighbours that are looked through for those that fit a query's filters
+LARGE = 20_000  # passages; the search of more runs beside the event loop
 
 
 def _fingerprint(documents: Path) -> str:
-    digest = hashlib.sha256(f"{VERSION} {tantivy.__version__}".encode())
+    digest = hashlib.sha256(f"{store.VERSION} {tantivy.__version__}".encode())
     with open(documents, "rb") as lines:
         while block := lines.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def _read_passages(documents: Path, citations: Citations) -> Iterator[Passage]:
+def _read_rows(documents: Path) -> Iterator[dict]:
+    """Returns documents in order of their ids. Raises ToolHostError for a line that is none."""
     rows = []
     for number, line in enumerate(documents.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -57,24 +52,7 @@ def _read_passages(documents: Path, citations: Citations) -> Iterator[Passage]:
             raise ToolHostError(
                 f"{documents} line {number} is not a document with id, url, title and text ({error!r}); build the world again"
             ) from None
-    for _, url, title, body, row in sorted(rows, key=lambda row: row[:2]):
-        for passage in text.passages(body):
-            yield Passage(
-                id=citations.id(url, passage),
-                url=url,
-                title=title,
-                text=passage,
-                authority=int(row.get("authority", 0)),
-                published_at=row.get("published_at"),
-            )
-
-
-def _schema() -> tantivy.Schema:
-    builder = tantivy.SchemaBuilder()
-    for name in ("body", "title"):
-        builder.add_text_field(name, tokenizer_name="whitespace", index_option="freq")
-    builder.add_integer_field("ordinal", fast=True)
-    return builder.build()
+    return (row[-1] for row in sorted(rows, key=lambda row: row[:2]))
 
 
 def build(world_dir: str | os.PathLike) -> Path:
@@ -85,31 +63,23 @@ def build(world_dir: str | os.PathLike) -> Path:
     world_dir = Path(world_dir)
     documents, target = world_dir / "documents.jsonl", world_dir / "index"
     if not documents.is_file():
+        if (target / "documents.sqlite").is_file():
+            return target  # of the index command, which keeps it current
         raise ToolHostError(f"{documents} does not exist; build the world first, or name its directory with --world")
     fingerprint = _fingerprint(documents)
     if _current(target) == fingerprint:
         return target
     temporary = world_dir / f".index.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "tantivy").mkdir(parents=True)
     try:
-        index = tantivy.Index(_schema(), path=str(temporary / "tantivy"))
-        writer = index.writer(heap_size=64 << 20, num_threads=1)  # one thread: equal inputs give equal order
-        count = 0
-        with open(temporary / "passages.jsonl", "w", encoding="utf-8") as out:
-            for count, passage in enumerate(_read_passages(documents, Citations()), 1):
-                out.write(json.dumps(vars(passage), ensure_ascii=False) + "\n")
-                writer.add_document(
-                    tantivy.Document(
-                        body=" ".join(text.tokens(passage.text)),
-                        title=" ".join(text.tokens(passage.title)),
-                        ordinal=count - 1,
-                    )
-                )
-        writer.commit()
-        writer.wait_merging_threads()
-        facts = {"fingerprint": fingerprint, "passages": count}
-        (temporary / "index.json").write_text(json.dumps(facts) + "\n")
+        writer = store.Writer(temporary)
+        try:
+            for row in _read_rows(documents):
+                writer.add(row)
+            writer.commit(fingerprint)
+        finally:
+            writer.close()
+        count = writer.passages
         retired = world_dir / f".index.{os.getpid()}.old"
         if target.exists():
             os.rename(target, retired)
@@ -136,31 +106,70 @@ def _current(target: Path) -> str | None:
 class PassageIndex:
     """Search over passages. Equal queries always give equal results, in the same order."""
 
-    def __init__(self, world_dir: str | os.PathLike):
-        """Builds the index if needed and opens it. Raises ToolHostError."""
+    def __init__(
+        self,
+        world_dir: str | os.PathLike,
+        mode: str = "bm25",
+        *,
+        authority: bool = True,
+        embedder: dense.Embedder | None = None,
+    ):
+        """Builds what is missing and opens it.
+
+        Args:
+          world_dir: a world, or a directory of the index command.
+          mode: one of MODES: which retrieval finds candidates and orders them.
+          authority: whether authority decides between passages of comparable relevance.
+          embedder: makes the vectors of the modes dense and hybrid; without it latent semantic analysis does.
+
+        Raises ToolHostError.
+        """
+        if mode not in MODES:
+            raise ToolHostError(f"expected search_ranking as one of {', '.join(MODES)}, got {mode!r}")
+        self.mode, self._authority, self._vectors = mode, authority, None
         try:
             self._open(build(world_dir))
-        except (ValueError, OSError, TypeError):
+        except (ValueError, OSError, TypeError, KeyError) as error:
+            if not (Path(world_dir) / "documents.jsonl").is_file():
+                raise ToolHostError(
+                    f"the index in {world_dir} is damaged ({error}); remove it and run the index command again"
+                ) from None
             # A damaged index is rebuilt from the documents; if those are the fault, the second try says so.
             shutil.rmtree(Path(world_dir) / "index", ignore_errors=True)
             self._open(build(world_dir))
+        if mode != "bm25":
+            self._open_vectors(embedder)
+        self.fingerprint = f"{self._content} {mode} {authority} {self._vectors.embedder.name if self._vectors else ''}"
+        if (mode, authority) == ("bm25", True):
+            self.fingerprint = self._content
 
     def _open(self, path: Path) -> None:
-        self.fingerprint = _current(path)
-        with open(path / "passages.jsonl", encoding="utf-8") as lines:
-            self.passages = [Passage(**json.loads(line)) for line in lines]
-        self.citations = Citations()
-        for passage in self.passages:
-            self.citations.id(passage.url, passage.text)  # same order as when built, so the same ids
-        self._schema = _schema()
+        self._path = path
+        self._content = _current(path)
+        self.passages = store.Passages(path)
+        self.citations = Citations(self.passages.given)
+        self._schema = store.schema()
         self._searcher = tantivy.Index.open(str(path / "tantivy")).searcher()
-        self._unseen = math.log(1.0 + len(self.passages))
+        self._size = self._searcher.num_docs
+        self._unseen = math.log(1.0 + self._size)
+
+    def _open_vectors(self, embedder: dense.Embedder | None) -> None:
+        folder = self._path / "dense"
+        chosen = embedder or dense.load_embedder(folder)
+        try:
+            if chosen is None:
+                raise ValueError("no embedder yet")
+            self._vectors = dense.Vectors(folder, chosen)
+            if self._vectors.fingerprint != self._content:
+                raise ValueError("older passages")
+        except (ValueError, OSError, KeyError):
+            self._vectors = dense.Vectors(folder, build_vectors(self._path, embedder))
 
     @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  one index lives as long as its host
     def _idf(self, token: str, field: str) -> float:
         """Inverse document frequency; 0 for a token that no passage has."""
         frequency = self._searcher.doc_freq(field, token)
-        return math.log(1.0 + len(self.passages) / frequency) if frequency else 0.0
+        return math.log(1.0 + self._size / frequency) if frequency else 0.0
 
     def _weight(self, token: str) -> float:
         return self._idf(token, "body") or self._idf(token, "title")
@@ -168,42 +177,164 @@ class PassageIndex:
     def _title_idf(self, token: str) -> float:
         return self._idf(token, "title")
 
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019
+    @functools.lru_cache(maxsize=1 << 14)  # noqa: B019
     def _features(self, ordinal: int) -> ranking.Features:
         passage = self.passages[ordinal]
         return ranking.features(text.tokens(passage.text), text.tokens(passage.title), self._title_idf)
 
-    def search(self, query: str, topk: int) -> list[int]:
-        """Returns the ordinals of at most `topk` passages, best first; a text that several pages share is shown once."""
+    def search(
+        self, query: str, topk: int, filters: Filters | None = None, vector: np.ndarray | None = None
+    ) -> list[int]:
+        """Returns the ordinals of at most `topk` passages, best first; a text that several pages share is shown once.
+
+        Args:
+          vector: the query's, in the modes dense and hybrid; without it the offline embedder makes it.
+        """
         asked = text.tokens(query)[:64]
-        if not asked or not self.passages:
+        if not asked or not self._size:
             return []
-        weight = ranking.weights(asked, self._weight, self._unseen)
+        filters = filters or Filters()
+        found = {} if self.mode == "dense" else self._full_text(asked, filters)
+        cosine: dict[int, float] = {}
+        if self._vectors is not None:
+            vector = self._vectors.embedder.vectors([query])[0] if vector is None else vector
+            cosine = self._near(vector, filters, found)
+        relevance = self._relevance(asked, found, cosine) if self.mode != "dense" else {}
+        unique = {}
+        for ordinal in self._ordered(relevance, cosine):
+            unique.setdefault(self.passages[ordinal].text, ordinal)
+        return list(unique.values())[:topk]
+
+    def _full_text(self, asked: Sequence[str], filters: Filters) -> dict[int, float]:
+        """Returns candidates with the engine's score divided by the best one's, best first."""
         common = math.log(1.0 + 1.0 / COMMON)
-        selecting = [t for t in weight if self._weight(t) > common] or [t for t in weight if self._weight(t)]
+        tokens = dict.fromkeys(asked)
+        selecting = [t for t in tokens if self._weight(t) > common] or [t for t in tokens if self._weight(t)]
         clauses = [
             (tantivy.Occur.Should, tantivy.Query.term_query(self._schema, field, token, index_option="freq"))
             for token in selecting
             for field in ("body", "title")
         ]
         if not clauses:
-            return []
-        hits = self._searcher.search(tantivy.Query.boolean_query(clauses), CANDIDATES, count=False).hits
+            return {}
+        query = tantivy.Query.boolean_query(clauses)
+        if conditions := self._conditions(filters):
+            query = tantivy.Query.boolean_query([(tantivy.Occur.Must, part) for part in (query, *conditions)])
+        hits = self._searcher.search(query, CANDIDATES, count=False).hits
         if not hits:
-            return []
+            return {}
         ordinals = self._searcher.fast_field_values("ordinal", [address for _, address in hits])
         best = hits[0][0] or 1.0
-        ranked = []
-        for (score, _), ordinal in zip(hits, ordinals, strict=True):
-            value = ranking.relevance(
-                asked, weight, self._features(ordinal), self._title_idf, score / best, self._unseen
+        # An index that a killed writer left has a few passages too many; its next run takes them back.
+        return {
+            ordinal: score / best
+            for (score, _), ordinal in zip(hits, ordinals, strict=True)
+            if ordinal < len(self.passages)
+        }
+
+    def _conditions(self, filters: Filters) -> list[tantivy.Query]:
+        from tools_env.search.backend import day_number
+
+        found = []
+        if filters.site:
+            found.append(tantivy.Query.term_query(self._schema, "site", filters.host))
+        if filters.language:
+            found.append(tantivy.Query.term_query(self._schema, "lang", filters.language))
+        if filters.since or filters.until:
+            bounds = (day_number(filters.since) or 1, day_number(filters.until) or 99_999_999)
+            found.append(tantivy.Query.range_query(self._schema, "day", tantivy.FieldType.Integer, *bounds))
+        return [tantivy.Query.const_score_query(condition, 0.0) for condition in found]
+
+    def _near(self, vector: np.ndarray, filters: Filters, found: dict[int, float]) -> dict[int, float]:
+        """Returns the cosines of the nearest passages that fit the filters and of those already found."""
+        any_passage = filters == Filters()
+        nearest = self._vectors.nearest(vector, CANDIDATES if any_passage else FILTERED)
+        if not any_passage:
+            nearest = [ordinal for ordinal in nearest if self._fits(ordinal, filters)][:CANDIDATES]
+        near = dict(zip(nearest, self._vectors.cosines(vector, nearest), strict=True))
+        near = {ordinal: value for ordinal, value in near.items() if value >= NEAR}
+        more = [ordinal for ordinal in found if ordinal not in near]
+        return near | dict(zip(more, self._vectors.cosines(vector, more), strict=True))
+
+    def _fits(self, ordinal: int, filters: Filters) -> bool:
+        passage = self.passages[ordinal]
+        return filters.accept(passage.url, passage.published_at, self.passages.language(ordinal))
+
+    def _relevance(self, asked: Sequence[str], found: dict[int, float], cosine: dict[int, float]) -> dict[int, float]:
+        """Returns what the ranking of full text says of each candidate, 0 when it covers too little of the query."""
+        weight = ranking.weights(asked, self._weight, self._unseen)
+        return {
+            ordinal: ranking.relevance(
+                asked, weight, self._features(ordinal), self._title_idf, found.get(ordinal, 0.0), self._unseen
             )
-            if value > 0.0:
-                passage = self.passages[ordinal]
-                # Rounding keeps the last bits of float sums from deciding; the id does.
-                ranked.append((-round(ranking.boosted(value, passage.authority), 6), passage.id, ordinal))
-        ranked.sort(key=lambda row: row[:2])
-        unique = {}
-        for _, _, ordinal in ranked:
-            unique.setdefault(self.passages[ordinal].text, ordinal)
-        return list(unique.values())[:topk]
+            for ordinal in [*found, *(ordinal for ordinal in cosine if ordinal not in found)]
+        }
+
+    def _ordered(self, relevance: dict[int, float], cosine: dict[int, float]) -> list[int]:
+        """Returns ordinals, best first. Rounding keeps the last bits of float sums from deciding; the id does."""
+        ids = {ordinal: self.passages[ordinal].id for ordinal in {**relevance, **cosine}}
+        authority = {o: self.passages[o].authority if self._authority else 0 for o in ids}
+
+        def by(measure: dict[int, float], boost: bool) -> list[int]:
+            value = {o: ranking.boosted(v, authority[o]) if boost else v for o, v in measure.items() if v > 0.0}
+            return sorted(value, key=lambda o: (-round(value[o], 6), ids[o]))
+
+        if self.mode == "bm25":
+            return by(relevance, boost=True)
+        if self.mode == "dense":
+            return by(cosine, boost=True)
+        order = ranking.fused([[ids[o] for o in by(measure, boost=False)] for measure in (relevance, cosine)])
+        ordinal = {name: o for o, name in ids.items() if relevance.get(o, 0.0) > 0.0 or cosine.get(o, 0.0) >= NEAR}
+        moved = ranking.promoted(
+            [name for name in order if name in ordinal],
+            lambda name: (relevance.get(ordinal[name], 0.0), max(cosine.get(ordinal[name], 0.0), 0.0)),
+            lambda name: authority[ordinal[name]],
+        )
+        return [ordinal[name] for name in moved]
+
+
+class EmbeddedBackend:
+    """A PassageIndex as the SearchBackend of a host."""
+
+    def __init__(self, index: PassageIndex):
+        self.index, self.fingerprint = index, index.fingerprint
+
+    async def search(self, query: str, topk: int, filters: Filters, seconds: float) -> list[Passage]:
+        index, vector = self.index, None
+        if index._vectors is not None and not isinstance(index._vectors.embedder, dense.Lsa):
+            try:
+                vector = (await index._vectors.embedder.embed([query], seconds))[0]
+            except ToolError:
+                raise ToolError("the embedding endpoint refused this query") from None
+        if index._size > LARGE:
+            found = await asyncio.to_thread(index.search, query, topk, filters, vector)
+        else:
+            found = index.search(query, topk, filters, vector)
+        return [index.passages[ordinal] for ordinal in found]
+
+    async def close(self) -> None:
+        if self.index._vectors is not None:
+            await self.index._vectors.embedder.close()
+
+
+def build_vectors(path: Path, embedder: dense.Embedder | None, progress=lambda done: None) -> dense.Embedder:
+    """Makes or completes the vectors of an index; returns what embedded them.
+
+    The offline embedder is fitted when there is none, and again when the passages have doubled since.
+    """
+    passages, folder = store.Passages(path), path / "dense"
+
+    def texts(start: int, stop: int) -> list[str]:
+        return [f"{passages[i].title} {passages[i].text}" for i in range(start, stop)]
+
+    folder.mkdir(exist_ok=True)
+    alive = store.alive(path)
+    if embedder is None:
+        embedder, fitted = dense.load_embedder(folder), folder / "fitted.txt"
+        if embedder is None or len(alive) > 2 * int(fitted.read_text() or 0):
+            step = max(1, -(-len(alive) // dense.FIT_PASSAGES))
+            embedder = dense.Lsa.fit([texts(int(i), int(i) + 1)[0] for i in alive[::step]])
+            fitted.write_text(str(len(alive)))
+            embedder.save(folder / "lsa.npz")
+    dense.build(folder, embedder, _current(path), alive, texts, len(passages), progress)
+    return embedder

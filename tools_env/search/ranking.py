@@ -93,3 +93,35 @@ def relevance(
 def boosted(relevance: float, authority: int) -> float:
     """Returns the sort key: authority decides only when relevance differs by less than its small share."""
     return relevance * (1.0 + AUTHORITY * authority)
+
+
+FUSION = 60  # reciprocal-rank fusion's constant (Cormack, Clarke and Buettcher, SIGIR 2009)
+
+
+def fused(rankings: Sequence[Sequence[str]]) -> list[str]:
+    """Returns everything ranked anywhere in the order of summed reciprocal ranks; ties go by name."""
+    score: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, name in enumerate(ranking, 1):
+            score[name] = score.get(name, 0.0) + 1.0 / (FUSION + rank)
+    return sorted(score, key=lambda name: (-round(score[name], 9), name))
+
+
+def promoted(order: Sequence[str], measures: Callable[[str], Sequence[float]], authority: Callable[[str], int]):
+    """Returns `order` with passages of more authority moved up past those that they are comparable to.
+
+    Ranks say nothing of how much two passages differ, so where an order comes from ranks, a passage passes another only
+    if by every measure of relevance its boosted value is at least the other's.
+    """
+    done: list[str] = []
+    for name in order:
+        at = len(done)
+        while at and authority(name) > authority(done[at - 1]) and _comparable(name, done[at - 1], measures, authority):
+            at -= 1
+        done.insert(at, name)
+    return done
+
+
+def _comparable(name: str, other: str, measures, authority) -> bool:
+    pairs = zip(measures(name), measures(other), strict=True)
+    return all(boosted(own, authority(name)) >= boosted(its, authority(other)) for own, its in pairs)
