@@ -48,6 +48,8 @@ class Run:
     path: Path
     seeds: list[int]
     curves: dict[int, dict[str, Curves]]
+    qa: dict[int, dict[str, Curves]]  # milestones, over training tokens
+    events: dict[int, dict[str, list[dict[str, Any]]]]  # the diary of a training stage
     done: dict[int, dict[str, dict[str, Any]]]
     evaluated: dict[str, list[Result]]  # stage -> rows of all seeds
     data: dict[str, Any]
@@ -66,13 +68,23 @@ def collect(run_dir: str | os.PathLike) -> Run:
     seeds = sorted(int(home.name[4:]) for home in path.glob("seed*") if home.is_dir() and home.name[4:].isdigit())
     ledger = files.read_json(path / "stages.json") if (path / "stages.json").exists() else {}
     taught = teacher_episodes(path)
-    run = Run(path, seeds, {}, {}, {}, data(path, taught), {}, ledger, taught)
+    run = Run(path, seeds, {}, {}, {}, {}, {}, data(path, taught), {}, ledger, taught)
     for seed in seeds:
         home = path / f"seed{seed}"
         run.curves[seed] = {
             stage: curves(files.read_jsonl(home / stage / "metrics.jsonl"))
             for stage in (*TRAINED, "ppo")
             if (home / stage / "metrics.jsonl").exists()
+        }
+        run.qa[seed] = {
+            stage: curves(row | {"step": row["tokens"]} for row in files.read_jsonl(home / stage / "qa.jsonl"))
+            for stage in TRAINED
+            if (home / stage / "qa.jsonl").exists()
+        }
+        run.events[seed] = {
+            stage: files.read_jsonl(home / stage / "events.jsonl")
+            for stage in TRAINED
+            if (home / stage / "events.jsonl").exists()
         }
         run.done[seed] = {
             stage: files.read_json(home / stage / "done.json")

@@ -49,6 +49,7 @@ def line_chart(
     smooth: int = 1,
     zero: bool = False,
     note: str = "",
+    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
     """Curves over a common x axis.
 
@@ -56,6 +57,7 @@ def line_chart(
         y_range: fixed y limits; None takes the data's.
         smooth: running mean over this many points, drawn over the faint raw curve.
         zero: draws a line at y = 0.
+        marks: (x, what happened there), each a dashed vertical line; what happened is its tooltip.
     """
     lines = [line for line in lines if any(math.isfinite(v) for v in line.y)]
     if not lines:
@@ -70,6 +72,10 @@ def line_chart(
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
     if zero and y_axis.low < 0 < y_axis.high:
         parts.append(f'<path class="zero" d="M{LEFT} {y_axis(0):.1f}H{WIDTH - RIGHT}"/>')
+    for x, what in marks:
+        parts.append(
+            f'<path class="mark" d="M{x_axis(x):.1f} {TOP}V{HEIGHT - BOTTOM}"><title>{_text(what)}</title></path>'
+        )
     drawn = []
     for line in lines:
         colour = labels.index(line.label) % COLOURS

@@ -207,6 +207,7 @@ def write_prepared(run: Path) -> None:
 def write_training(run: Path, seed: int, steps: int = 200) -> None:
     noise = np.random.default_rng(seed)
     for stage, start, end in (("midtrain1", 6.0, 1.4), ("midtrain2", 2.0, 0.9), ("sft", 1.2, 0.5)):
+        home = run / f"seed{seed}" / stage
         for step in range(10, steps + 1, 10):
             loss = end + (start - end) * math.exp(-step / 40) + 0.02 * noise.normal()
             files.append_jsonl(
@@ -215,11 +216,29 @@ def write_training(run: Path, seed: int, steps: int = 200) -> None:
                     step=step,
                     loss=loss,
                     source_loss=dict(quoting=loss - 0.2, active_reading=loss + 0.2),
+                    capability_loss=dict(planning=loss - 0.1, report=loss + 0.1),
                     learning_rate=3e-3 * min(1, step / 20),
                     grad_norm=1.0 + 0.1 * noise.normal(),
+                    skipped=0,
+                    spikes=2 * (step == 100),
                     tokens_per_second=9000 + 100 * noise.normal(),
-                ),
+                    step_seconds=dict(median=0.1, p90=0.12, largest=0.3),
+                    mfu=None if stage == "sft" else 0.4,
+                    goodput=0.9,
+                )
+                | (dict(family_loss=dict(deep_search=loss, deep_research=loss + 0.3)) if stage == "sft" else {})
+                | (dict(heldout_loss=dict(quoting=loss, active_reading=loss + 0.1)) if step % 50 == 0 else {}),
             )
+        events = [dict(event="start", step=0), dict(event="start", step=50)]
+        if stage == "midtrain1":
+            events += [dict(event="rewind", step=120, to=100, reason="5 steps skipped"), dict(event="start", step=100)]
+            for step in (100, 200):
+                measured = dict(
+                    reward=0.1 + step / 1000, correct=0.2, cited=0.3, format=dict(tool_calls=0.5, answer=0.6)
+                )
+                files.append_jsonl(home / "qa.jsonl", dict(step=step, tokens=step * 4096) | measured)
+        for time, event in enumerate(events):
+            files.append_jsonl(home / "events.jsonl", dict(time=float(time)) | event)
         files.write_json(
             run / f"seed{seed}" / stage / "done.json",
             dict(steps=steps, seconds=120.0, tokens=steps * 4096, params_sha256="0" * 64),

@@ -100,6 +100,39 @@ def test_numbers_are_written_beside_the_page(finished):
     assert "NaN" not in (finished[0] / "report.json").read_text()
 
 
+def section_of(page, title):
+    return page.split(f"<h3>{title}</h3>")[1].split("<h3>")[0].split("</section>")[0]
+
+
+def test_training_shows_losses_by_component_capability_family_and_on_held_out_rows(finished):
+    sft = section_of(finished[1], "SFT")
+    for title in ("Loss by mixture component", "Loss on rows held out", "Loss by capability", "Loss by data family"):
+        assert title in sft
+    assert "FLOPs over the devices" not in sft and "FLOPs over the devices" in section_of(finished[1], "Mid-training I")
+
+
+def test_a_held_out_loss_is_one_line_through_the_rows_that_have_it(finished):
+    figure = section_of(finished[1], "SFT").split("Loss on rows held out", 1)[1].split("</figure>")[0]
+    assert re.search(r'd="M[\d.]+ [\d.]+(L[\d.]+ [\d.]+){3}"', figure)
+
+
+def test_training_tells_of_skips_returns_restarts_and_goodput(finished):
+    first = section_of(finished[1], "Mid-training I")
+    assert "Of its steps, 2 whose gradient was a spike were skipped." in first
+    assert "At step 120 it went back to step 100 (5 steps skipped) and read on past the data between." in first
+    assert "It was started 2 times." in first and "Goodput 90" in first
+    assert "<title>went back here from step 120: 5 steps skipped</title>" in first
+    assert "went back" not in section_of(finished[1], "SFT")
+
+
+def test_qa_at_milestones_is_drawn_over_training_tokens(finished):
+    first = section_of(finished[1], "Mid-training I")
+    figure = first.split("Held-out tasks while training", 1)[1].split("</figure>")[0]
+    assert "training tokens" in figure and "409600" in figure.replace(".0", "")
+    assert "Well-formed, of what was sampled" in first
+    assert "Held-out tasks while training" not in section_of(finished[1], "SFT")
+
+
 def test_renamed_copies_are_not_counted_as_episodes(finished):
     assert files.read_json(finished[0] / "report.json")["data"]["trajectories"]["kept"] == 32
 

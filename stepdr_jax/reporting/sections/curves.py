@@ -2,21 +2,33 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from stepdr_jax.reporting import plots
 from stepdr_jax.reporting.collect import Curves, Run
 from stepdr_jax.reporting.plots import Line
 
 
-def several(run: Run, stage: str, pick: Callable[[str], str | None], **settings) -> tuple[str, set[str]]:
+def several(
+    run: Run,
+    stage: str,
+    pick: Callable[[str], str | None],
+    *,
+    kept: Mapping[int, Mapping[str, Curves]] | None = None,
+    sparse: bool = False,
+    **settings,
+) -> tuple[str, set[str]]:
     """A line chart of every metric that `pick` gives a label, over all seeds; and the metric names it used.
 
     Of several labels those that are 0 throughout are left out.
+
+    Args:
+        kept: seed -> stage -> curves; default the rows of metrics.jsonl.
+        sparse: lines are drawn through rows that lack the metric.
     """
     found: list[tuple[str, int, Curves, str]] = []
     for seed in run.seeds:
-        curves = run.curves.get(seed, {}).get(stage)
+        curves = (run.curves if kept is None else kept).get(seed, {}).get(stage)
         for name in curves.values if curves else ():
             label = pick(name)
             if label is not None:
@@ -36,10 +48,12 @@ def several(run: Run, stage: str, pick: Callable[[str], str | None], **settings)
     seeds = list(dict.fromkeys(seed for _, seed, *_ in found))
     lines = []
     for label, seed, curves, name in found:
+        points = [(x, y) for x, y in zip(curves.x, curves.values[name], strict=True) if math.isfinite(y) or not sparse]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
         if len(labels) == 1 and len(seeds) > 1:  # colour tells seeds apart
-            lines.append(Line(f"seed {seed}" if one_metric else f"{label}, seed {seed}", curves.x, curves.values[name]))
+            lines.append(Line(f"seed {seed}" if one_metric else f"{label}, seed {seed}", xs, ys))
         else:
-            lines.append(Line(label, curves.x, curves.values[name], f"seed {seed}" if len(seeds) > 1 else ""))
+            lines.append(Line(label, xs, ys, f"seed {seed}" if len(seeds) > 1 else ""))
     return plots.line_chart(lines, **settings), names
 
 

@@ -1,14 +1,41 @@
-"""Curves of mid-training and SFT."""
+"""Mid-training and SFT: their curves, QA at milestones, and what interrupted them."""
 
+import collections
 import math
 from collections.abc import Callable
 
 from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
 from stepdr_jax.reporting.sections.curves import matching, rest, several
-from stepdr_jax.reporting.sections.wording import Section, made
+from stepdr_jax.reporting.sections.wording import Section, counted, listed, made
+
+NATS = {"y_label": "nats per token"}
+PANELS = (  # title, pattern of metrics, label, settings of the chart
+    ("Loss", r"(?:train/)?loss", "loss", NATS),
+    ("Loss by mixture component", r"(?:train/)?(?:loss_by_source|source_loss|loss)/(.+)", None, NATS),
+    ("Loss on rows held out, by component", r"heldout_loss/(.+)", None, NATS | {"sparse": True}),
+    ("Loss by capability", r"capability_loss/(.+)", None, NATS),
+    ("Loss by data family", r"family_loss/(.+)", None, NATS),
+    ("Learning rate", r"(?:train/)?(?:learning_rate|lr)", "learning rate", {"y_label": "rate"}),
+    ("Gradient norm before clipping", r"(?:train/)?(?:grad|gradient)_norm", "gradient norm", {"y_label": "norm"}),
+    ("Model FLOPs over the devices' peak", r"mfu", "MFU", {"y_label": "share"}),
+)
+MORE = (
+    ("Seconds of a step", r"step_seconds/(.+)", None, {"y_label": "seconds"}),
+    ("Tokens per second", r"tokens_per_second", "tokens per second", {}),
+    ("Goodput: share of wall-clock time in steps that count", r"goodput", "goodput", {"y_label": "share"}),
+)
+QA = (
+    ("Held-out tasks while training", r"(reward|correct|cited)", {"y_label": "mean"}),
+    (
+        "Well-formed, of what was sampled",
+        r"format/(tool_calls|turns|answer|citations)",
+        {"y_label": "share", "y_range": (0, 1)},
+    ),
+)
 
 
 def sections(run: Run, command: Callable[[str], str]) -> list[Section]:
+    """One section a stage, empty where it has not run."""
     out = []
     for stage in TRAINED:
         section: Section = {
@@ -21,31 +48,50 @@ def sections(run: Run, command: Callable[[str], str]) -> list[Section]:
         out.append(section)
         if not any(stage in run.curves.get(seed, {}) for seed in run.seeds):
             continue
-        used: set[str] = set()
-        for title, pattern, label, settings in TRAINING_PANELS:
-            figure, names = several(run, stage, matching(pattern, label), title=title, x_label="step", **settings)
-            if names:
-                section["figures"].append(figure)
-                used |= names
-        section["more"] = rest(run, stage, used, "step")
-        section["sentence"] = " ".join(_training_sentence(run, stage, seed) for seed in run.seeds).strip()
+        section["figures"], used = _charts(run, stage, PANELS)
+        for title, pattern, settings in QA:
+            figure, names = several(
+                run, stage, matching(pattern), kept=run.qa, title=title, x_label="training tokens", **settings
+            )
+            section["figures"] += [figure] if names else []
+        section["more"], more_used = _charts(run, stage, MORE)
+        section["more"] += rest(run, stage, used | more_used, "step")
+        section["sentence"] = " ".join(_sentence(run, stage, seed) for seed in run.seeds).strip()
     return out
 
 
-TRAINING_PANELS = (
-    ("Loss", r"(?:train/)?loss", "loss", {"y_label": "nats per token"}),
-    (
-        "Loss by mixture component",
-        r"(?:train/)?(?:loss_by_source|source_loss|loss)/(.+)",
-        None,
-        {"y_label": "nats per token"},
-    ),
-    ("Learning rate", r"(?:train/)?(?:learning_rate|lr)", "learning rate", {"y_label": "rate"}),
-    ("Gradient norm before clipping", r"(?:train/)?(?:grad|gradient)_norm", "gradient norm", {"y_label": "norm"}),
-)
+def _charts(run: Run, stage: str, panels) -> tuple[list[str], set[str]]:
+    """Charts of the panels that have values, the places marked from which training went back; and the metrics used."""
+    marks = [
+        (row["to"], f"went back here from step {row['step']}: {row['reason']}")
+        for seed in run.seeds
+        for row in _rewinds(run, stage, seed)
+    ]
+    figures, used = [], set()
+    for title, pattern, label, settings in panels:
+        figure, names = several(
+            run, stage, matching(pattern, label), title=title, x_label="step", marks=marks, **settings
+        )
+        used |= names
+        values = (
+            value
+            for seed in run.seeds
+            for name in names
+            if stage in run.curves.get(seed, {})
+            for value in run.curves[seed][stage].values.get(name, ())
+        )
+        if any(map(math.isfinite, values)):
+            figures.append(figure)
+    return figures, used
 
 
-def _training_sentence(run: Run, stage: str, seed: int) -> str:
+def _rewinds(run: Run, stage: str, seed: int) -> list[dict]:
+    """Each return once, though a run that was killed on its way back tells it twice."""
+    events = run.events.get(seed, {}).get(stage, ())
+    return list({(row["step"], row["to"]): row for row in events if row["event"] == "rewind"}.values())
+
+
+def _sentence(run: Run, stage: str, seed: int) -> str:
     curves = run.curves.get(seed, {}).get(stage)
     if not curves or "loss" not in curves.values or not curves.x:
         return ""
@@ -54,4 +100,23 @@ def _training_sentence(run: Run, stage: str, seed: int) -> str:
         return ""
     tail = losses[-max(1, len(losses) // 20) :]
     who = f"Seed {seed}: " if len(run.seeds) > 1 else ""
-    return f"{who}{made(curves, 'step')}, loss {losses[0]:.2f} to {sum(tail) / len(tail):.3f}."
+    said = [f"{who}{made(curves, 'step')}, loss {losses[0]:.2f} to {sum(tail) / len(tail):.3f}."]
+    skipped = {
+        "not finite": sum(v for v in curves.values.get("skipped", ()) if math.isfinite(v)),
+        "a spike": sum(v for v in curves.values.get("spikes", ()) if math.isfinite(v)),
+    }
+    if any(skipped.values()):
+        why = listed([f"{count:.0f} whose gradient was {what}" for what, count in skipped.items() if count])
+        said.append(f"Of its steps, {why} were skipped.")
+    said += [
+        f"At step {row['step']} it went back to step {row['to']} ({row['reason']}) and read on past the data between."
+        for row in _rewinds(run, stage, seed)
+    ]
+    happened = collections.Counter(row["event"] for row in run.events.get(seed, {}).get(stage, ()))
+    starts = happened["start"] - happened["rewind"]
+    if starts > 1:
+        said.append(f"It was started {counted(starts, 'time')}.")
+    goodput = [v for v in curves.values.get("goodput", ()) if math.isfinite(v)]
+    if goodput:
+        said.append(f"Goodput {100 * goodput[-1]:.0f}\u00a0%: the share of wall-clock time that went into its steps.")
+    return " ".join(said)
