@@ -14,8 +14,10 @@ def _field(default: Any, help: str) -> Any:
 class Settings:
     """Settings of one tool host. Durations are in seconds."""
 
-    world_dir: str = dataclasses.field(
-        metadata={"help": "holds documents.jsonl and sites.json; the search index is built into its folder index"}
+    world_dir: str = _field(
+        "",
+        "a world (documents.jsonl and sites.json; the search index is built into its folder index) or a directory that "
+        "`python -m tools_env.index` made; needed by search=embedded",
     )
     host: str = _field("127.0.0.1", "address to listen on")
     port: int = _field(0, "port to listen on; 0 = any free one")
@@ -43,6 +45,14 @@ class Settings:
     )
     web_port: int | None = _field(None, "loopback port of a running world web; without it the world's own is started")
     allow_internet: bool = _field(False, "open public addresses that the world does not serve")
+    search: str = _field(
+        "embedded",
+        "where queries go: embedded (the index of world_dir), opensearch (a cluster), web (a provider of live results)",
+    )
+    search_ranking: str = _field("bm25", "bm25, dense or hybrid (both, by reciprocal ranks); not for search=web")
+    search_without_authority: bool = _field(False, "authority does not decide between comparable passages")
+    search_options: str = _field("", "JSON object of the search's options, as docs/tools.md lists them")
+    search_timeout: float = _field(5.0, "seconds for one request to a search cluster, provider or embedding endpoint")
     topk: int = _field(2, "passages per search query when a call names no number")
     max_observation_chars: int = _field(700, "longer results are stored in the workspace and summarised")
     fetch_timeout: float = _field(2.0, "seconds for one page, redirects included")
@@ -61,7 +71,7 @@ class Settings:
     lease: float = _field(900.0, "seconds after which a session without calls is removed")
     max_file_chars: int = _field(200_000, "characters of one workspace file")
     max_files: int = _field(200, "files of one workspace")
-    tools: str = _field("", "optional tools to serve, with commas between: shell, file_parser, asr, analyze_image")
+    tools: str = _field("", "optional tools to serve, with commas between: shell, browser, file_parser, asr, analyze_image")
     tool_options: str = _field("", "JSON object of optional tool to its options")
     drain: float = _field(5.0, "seconds that calls in flight get when the host stops")
 
