@@ -63,11 +63,27 @@ class ProgrammaticJudge:
             `cited`: at least one citation and every one resolves to an observed passage.
         """
         if not trajectory.finish.is_policy_outcome:
-            judgments = [_failed(rubric, f"episode ended by {trajectory.finish}") for rubric in rubric_set.rubrics]
-            return Verdict(reward=None, judgments=judgments)
-        answer = trajectory.answer or ""
-        view = _View(answer, trajectory.sources(), self._longer_names)
-        judgments = [_judgment(rubric, view, self._mapping) for rubric in rubric_set.rubrics]
+            return infrastructure(rubric_set, trajectory)
+        view = self.view(trajectory)
+        return self.verdict(task, rubric_set, view, [self.decide(rubric, view) for rubric in rubric_set.rubrics])
+
+    def view(self, trajectory: Trajectory) -> "View":
+        """The episode's answer as checks see it."""
+        return View(trajectory.answer or "", trajectory.sources(), self._longer_names)
+
+    def decide(self, rubric: Rubric, view: "View") -> Judgment:
+        """One rubric by its check; a failed judgment when it has none."""
+        return _judgment(rubric, view, self._mapping)
+
+    def judged(self, rubric: Rubric, verdict: str, reason: str = "") -> Judgment:
+        """A judgment with its score, whoever gave the verdict."""
+        score = verdicts.SCORES[self._mapping](rubric.role, verdict)
+        return Judgment(
+            rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict=verdict, score=score, reason=reason
+        )
+
+    def verdict(self, task: Task, rubric_set: RubricSet, view: "View", judgments: list[Judgment]) -> Verdict:
+        """All judgments and what they add up to."""
         fatal = [rubric.rid for rubric in rubric_set.rubrics if rubric.fatal]
         reward = verdicts.aggregate(judgments, self._mapping, self._max_missing, fatal=fatal)
         cited = bool(view.ids) and all(id_ in view.sources for id_ in view.ids)
@@ -82,7 +98,13 @@ class ProgrammaticJudge:
         return self._longer[value]
 
 
-class _View:
+def infrastructure(rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
+    """The verdict on an episode that ended by infrastructure: none, it must be masked."""
+    judgments = [failed(rubric, f"episode ended by {trajectory.finish}") for rubric in rubric_set.rubrics]
+    return Verdict(reward=None, judgments=judgments)
+
+
+class View:
     """One answer as the checks see it."""
 
     def __init__(self, answer: str, sources: dict[str, Source], longer_names: Callable[[str], tuple[str, ...]]) -> None:
@@ -98,14 +120,14 @@ class _View:
         return any(matching.contains(text, value, longer_names=self._longer_names(value)) for value in values)
 
 
-def _states(check: dict, view: _View) -> bool:
+def _states(check: dict, view: View) -> bool:
     if "any" not in check and "all" not in check:
         raise KeyError("any")
     every = all(view.states([value]) for value in check.get("all", ()))
     return every and ("any" not in check or view.states(check["any"]))
 
 
-def _cites_support(check: dict, view: _View) -> bool:
+def _cites_support(check: dict, view: View) -> bool:
     about = check.get("about")
     return any(
         view.states(check["any"], source.text) and (about is None or view.states(about, source.text))
@@ -113,24 +135,24 @@ def _cites_support(check: dict, view: _View) -> bool:
     )
 
 
-def _authoritative(check: dict, view: _View) -> bool:
+def _authoritative(check: dict, view: View) -> bool:
     return bool(view.ids) and len(view.cited) == len(view.ids) and all(s.authority >= 2 for s in view.cited)
 
 
-def _unresolved_citation(check: dict, view: _View) -> bool:
+def _unresolved_citation(check: dict, view: View) -> bool:
     return any(id_ not in view.sources for id_ in view.ids)
 
 
-def _degenerate(check: dict, view: _View) -> bool:
+def _degenerate(check: dict, view: View) -> bool:
     overlong = len(repetition.units(view.prose)) > check.get("max_units", MAX_ANSWER_UNITS)
     return overlong or repetition.degenerate(view.prose) is not None
 
 
-def _verdict(check: dict, view: _View) -> bool:
+def _verdict(check: dict, view: View) -> bool:
     return stated_verdict(view.prose) == check["value"]
 
 
-CHECKS: dict[str, Callable[[dict, _View], bool]] = {
+CHECKS: dict[str, Callable[[dict, View], bool]] = {
     "states": _states,
     "states_wrong": _states,
     "cites_support": _cites_support,
@@ -147,26 +169,27 @@ def stated_verdict(text: str) -> str | None:
     return given.pop() if len(given) == 1 else None
 
 
-def _judgment(rubric: Rubric, view: _View, mapping: verdicts.Mapping) -> Judgment:
+def _judgment(rubric: Rubric, view: View, mapping: verdicts.Mapping) -> Judgment:
     check = CHECKS.get(rubric.check.get("kind", ""))
     if check is None:
-        return _failed(
+        return failed(
             rubric, f"no programmatic check of kind {rubric.check.get('kind')!r}; needs a language model judge"
         )
     try:
         holds = check(rubric.check, view)
     except (KeyError, TypeError) as error:
-        return _failed(rubric, f"check {rubric.check} is malformed: {error!r}")
+        return failed(rubric, f"check {rubric.check} is malformed: {error!r}")
     verdict = "satisfied" if holds else "not"
     score = verdicts.SCORES[mapping](rubric.role, verdict)
     return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict=verdict, score=score)
 
 
-def _failed(rubric: Rubric, reason: str) -> Judgment:
+def failed(rubric: Rubric, reason: str) -> Judgment:
+    """A judgment that a judge failed to make: no score."""
     return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict="error", score=None, reason=reason)
 
 
-def _correct(task: Task, view: _View) -> bool | None:
+def _correct(task: Task, view: View) -> bool | None:
     if task.answer is None:
         return None
     if task.kind == "verification":
