@@ -33,7 +33,7 @@ from tools_env.metrics import Metrics
 from tools_env.metrics import serve as serve_metrics
 from tools_env.reach import Reach
 from tools_env.routing import RoutedService, socket_of
-from tools_env.search.index import PassageIndex
+from tools_env.search import choose
 from tools_env.service import ToolService
 from tools_env.sessions import Sessions
 from tools_env.settings import Settings
@@ -120,10 +120,13 @@ async def serve(settings: Settings) -> RunningHost:
 
 async def make_service(settings: Settings, resources: contextlib.AsyncExitStack, metrics: Metrics) -> ToolService:
     """Returns the service without a transport; what it holds is released with `resources`. Raises ToolHostError."""
-    sites = _read_sites(Path(settings.world_dir))
-    index = PassageIndex(settings.world_dir)
+    if not settings.world_dir and settings.search == "embedded":
+        raise ToolHostError("expected --world=DIR: a world, or a directory that `python -m tools_env.index` made")
+    sites = _read_sites(Path(settings.world_dir)) if settings.world_dir else {}
+    backend, citations = await choose.make(settings, sites)
+    resources.push_async_callback(backend.close)
     web_port = settings.web_port
-    if web_port is None:
+    if web_port is None and settings.world_dir:
         from tools_env.world.web import WorldWeb
 
         world_web = WorldWeb(settings.world_dir)
@@ -143,7 +146,7 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
         count=lambda result: metrics.cache.labels(result).inc(),
     )
     resources.callback(cache.close)
-    reach = Reach(sites, web_port, settings.allow_internet)
+    reach = Reach(sites, web_port or 0, settings.allow_internet)
     fetcher = Fetcher(
         reach,
         timeout=settings.fetch_timeout,
@@ -164,7 +167,7 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
     resources.callback(reaper.cancel)
     return ToolService(
         [
-            web.make(index, fetcher, cache, sites, settings.topk),
+            web.make(backend, citations, fetcher, cache, sites, settings.topk),
             file.make(settings.max_file_chars, settings.max_files),
             todo.TOOL,
             *optional.build(settings.tools, settings.tool_options, resources, reach),

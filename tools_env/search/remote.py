@@ -36,6 +36,9 @@ class Remote:
     async def post(self, path: str, seconds: float, **how: Any) -> dict[str, Any]:
         return await self._request("POST", path, seconds, **how)
 
+    async def put(self, path: str, seconds: float, **how: Any) -> dict[str, Any]:
+        return await self._request("PUT", path, seconds, **how)
+
     async def _request(self, method: str, path: str, seconds: float, **how: Any) -> dict[str, Any]:
         """Returns the JSON object. Raises ToolError for a refused query (400, 404, 422), else Unavailable."""
         loop = asyncio.get_running_loop()

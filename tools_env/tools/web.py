@@ -12,27 +12,42 @@ from tools_env import cache as caching
 from tools_env import page
 from tools_env.errors import BadArguments, ToolError
 from tools_env.fetch import Fetcher
-from tools_env.search.citations import PATTERN
-from tools_env.search.index import Passage, PassageIndex
+from tools_env.search.backend import LANGUAGES, Filters, Passage, SearchBackend
+from tools_env.search.citations import PATTERN, Citations
 from tools_env.tools.base import Call, Output, Tool
 
 MAX_ITEMS = 10
+MAX_RESULTS = 10
 REPLY_MARGIN = 0.05  # seconds kept for formatting and sending when a call's deadline is near
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(/|$)")
+_TEXT = {"type": "string", "minLength": 1}
+_TOPK = {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "description": "passages per query"}
+_FILTERED = {
+    "type": "object",
+    "properties": {
+        "query": _TEXT,
+        "site": {"type": "string", "description": "example.org"},
+        "since": {"type": "string", "description": "2025-03-01"},
+        "until": {"type": "string"},
+        "language": {"type": "string", "enum": list(LANGUAGES)},
+        "topk": {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS},
+    },
+    "required": ["query"],
+}
 SCHEMA = {
     "type": "object",
     "properties": {
         "queries": {
             "type": "array",
-            "items": {"type": "string", "minLength": 1},
+            "items": {"anyOf": [_TEXT, _FILTERED]},
             "minItems": 1,
             "maxItems": MAX_ITEMS,
-            "description": "what to search for, several at once",
+            "description": "what to search for, several at once; an object narrows one query",
         },
-        "topk": {"type": "integer", "minimum": 1, "maximum": 10, "description": "passages per query"},
+        "topk": _TOPK,
         "urls": {
             "type": "array",
-            "items": {"type": "string", "minLength": 1},
+            "items": _TEXT,
             "minItems": 1,
             "maxItems": MAX_ITEMS,
             "description": "pages to open: addresses, or citation ids already shown",
@@ -49,11 +64,19 @@ class _Item:
     cache_hit: bool
 
 
-def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority: Mapping[str, int], topk: int) -> Tool:
-    """Returns the tool over one index and one web.
+def make(
+    backend: SearchBackend,
+    citations: Citations,
+    fetcher: Fetcher,
+    cache: caching.Cache,
+    authority: Mapping[str, int],
+    topk: int,
+) -> Tool:
+    """Returns the tool over one search and one web.
 
     Args:
-      index: the passages that queries search; it also gives opened passages their citation ids.
+      backend: answers queries.
+      citations: gives opened passages their ids.
       fetcher: opens pages.
       cache: shared by all sessions; holds found passages and read pages.
       authority: host name to authority of its pages; other hosts have 0.
@@ -64,9 +87,9 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
         queries, urls = arguments.get("queries", []), arguments.get("urls", [])
         if not queries and not urls:
             raise BadArguments("queries or urls is missing")
-        k = arguments.get("topk", topk)
+        asked = [_asked(query, arguments.get("topk", topk)) for query in queries]
         items = await asyncio.gather(
-            *(search(query, k, headed=len(queries) + len(urls) > 1) for query in queries),
+            *(search(call, *one, headed=len(queries) + len(urls) > 1) for one in asked),
             *(open_page(call, url) for url in urls),
         )
         return Output(
@@ -77,17 +100,20 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
             cache_hit=all(item.cache_hit for item in items),
         )
 
-    async def search(query: str, k: int, headed: bool) -> _Item:
-        async def found() -> list[int]:
-            return index.search(query, k)
+    async def search(call: Call, query: str, k: int, filters: Filters, headed: bool) -> _Item:
+        async def found() -> list[dict[str, Any]]:
+            seconds = call.seconds_left() - REPLY_MARGIN
+            return [vars(passage) for passage in await backend.search(query, k, filters, seconds)]
 
-        address = caching.key("search", index.fingerprint, [query, k])
-        head = [f"query: {query}"] if headed else []
+        narrowed = {name: value for name, value in vars(filters).items() if value}
+        address = caching.key("search", backend.fingerprint, [query, k, narrowed])
+        told = "".join(f" {name}:{value}" for name, value in narrowed.items())
+        head = [f"query: {query}{told}"] if headed else []
         try:
-            ordinals, hit = await cache.get(address, found)
+            rows, hit = await cache.get(address, found)
         except ToolError as error:
             return _Item("\n".join([*head, str(error)]), [], True, False)
-        shown = [index.passages[ordinal] for ordinal in ordinals]
+        shown = [Passage(**row) for row in rows]
         lines = head
         for rank, passage in enumerate(shown, 1):
             lines.append(f"{rank}. {_head(passage.title, urlsplit(passage.url).hostname or '', passage.published_at)}")
@@ -98,7 +124,7 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
         try:
             url = _address(call, wanted)
             async with asyncio.timeout(max(call.deadline - REPLY_MARGIN - time.monotonic(), 0.0)):
-                address = caching.key("open", page.VERSION + index.fingerprint, url)
+                address = caching.key("open", page.VERSION + backend.fingerprint, url)
                 content, hit = await cache.get(address, lambda: read(url))
         except ToolError as error:
             return _Item(f"{wanted}: {error}", [], True, False)
@@ -107,7 +133,7 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
         host = urlsplit(content["url"]).hostname or ""
         sources = [
             Passage(
-                id=index.citations.id(content["url"], passage),
+                id=citations.id(content["url"], passage),
                 url=content["url"],
                 title=content["title"],
                 text=passage,
@@ -130,6 +156,13 @@ def make(index: PassageIndex, fetcher: Fetcher, cache: caching.Cache, authority:
         schema=SCHEMA,
         run=run,
     )
+
+
+def _asked(query: str | dict[str, Any], topk: int) -> tuple[str, int, Filters]:
+    if isinstance(query, str):
+        return query, topk, Filters()
+    narrowed = dict(query)
+    return narrowed.pop("query"), narrowed.pop("topk", topk), Filters(**narrowed)
 
 
 def _address(call: Call, wanted: str) -> str:
