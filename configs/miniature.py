@@ -64,6 +64,20 @@ def get_config() -> ConfigDict:
             trajectory_copies=6,  # renamed copies of each trajectory in mid-training II and SFT
         )
     )
+    config.data = ConfigDict(
+        dict(
+            # name -> dict(format=, path=, component=, capability=, lang=, licence=): your own data and public formats, beside
+            # what launch.synthesize writes (stepdr_jax/data/sources; configs/own_data.py is an example)
+            sources=ConfigDict(),
+            shard_mib=256,  # of source text in one ArrayRecord
+            on_bad_row="stop",  # a source row that cannot be read: stop, or skip (counted and named in data/card.html)
+            on_damage="stop",  # a missing or damaged shard while training: stop, or skip (its rows become padding)
+            exact_duplicates="count",  # within a component: off, count or drop; renamed copies differ in a word
+            near_duplicates="off",  # off, count or drop; renamed copies are near duplicates on purpose
+            evaluation_sets=ConfigDict(),  # name -> file of questions that no row may hold (stepdr_jax/data/similarity.py)
+            contaminated="drop",  # rows that hold one: drop or count
+        )
+    )
     config.tokenizer = ConfigDict(
         dict(
             path="",  # a tokenizer.json to use, e.g. Qwen2.5's; empty = train one on the corpus
@@ -101,6 +115,20 @@ def get_config() -> ConfigDict:
     )
     config.initial_checkpoint = ""  # folder from launch.convert that midtrain1 starts from; empty = random parameters
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
+    config.saving = ConfigDict(
+        dict(
+            background=True,  # training goes on while a checkpoint is written
+            keep_every=0,  # steps; checkpoints of its multiples are kept for good; 0 = none
+        )
+    )
+    config.watchdog = ConfigDict(
+        dict(
+            factor=20.0,  # times the median step without a new one: the stacks of all threads are dumped; 0 = never
+            floor_seconds=600.0,  # never sooner
+            first_seconds=3600.0,  # for the first steps, which compile
+            exit=False,  # end with status 75 then, so that a cluster starts the run again
+        )
+    )
     config.distributed = ConfigDict(
         dict(
             coordinator="",  # host:port of process 0; auto = jax asks the cluster (TPU VMs, GKE, Slurm); empty = alone
@@ -155,6 +183,7 @@ def get_config() -> ConfigDict:
             trajectory_loss="all",  # of trajectories in the data: all tokens (ours), or the assistant's only
             # mixture name -> rate; the rates of the paper's Table 1 and 2 are not published
             mixture=ConfigDict(),
+            remix=(),  # ((step, dict(component=rate)), ...): from that step on these rates; others stay
             opening="",  # component of the mixture that the first steps read alone
             opening_steps=0,
         )

@@ -47,11 +47,11 @@ def run(
     _die_with_parent()
     signal.signal(signal.SIGTERM, _terminate)
     if many_processes:
-        sys.exit(_among_others(lambda: parse(sys.argv, doc, positional=positional), main))
+        sys.exit(among_others(lambda: parse(sys.argv, doc, positional=positional), main))
     sys.exit(guarded(lambda: main(parse(sys.argv, doc, positional=positional))))
 
 
-def _among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDict], Any]) -> int:
+def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDict], Any]) -> int:
     """`guarded`, with config.distributed joined first; a process that fails lets the others notice at once."""
 
     def work():

@@ -15,13 +15,13 @@ from ml_collections import ConfigDict
 from stepdr_jax.errors import UserError
 
 STAGES = ("midtrain1", "midtrain2", "sft")
-FREE = ("mixture", "kind_weights")  # sections whose keys are data, not fields
+FREE = ("mixture", "kind_weights", "sources", "evaluation_sets")  # sections whose keys are data, not fields
 MAY_BE_NEGATIVE = ("seed", "data_seed")
 MAY_BE_ZERO = frozenset(
     "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
     "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
-    "heldout_every every_tokens process".split()
+    "heldout_every every_tokens process keep_every factor".split()
 )
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
@@ -29,6 +29,11 @@ SHARES = frozenset(
 SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 CHOICES = {
+    "data.on_bad_row": ("stop", "skip"),
+    "data.on_damage": ("stop", "skip"),
+    "data.exact_duplicates": ("off", "count", "drop"),
+    "data.near_duplicates": ("off", "count", "drop"),
+    "data.contaminated": ("count", "drop"),
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
     "ppo.unfinished": ("worst", "zero"),

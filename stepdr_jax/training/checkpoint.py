@@ -10,24 +10,34 @@ before it is used. The learner of PPO saves its trees here too; whatever the sta
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import distributed
+from stepdr_jax.training import distributed, storage
+from stepdr_jax.training.saving import Saver, save
+from stepdr_jax.training.storage import steps
 
-_HIDDEN = ".writing-"
+__all__ = [
+    "Restored",
+    "Saver",
+    "latest_metadata",
+    "params_sha256",
+    "remove_after",
+    "restore",
+    "save",
+    "steps",
+    "verify",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,71 +49,36 @@ class Restored:
     metadata: dict
 
 
-def save(directory: str | os.PathLike, step: int, tree: Any, metadata: dict, *, keep: int) -> Path:
-    """Writes `tree` as the checkpoint of `step`, then removes all but the latest `keep`.
+def restore(directory: str | os.PathLike, abstract: Any, *, step: int | None = None, report=None) -> Restored | None:
+    """Reads the latest checkpoint that is whole; None when there is none at all. Every process of a run must call it.
 
-    Checkpoints of later steps are removed first: they belong to a future that was damaged or abandoned.
-
-    Args:
-        directory: of all checkpoints of a stage.
-        step: optimiser steps or PPO iterations done.
-        tree: nested dict (or registered dataclass) of arrays.
-        metadata: JSON-able.
-        keep: how many to keep, at least 1; 2 or more survive damage to the latest.
-
-    Raises:
-        UserError: when the disk is full.
-    """
-    directory = Path(directory).absolute()
-    final, hidden = directory / f"{step:08d}", directory / f"{_HIDDEN}{step:08d}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in directory.glob(f"{_HIDDEN}*"):
-            shutil.rmtree(leftover)
-        for later in steps(directory):
-            if later >= step:
-                shutil.rmtree(directory / f"{later:08d}")
-        _write_arrays(hidden / "arrays", tree)
-        digests = {str(path.relative_to(hidden)): _digest(path) for path in sorted(_files(hidden))}
-        files.write_json(hidden / "manifest.json", {"step": step, "metadata": metadata, "files": digests})
-        os.rename(hidden, final)
-        files.sync_directory(directory)
-    except Exception as error:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if _disk_full(error):
-            raise UserError(
-                f"disk full while writing checkpoint {final}; free space and run the same command: "
-                "it continues from the checkpoint before"
-            ) from error
-        raise
-    for old in steps(directory)[:-keep]:
-        shutil.rmtree(directory / f"{old:08d}")
-    return final
-
-
-def restore(directory: str | os.PathLike, abstract: Any, *, report=None) -> Restored | None:
-    """Reads the latest checkpoint that is whole; None when there is none at all.
+    The processes share the work of verifying. They may be more or fewer than those that wrote.
 
     Args:
         directory: of all checkpoints of a stage.
         abstract: tree of jax.ShapeDtypeStruct or arrays with the wanted structure and shardings; keys that a saved dict
             has beyond these are not read. A function from metadata to such a tree is called first.
+        step: this one and no other.
         report: receives one line for each damaged checkpoint; default standard error.
 
     Raises:
-        UserError: when checkpoints exist and every one is damaged.
+        UserError: when checkpoints exist and every one is damaged; or `step` is absent or damaged.
     """
-    directory = Path(directory).absolute()
+    directory = storage.location(directory)
     report = report or _say
-    problems = []
-    for step in reversed(steps(directory)):
+    present, problems = steps(directory), []
+    if step is not None:
+        if step not in present:
+            raise UserError(f"{directory} has no checkpoint of step {step}; it has {present or 'none'}")
+        present = [step]
+    while (step := _of_lead(present.pop() if present else -1)) >= 0:
         path = directory / f"{step:08d}"
-        problem, manifest = verify(path)
+        problem, manifest = _verified_by_all(path)
         if problem is None:
             wanted = abstract(manifest["metadata"]) if callable(abstract) else abstract
             return Restored(step, _read_arrays(path / "arrays", wanted), manifest["metadata"])
         problems.append(f"{path} ({problem})")
-        report(f"checkpoint {path} is damaged: {problem}; trying the one before")
+        report(f"checkpoint {path} is damaged: {problem}" + ("; trying the one before" if present else ""))
     if problems:
         raise UserError(
             f"no usable checkpoint in {directory}: {'; '.join(problems)}; "
@@ -114,9 +89,10 @@ def restore(directory: str | os.PathLike, abstract: Any, *, report=None) -> Rest
 
 def latest_metadata(directory: str | os.PathLike) -> dict:
     """What was saved beside the latest checkpoint. Raises UserError when there is none that can be read."""
+    directory = storage.location(directory)
     for step in reversed(steps(directory)):
         try:
-            return json.loads((Path(directory) / f"{step:08d}" / "manifest.json").read_text())["metadata"]
+            return json.loads((directory / f"{step:08d}" / storage.MANIFEST).read_text())["metadata"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     raise UserError(
@@ -125,37 +101,46 @@ def latest_metadata(directory: str | os.PathLike) -> dict:
     )
 
 
-def steps(directory: str | os.PathLike) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, in increasing order."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and path.is_dir())
-
-
 def remove_after(directory: str | os.PathLike, step: int) -> None:
     """Removes the checkpoints of steps past `step`: what a run that goes back undoes."""
+    directory = storage.location(directory)
     for later in steps(directory):
         if later > step:
-            shutil.rmtree(Path(directory) / f"{later:08d}")
+            storage.remove(directory / f"{later:08d}")
 
 
-def verify(path: Path) -> tuple[str | None, dict]:
-    """(what is wrong or None, manifest) of one checkpoint directory; reads every byte."""
+def verify(path: Path, *, part: int = 0, parts: int = 1) -> tuple[str | None, dict]:
+    """(what is wrong or None, manifest) of one checkpoint directory; reads every byte of every `parts`-th file."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / storage.MANIFEST).read_text())
         listed = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json is unreadable ({type(error).__name__})", {}
-    for name, expected in listed.items():
-        file = path / name
-        if not file.is_file():
+    for name, expected in sorted(listed.items())[part::parts]:
+        try:
+            found = storage.digest(path / name)
+        except FileNotFoundError:
             return f"{name} is missing", manifest
-        if file.stat().st_size != expected[0]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected[0]}", manifest
-        if _digest(file) != expected:
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or type(error).__name__})", manifest
+        if found[0] != expected[0]:
+            return f"{name} has {found[0]} bytes, expected {expected[0]}", manifest
+        if found != expected:
             return f"the content of {name} has changed", manifest
     return None, manifest
+
+
+def _of_lead(number: int) -> int:
+    return int(distributed.gather(np.int32(number))[0, 0])
+
+
+def _verified_by_all(path) -> tuple[str | None, dict]:
+    """`verify`, each process a share; what one finds, all are told of."""
+    problem, manifest = verify(path, part=jax.process_index(), parts=jax.process_count())
+    bad = distributed.gather(np.int32(problem is not None))[:, 0]
+    if problem is None and bad.any():
+        problem = f"process {int(bad.argmax())} found a file damaged"
+    return problem, manifest
 
 
 def params_sha256(params: Any) -> str:
@@ -179,11 +164,6 @@ def _raised_anyway(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_raised_anyway)
 
 
-def _write_arrays(path: Path, tree: Any) -> None:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree))
-
-
 def _read_arrays(path: Path, abstract: Any) -> Any:
     arguments = ocp.args.PyTreeRestore(
         item=abstract,
@@ -192,25 +172,6 @@ def _read_arrays(path: Path, abstract: Any) -> Any:
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(path, args=arguments)
-
-
-def _files(root: Path):
-    return (path for path in root.rglob("*") if path.is_file())
-
-
-def _digest(path: Path) -> list:
-    with open(path, "rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error):  # tensorstore reports it as text
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _say(line: str) -> None:

@@ -12,9 +12,12 @@ a coordinator too. Without one, XLA sums inside the process, in another order.
 """
 
 import contextlib
+import itertools
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -31,9 +34,8 @@ RESTART = 75  # EX_TEMPFAIL of <sysexits.h>: all is well or will be; run the sam
 class Preempted(SystemExit):
     """Training stopped because it was asked to (SIGTERM, a notice of preemption) and everything is saved."""
 
-    def __init__(self, message: str):
+    def __init__(self):
         super().__init__(RESTART)
-        self.message = message
 
 
 def initialize(config) -> None:
@@ -113,8 +115,8 @@ def lead_first(what: str, work: Callable[[], T], then: Callable[[], T]) -> T:
 
 
 def gather(values) -> np.ndarray:
-    """Small numbers of every process: float32[processes, n] of [n]. Every process must call it."""
-    values = np.atleast_1d(np.asarray(values, np.float32))
+    """Small numbers of every process: [processes, n] of int32 or float32 [n]. Every process must call it."""
+    values = np.atleast_1d(np.asarray(values))
     if jax.process_count() == 1:
         return values[None]
     with jax.transfer_guard("allow"):
@@ -179,6 +181,33 @@ def host_pieces(array: jax.Array, size: int = 2**28) -> Iterator[np.ndarray]:
 
 
 # ------------------------------------------------------------------------------------------------------------ endings
+
+
+class Notice:
+    """Whether this run has been told to end: SIGTERM, which is also how a cluster announces a preemption.
+
+    Among several processes jax passes the notice on to all of them and names one step, the same for all, at which they
+    save. A context manager; it must be entered in the main thread to hear the signal.
+    """
+
+    def __init__(self):
+        self._calls, self._asked, self._previous = itertools.count(1), threading.Event(), None
+
+    def __enter__(self) -> "Notice":
+        alone = not jax.distributed.is_initialized()  # else jax listens
+        if alone and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self) -> bool:
+        """Whether to save and end now. Every process must call it after every step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(next(self._calls))
+        return self._asked.is_set()
 
 
 @contextlib.contextmanager

@@ -179,7 +179,8 @@ def complete(home: str | os.PathLike, remove_after: Callable[[int], None]) -> li
 
 
 def _write(home: str | os.PathLike, rewinds: list[Rewind]) -> None:
-    files.write_json(Path(home) / "rewinds.json", [dataclasses.asdict(rewind) for rewind in rewinds])
+    if jax.process_index() == 0:
+        files.write_json(Path(home) / "rewinds.json", [dataclasses.asdict(rewind) for rewind in rewinds])
 
 
 def data_position(rewinds: list[Rewind], step: int) -> int:

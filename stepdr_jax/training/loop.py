@@ -32,6 +32,7 @@ from stepdr_jax.training.optimizer import optimizer_of, schedule_of
 from stepdr_jax.training.profiling import Profiler
 from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program
 from stepdr_jax.training.step import TrainState, arrange, empty_window
+from stepdr_jax.training.watchdog import Stragglers, Watchdog
 from stepdr_jax.training.writers import Journal
 
 
@@ -157,6 +158,11 @@ def train(
         return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
+    saver = checkpoint.Saver(home / "checkpoints", background=config.saving.background)
+    notice = distributed.Notice()
+    watchdog = Watchdog(home / "hangs", config.watchdog)
+    stragglers = Stragglers()
+
     def advance() -> dict | None:
         """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back."""
         rewinds = distributed.lead_first(
@@ -190,8 +196,12 @@ def train(
             stepped = time.monotonic()
             now = program(now, put(batch))
             batch = next_batch()  # while the devices work
+            dispatched = time.monotonic()
             jax.block_until_ready(now.step)
-            pace.step(time.monotonic() - stepped)
+            ended = time.monotonic()
+            pace.step(ended - stepped)
+            watchdog.step(ended - stepped)
+            stragglers.step(ended - stepped, waited=ended - dispatched)
             profiler.after(step)
             progress = progress or Progress(stage, settings.steps, start=step - 1)
 
@@ -209,6 +219,8 @@ def train(
                     flops=training_flops(model, tokens=float(window["tokens"]), pairs=float(window["pairs"])),
                     left=settings.steps - step,
                 )
+                if slowest := stragglers.slowest():
+                    row["slowest_host"] = slowest
                 journal.row(row)
                 _report_skips(row, stage, journal)
                 weights = dict(zip(sources, map(float, window["weight"]), strict=True))
@@ -222,6 +234,7 @@ def train(
                     if back:
                         profiler.close(step)
                         journal.close()
+                        saver.wait()
                         return None
                 zeros = _zeros(len(sources))
                 placed = jax.tree.map(lambda _: replicated(mesh), zeros)
@@ -233,29 +246,44 @@ def train(
                 progress.update(1, **shown, **speed)
 
             metadata = {"stage": stage, "seed": config.seed, "model": dataclasses.asdict(model), "tokens": tokens}
-            if step % settings.checkpoint_every == 0 or last:
+            scheduled = step % settings.checkpoint_every == 0 or last
+            preempted = notice.reached() and not last
+            if scheduled or preempted:
                 # After the row of this step: a restored run must find its rows up to the checkpoint.
-                watch.saved(step, judged=row is not None)
+                if scheduled:
+                    watch.saved(step, judged=row is not None)
                 progress_so_far = {
                     "settings": asked,
                     "seconds": seconds + time.monotonic() - began,
                     "productive": pace.productive,
                     "watch": watch.as_dict(),
                 }
-                checkpoint.save(
-                    home / "checkpoints",
+                saver.save(
                     step,
                     state.as_tree(now),
                     metadata | progress_so_far,
                     keep=settings.keep_checkpoints,
+                    keep_every=config.saving.keep_every,
+                    spare=(watch.good,),
+                    emergency=not scheduled,
                 )
+            if preempted:
+                saver.close()
+                journal.event("preempted", step=step)
+                journal.close()
+                distributed.barrier(f"{stage} saved {step}")
+                _say(f"{stage}  told to end: step {step} is saved; run the same command to continue")
+                raise distributed.Preempted
+            saver.check()
             if row and _crossed(config.eval.every_tokens, before, tokens):
+                saver.wait()  # one at a time
                 checkpoint.save(state.milestone_dir(home, step), step, {"params": now.params}, metadata, keep=1)
                 journal.event("milestone", step=step, tokens=tokens)
                 if on_milestone:
-                    with jax.transfer_guard("allow"):
+                    with jax.transfer_guard("allow"), watchdog.paused():
                         journal.measured(on_milestone(step))
         profiler.close(step)
+        saver.wait()
         journal.event("end", step=step)
         journal.close()
         return {
@@ -267,9 +295,10 @@ def train(
         }
 
     # Nothing moves between host and devices unless the code says so.
-    with jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"), notice, watchdog:
         while (finished := advance()) is None:
             pass
+    saver.close()
 
     # ---------------------------------------------------------------- done
     def write_done() -> dict:

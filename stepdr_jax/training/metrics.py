@@ -12,7 +12,7 @@ import numpy as np
 
 from stepdr_jax import files
 
-TIMINGS = ("tokens_per_second", "step_seconds", "mfu", "goodput", "eta_seconds")
+TIMINGS = ("tokens_per_second", "step_seconds", "mfu", "goodput", "eta_seconds", "slowest_host")
 
 
 def mean_by(names: Sequence[str], loss: Iterable[float], weight: Iterable[float]) -> dict[str, float]:

@@ -25,9 +25,9 @@ class Poisoned(tiny.Memory):
         super().__init__()
         self.bad, self.read = range(first, first + count), []
 
-    def batch(self, step):
+    def batch(self, step, rows=None):
         self.read.append(step)
-        batch = super().batch(step)
+        batch = super().batch(step, rows)
         if step in self.bad:
             batch["tokens"] = np.full_like(batch["tokens"], 7)
         return batch

@@ -27,7 +27,7 @@ class Memory:
     def __init__(self, batch=4, context=32, seed=0):
         self.shape, self.seed = (batch, context), seed
 
-    def batch(self, step):
+    def batch(self, step, rows=None):
         rng = np.random.default_rng((self.seed, step))
         B, T = self.shape
         source = rng.integers(0, 2, B).astype(np.int32)
@@ -38,7 +38,7 @@ class Memory:
         segments[:, -2:] = 0
         tokens = (rng.integers(0, VOCAB, (B, 1)) + direction * np.arange(T)) % VOCAB
         mask = (segments > 0) & (positions > 0)
-        return dict(
+        whole = dict(
             tokens=tokens.astype(np.int32),
             loss_mask=mask,
             segment_ids=segments,
@@ -46,6 +46,7 @@ class Memory:
             source=source,
             capability=segments,
         )
+        return {name: a[rows or slice(None)] for name, a in whole.items()}
 
     def heldout_batch(self, index):
         return Memory(*self.shape, seed=self.seed + 1).batch(index)
@@ -71,11 +72,17 @@ def tiny_config(run_dir, **overrides):
 
 
 def main(argv):
+    from launch import entry
     from stepdr_jax.training import loop
 
     run_dir, stage, *fields = argv
     overrides = {name: json.loads(value) for name, value in (field.split("=") for field in fields)}
-    print(json.dumps(loop.train(tiny_config(run_dir, **overrides), stage, loader=Memory(), vocab_size=VOCAB)))
+    config = tiny_config(run_dir, **overrides)
+
+    def work(config):
+        print(json.dumps(loop.train(config, stage, loader=Memory(config[stage].batch), vocab_size=VOCAB)))
+
+    sys.exit(entry.among_others(lambda: config, work))
 
 
 if __name__ == "__main__":
