@@ -10,7 +10,7 @@ import psutil
 import pytest
 from aiohttp import web
 
-from tools_env.errors import BadArguments, ToolError, ToolHostError
+from tools_env.errors import BadArguments, RetryLater, ToolError, ToolHostError
 from tools_env.reach import Reach
 from tools_env.tools import arguments, browser
 from tools_env.tools.base import Call
@@ -209,16 +209,6 @@ def test_screenshots_are_kept_when_the_screen_changes_and_left_out_when_it_barel
     run(main())
 
 
-def test_a_session_keeps_a_bounded_number_of_screenshots(run, room):
-    async def main():
-        async with room(shots=1) as use:
-            await use("open", url="http://atlas.test/")
-            second = await use("open", url="http://atlas.test/long")
-            assert second.text.splitlines()[1] == "no screenshot: a session keeps 1" and "Line 0." in second.text
-
-    run(main())
-
-
 WALLS = pytest.mark.parametrize("walled", [True, False], ids=["own network", "host's network"])
 
 
@@ -312,10 +302,9 @@ def test_a_page_reaches_nothing_but_the_world(run, room, walls, walled):
     run(main())
 
 
-@WALLS
-def test_addresses_that_are_refused(run, room, walls, walled):
+def test_addresses_that_are_refused(run, room):
     async def main():
-        async with room(**walls(walled)) as use:
+        async with room() as use:
             use.site.extra = {
                 "/links": f'<a href="file:///etc/passwd">one</a> <a href="http://127.0.0.1:{use.port}/">two</a>'
                 '<a href="chrome://version">three</a>'
@@ -365,16 +354,49 @@ def test_sessions_share_no_cookies_and_end_with_their_folder(run, room, tmp_path
     run(main())
 
 
-def test_the_least_used_page_makes_room_and_its_session_is_told(run, room):
+def test_pages_and_screenshots_are_bounded_and_sessions_are_told(run, room):
     async def main():
-        async with room(contexts=1) as use:
+        async with room(contexts=1, shots=1) as use:
             await use("open", session="a", url="http://atlas.test/second")
+            more = await use("open", session="a", url="http://atlas.test/long")
+            assert more.text.splitlines()[1] == "no screenshot: a session keeps 1" and "Line 0." in more.text
             await use("open", session="b", url="http://atlas.test/second")
             with pytest.raises(ToolError, match="closed to make room for others; open an address first"):
                 await use("look", session="a")
             with pytest.raises(ToolError, match="no page is open; open an address first"):
                 await use("look", session="a")
+            slow = asyncio.create_task(use("open", session="b", url="http://atlas.test/slow", seconds=3.0))
+            await asyncio.sleep(0.3)
+            with pytest.raises(RetryLater, match="all 1 pages are in use"):
+                await use("open", session="a", url="http://atlas.test/second")
+            with pytest.raises(ToolError, match="another call of this session still uses the page"):
+                await use("look", session="b", seconds=1.6)
+            with pytest.raises(ToolError, match="open timed out; look at what has loaded"):
+                await slow
             assert (await use("look", session="b")).text.startswith("Second")
+
+    run(main())
+
+
+def test_a_host_serves_it_and_its_pictures_can_be_looked_at(run, running):
+    async def main():
+        async with running(tools="browser,analyze_image") as it:
+            session = await it.client.open_session("e")
+            opened = await session.call("browser", {"action": "open", "url": "atlas.test/en/austria"}, call_id="0")
+            assert opened.outcome == "ok" and "The capital of Austria is [2 link Vienna] ." in opened.text
+            assert opened.text.splitlines()[:2] == ["Austria | http://atlas.test/en/austria", "screenshot: shots/1.png"]
+            seen = await session.call("analyze_image", {"path": "shots/1.png"}, call_id="1")
+            assert "The capital of Austria is Vienna" in seen.text
+            long = await session.call("browser", {"action": "open", "url": "http://atlas.test/long"}, call_id="2")
+            assert long.truncated and len(long.text) <= 700 and "screenshot: shots/2.png" in long.text
+            stored = long.text.split("stored in ")[1].split(";")[0]
+            read = await session.call("file", {"op": "read", "path": stored}, call_id="3")
+            assert "Line 9 says that 9 is a number." in read.text
+            wrong = await session.call("browser", {"action": "open", "url": "http://127.0.0.1/"}, call_id="4")
+            assert (wrong.outcome, wrong.text) == ("tool_error", "unknown host")
+            again = await session.call("browser", {"action": "open", "url": "http://127.0.0.1/"}, call_id="4")
+            assert again.text == wrong.text, "a repeated call is not run again"
+            await session.close()
 
     run(main())
 

@@ -156,12 +156,14 @@ class Browser:
         return f"HTTP {reply.status}" if reply is not None and reply.status >= 400 else ""
 
     async def _go(self, tab: Tab, address: str):
-        try:
-            return await tab.page.goto(address, wait_until="domcontentloaded")
-        except playwright_error() as error:
-            if "interrupted by another navigation" not in str(error):
-                raise
-        return await tab.page.goto(address, wait_until="domcontentloaded")  # an earlier failure's page came in between
+        """Returns the response of the address. The page of an earlier failure may come in between; then it asks again."""
+        for attempt in range(5):
+            try:
+                return await tab.page.goto(address, wait_until="domcontentloaded")
+            except playwright_error() as error:
+                if attempt == 4 or "interrupted by another navigation" not in str(error):
+                    raise
+            await asyncio.sleep(0.1)
 
     async def _shown(self, call: Call, tab: Tab, failure: str, *, photograph: bool) -> Output:
         """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
