@@ -295,10 +295,9 @@ def train(
         }
 
     # Nothing moves between host and devices unless the code says so.
-    with jax.transfer_guard("disallow"), notice, watchdog:
+    with jax.transfer_guard("disallow"), saver, notice, watchdog:
         while (finished := advance()) is None:
             pass
-    saver.close()
 
     # ---------------------------------------------------------------- done
     def write_done() -> dict:

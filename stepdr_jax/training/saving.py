@@ -26,7 +26,7 @@ PATIENCE = 1800.0  # seconds that all processes together may take to write a che
 
 
 class Saver:
-    """Saves to one directory, at most one checkpoint at a time.
+    """Saves to one directory, at most one checkpoint at a time. A context manager.
 
     Args:
         directory: of all checkpoints of a stage; a folder, gs://... or s3://...
@@ -105,6 +105,16 @@ class Saver:
         """Waits, and ends orbax's threads."""
         self.wait()
         self._orbax.close()
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        """Ends what is being written; after an error without another one, and only alone: others may never answer."""
+        if kind is None:
+            self.close()
+        elif self._thread is not None and jax.process_count() == 1:
+            self._thread.join()
 
     # ------------------------------------------------------------------------------------------------------ details
 
