@@ -131,7 +131,7 @@ def test_a_run_killed_while_it_goes_back_ends_with_the_same_bits(tmp_path, rewou
     def die(*_, **__):
         raise Killed
 
-    overrides = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3}
+    overrides = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3, "saving.background": False}
     whole = train(tmp_path / "whole", Poisoned(8, 3), **overrides)
     monkeypatch.setattr(checkpoint if written else guards, "remove_after" if written else "go_back", die)
     with pytest.raises(Killed):
