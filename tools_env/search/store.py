@@ -165,6 +165,9 @@ class Writer:
         statement = "UPDATE documents SET run = ? WHERE id = ? AND fingerprint = ?"
         return self._db.execute(statement, (self.run, document, fingerprint)).rowcount > 0
 
+    def has(self, document: str) -> bool:
+        return self._db.execute("SELECT 1 FROM documents WHERE id = ?", (document,)).fetchone() is not None
+
     def add(self, row: dict[str, Any], fingerprint: str = "") -> int:
         """Indexes a document (id, url, title, text; authority, published_at, lang), or replaces it.
 

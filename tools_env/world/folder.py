@@ -9,7 +9,7 @@ import html.parser
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
@@ -52,7 +52,7 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
     if not root.is_dir():
         raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct world.documents")
     try:
-        paths = sorted(_files(root))
+        paths = sorted(files(root))
     except OSError as error:
         raise ToolHostError(
             f"cannot read the folder {error.filename or root}: {error.strerror}; change its permissions"
@@ -64,7 +64,7 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
     return [_document(path, root, urls) for path in paths]
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files(root: Path) -> Iterator[Path]:
     def fail(error: OSError):
         raise error
 
@@ -75,8 +75,8 @@ def _files(root: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _url(relative: Path) -> str:
-    return f"http://{HOST}/{quote(relative.as_posix())}"
+def _url(relative: Path, host: str = HOST) -> str:
+    return f"http://{host}/{quote(relative.as_posix())}"
 
 
 def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
@@ -86,12 +86,31 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
         raise ToolHostError(
             f"cannot read the document {path}: {error.strerror}; change its permissions or remove it"
         ) from None
-    relative, kind = path.relative_to(root), TYPES[path.suffix.lower()]
-    url = _url(relative)
+    relative = path.relative_to(root)
+    row, links = _read(body, relative, HOST, SITE["authority"], str(path))
+    return row | {"links": _resolved(links, path, row["url"], urls)}
+
+
+def document(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
+    """Returns the row of one document, its links left out.
+
+    Args:
+        body: the file's bytes; what they are follows from the extension in `relative`.
+        relative: path below the folder, which becomes the address on `host`.
+        shown: names the file in errors.
+
+    Raises:
+        ToolHostError: it cannot be read or has no text.
+    """
+    return _read(body, relative, host, authority, shown)[0]
+
+
+def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) -> tuple[dict, list[tuple[str, str]]]:
+    url, kind = _url(relative, host), TYPES[relative.suffix.lower()]
     links: list[tuple[str, str]] = []
     if kind in ("text/markdown", "text/plain"):
         if b"\x00" in body and not body.startswith((b"\xff\xfe", b"\xfe\xff")):
-            raise ToolHostError(f"the document {path} is not text; give it its true extension or remove it")
+            raise ToolHostError(f"the document {shown} is not text; give it its true extension or remove it")
         content = body.decode("utf-16") if body.startswith((b"\xff\xfe", b"\xfe\xff")) else decode(body, "utf-8-sig")
         title, date, lines = _markdown(content)
         if kind == "text/markdown":
@@ -100,27 +119,32 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
         try:
             page = read_page(Fetched(url, kind, None, body))
         except ToolError as error:
-            raise ToolHostError(f"cannot read the document {path}: {error}; repair or remove it") from None
+            raise ToolHostError(f"cannot read the document {shown}: {error}; repair or remove it") from None
         title, date, lines = page.title, page.published_at, page.passages
         if kind == "text/html":
             links = _html_links(decode(body, None))
     # Links are kept beside the text; in it they would stand between a reader and its words.
-    lines = [piece for line in lines for piece in _pieces(line if line.startswith("#") else text.passage(line))]
+    lines = cut(line if line.startswith("#") else text.passage(line) for line in lines)
     if not any(text.passage(line) for line in lines):
-        raise ToolHostError(f"the document {path} has no text (a scan needs recognising first); convert or remove it")
-    title = " ".join((title or path.stem.replace("_", " ")).split())[:120]
+        raise ToolHostError(f"the document {shown} has no text (a scan needs recognising first); convert or remove it")
+    title = " ".join((title or relative.stem.replace("_", " ")).split())[:120]
     content = "\n".join(line for line in lines if line and (line.lstrip("# ") != title or not line.startswith("#")))
-    return {
-        "id": f"{HOST}/{relative.as_posix()}",
+    row = {
+        "id": f"{host}/{relative.as_posix()}",
         "url": url,
         "title": title,
         "text": f"# {title}\n{content}",
         "lang": language(content),
         "source": "folder",
-        "authority": SITE["authority"],
+        "authority": authority,
         "published_at": date,
-        "links": _resolved(links, path, url, urls),
     }
+    return row, links
+
+
+def cut(lines: Iterable[str]) -> list[str]:
+    """Returns the lines with long paragraphs cut between sentences."""
+    return [piece for line in lines for piece in _pieces(line)]
 
 
 def language(content: str) -> str:

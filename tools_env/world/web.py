@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from aiohttp import web
 
 from tools_env.errors import ToolHostError
-from tools_env.search import text
+from tools_env.search import store, text
 
 _PADDING = "<!-- " + "picture " * 128 + "-->\n"
 # Sites that do not mark their main text, as many do not: readers must find it. Short Chinese pages mark it everywhere,
@@ -90,7 +90,10 @@ def make_app(world_dir: str | os.PathLike) -> web.Application:
 class _Site:
     def __init__(self, world_dir: str | os.PathLike):
         self._hosts = _read_hosts(Path(world_dir) / "sites.json")
-        self._pages = _read_pages(Path(world_dir) / "documents.jsonl")
+        documents, index = Path(world_dir) / "documents.jsonl", Path(world_dir) / "index"
+        # A directory of the index command has no documents beside its index.
+        in_index = not documents.is_file() and (index / "documents.sqlite").is_file()
+        self._pages = store.Pages(index) if in_index else _read_pages(documents)
 
     def app(self) -> web.Application:
         app = web.Application()
