@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from tools_env import tools_pb2, tools_pb2_grpc
+from tools_env import tools_pb2, tools_pb2_grpc, tracing
 
 OUTCOMES = {
     tools_pb2.OUTCOME_OK: "ok",
@@ -107,12 +107,13 @@ class ToolsClient:
         self._turn = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
+        self._stubs: dict[grpc.aio.Channel, tools_pb2_grpc.ToolServiceStub] = {}
 
     def _channel(self, address: str = "", place: int = 0) -> grpc.aio.Channel:
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop = loop
-            self._channels = {}
+            self._channels, self._stubs = {}, {}
         at = (address or self.address, place % self._pool)
         if at not in self._channels:
             # A pool of its own: channels to one address would share a connection otherwise.
@@ -125,7 +126,10 @@ class ToolsClient:
         return self._channels[at]
 
     def _connected(self, address: str = "", place: int = 0) -> tools_pb2_grpc.ToolServiceStub:
-        return tools_pb2_grpc.ToolServiceStub(self._channel(address, place))
+        channel = self._channel(address, place)
+        if channel not in self._stubs:
+            self._stubs[channel] = tools_pb2_grpc.ToolServiceStub(channel)
+        return self._stubs[channel]
 
     async def wait_ready(self, timeout: float) -> None:
         """Returns when the host's health check says SERVING. Raises ToolInfraError after `timeout` seconds."""
@@ -192,17 +196,17 @@ class ToolsClient:
         if self._loop is asyncio.get_running_loop():
             for channel in self._channels.values():
                 await channel.close()
-        self._loop, self._channels = None, {}
+        self._loop, self._channels, self._stubs = None, {}, {}
 
     async def _call(self, method: str, request, timeout: float, *, address: str = "", place: int = 0):
         """One RPC with retries inside one deadline. RESOURCE_EXHAUSTED is retried as long as the deadline allows."""
         end = time.monotonic() + timeout
         backoff, unavailable = FIRST_BACKOFF, 0
-        stub = self._connected(address, place)
+        rpc = getattr(self._connected(address, place), method)
+        metadata = (*self._metadata, *tracing.outgoing())
         while True:
             try:
-                rpc = getattr(stub, method)
-                return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=self._metadata)
+                return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=metadata)
             except grpc.aio.AioRpcError as error:
                 status = error.code()
                 unavailable += status is grpc.StatusCode.UNAVAILABLE

@@ -5,8 +5,10 @@ grpc.aio's own `maximum_concurrent_rpcs` loses count under cancellation (grpc is
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
+from tools_env import tracing
 from tools_env.errors import RetryLater
 
 
@@ -34,14 +36,17 @@ class Limit:
             self.waiting += 1
             if self._waiting is not None:
                 self._waiting.inc()
+            began = time.monotonic()
             try:
                 await self._slots.acquire()
             finally:
+                tracing.note(queue_seconds=time.monotonic() - began)
                 self.waiting -= 1
                 if self._waiting is not None:
                     self._waiting.dec()
         else:
             await self._slots.acquire()
+            tracing.note(queue_seconds=0.0)
         if self._running is not None:
             self._running.inc()
         try:

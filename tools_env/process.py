@@ -37,12 +37,14 @@ class ToolHost:
         workers: int = 1,
         log_path: str | os.PathLike | None = None,
         startup_timeout: float = 120.0,
+        **settings,
     ):
         """Nothing starts yet. Arguments as in settings.Settings.
 
         Args:
           log_path: the host's log, appended to; without it the log goes to a temporary file.
           startup_timeout: seconds until the host must answer; building the index is part of it.
+          settings: any other field of Settings.
         """
         self._settings = Settings(
             world_dir=str(world_dir),
@@ -55,6 +57,7 @@ class ToolHost:
             fetch_timeout=fetch_timeout,
             concurrency=concurrency,
             workers=workers,
+            **settings,
         )
         self._log_path = Path(log_path) if log_path else Path(tempfile.mkdtemp(prefix="stepdr_host_")) / "tool_host.log"
         self._startup_timeout = startup_timeout

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import grpc
 
-from tools_env import tools_pb2_grpc
+from tools_env import tools_pb2_grpc, tracing
 from tools_env.service import ToolService
 from tools_env.sessions import owner
 
 PASSED_ON = "stepdr-passed-on"  # metadata of a call that another worker sent; it goes no further
-_KEPT = ("authorization", "traceparent", "tracestate")
 _OPTIONS = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", 16 << 20),
@@ -63,7 +62,10 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
         given = dict(context.invocation_metadata() or ())
         if worker is None or worker == self._worker or PASSED_ON in given:
             return await getattr(self._local, method)(request, context)
-        metadata = [(PASSED_ON, "1"), *((name, given[name]) for name in _KEPT if name in given)]
+        metadata = [(PASSED_ON, "1"), *tracing.outgoing(given)]
+        if "authorization" in given:
+            metadata.append(("authorization", given["authorization"]))
+        tracing.note(passed_to=worker)
         try:
             call = getattr(self._stubs[worker], method)
             return await call(request, timeout=context.time_remaining(), metadata=metadata)

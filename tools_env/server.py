@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ from tools_env.service import ToolService
 from tools_env.sessions import Sessions
 from tools_env.settings import Settings
 from tools_env.tools import file, optional, todo, web
+from tools_env.tracing import Spans
 
 SERVICE = tools_pb2.DESCRIPTOR.services_by_name["ToolService"].full_name
 TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
@@ -78,8 +80,15 @@ async def serve(settings: Settings) -> RunningHost:
         if settings.socket_dir is not None:
             routed = RoutedService(service, settings.socket_dir, settings.worker, settings.workers)
             resources.push_async_callback(routed.close)
+        interceptors = []
+        if settings.otlp_endpoint:
+            spans = Spans(settings.otlp_endpoint, settings.worker)
+            resources.push_async_callback(spans.close)
+            interceptors.append(spans)
+        if settings.token:
+            interceptors.append(BearerToken(settings.token))
         server = grpc.aio.server(
-            interceptors=[BearerToken(settings.token)] if settings.token else [],
+            interceptors=interceptors,
             options=[
                 # Workers share a port; a second host on the same port must fail, not take a part of its calls.
                 ("grpc.so_reuseport", 0 if routed is None else 1),
@@ -108,6 +117,8 @@ async def serve(settings: Settings) -> RunningHost:
                 raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
             resources.callback(stop)
         await server.start()
+        gc.collect()
+        gc.freeze()  # what lives as long as the host is not looked through again while calls wait
         for name in ("", SERVICE):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         address = f"{settings.host}:{port}"

@@ -15,7 +15,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from tools_env import cache as caching
-from tools_env import faults, tools_pb2, tools_pb2_grpc
+from tools_env import faults, tools_pb2, tools_pb2_grpc, tracing
 from tools_env.errors import (
     BadArguments,
     CallIdReused,
@@ -134,6 +134,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
 
         async with asyncio.timeout(max(deadline - began, 0.0)):
             reply = await session.once(call_id, f"{tool}\n{arguments_json}", execute)
+        tracing.note(replayed=not fresh)
         if fresh:
             self._metrics.seconds.labels(self._label(tool)).observe(time.monotonic() - began)
         else:

@@ -37,6 +37,9 @@ class Budget:
     )  # tools not named: no limit of their own
 
 
+NO_LIMIT = Budget()
+
+
 @dataclasses.dataclass(frozen=True)
 class Opening:
     """What a session was opened with."""
@@ -95,6 +98,8 @@ class Session:
 
     def spent(self, tool: str) -> str | None:
         """Returns which budget for a call of `tool` is gone, in words for the model, or None."""
+        if self.budget == NO_LIMIT:
+            return None
         left = self.remaining()
         if left.tool_calls == 0:
             return f"No tool calls left (limit {self.budget.tool_calls})."

@@ -35,6 +35,9 @@ class Settings:
     allow_anyone: bool = _field(False, "listen beyond loopback without token or client certificates")
     advertise: str = _field("", "host:port told to clients for their session's calls, where replicas share one address")
     metrics_port: int | None = _field(None, "port of Prometheus' /metrics on the same host; 0 = any free one")
+    otlp_endpoint: str | None = _field(
+        None, "http://host:port of an OpenTelemetry collector that gets a span of every call"
+    )
     workers: int = _field(1, "processes behind the port; a session lives in one of them")
     worker: int = _field(0, "number of this process among the workers; set by their supervisor")
     socket_dir: str | None = _field(None, "where workers reach each other; set by their supervisor")
