@@ -1,61 +1,89 @@
-"""Builds what the loader reads: one ArrayRecord of packed rows for each mixture component of a stage.
+"""Builds what the loader reads: ArrayRecord shards of packed rows for each mixture component of a stage.
 
-data/<stage>/<component>.arecord holds the rows, data/<stage>/<component>.json says what they are; the second file is
-written last, so where it stands the first is whole. A finished component whose inputs have not changed is left alone.
+In three passes, each of tasks that write a file whole or not at all, so a build that is killed anywhere goes on where it
+was, and one whose inputs have not changed does nothing:
+1. survey: every part of every source is looked at (`survey`).
+2. selection: each component's rows are chosen and cut into shards (`selection`), here.
+3. packing: each shard is read through its seqio Task, tokenised, packed and written.
+
+data/<stage>/<component>-<k>-of-<n>.arecord holds rows, the .json beside it says what they are and is written last;
+data/<stage>/<component>.json adds a component's shards up.
 """
 
 import contextlib
-import hashlib
+import functools
 import json
-import math
 import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
 
 from stepdr_jax import files
-from stepdr_jax.data import packing
+from stepdr_jax.data import rates, selection, sources, survey, workers
+from stepdr_jax.data.shard import digest_of, pack
 from stepdr_jax.errors import UserError
-from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 STAGES = ("midtrain1", "midtrain2", "sft")
-LAYOUT = 2  # raise when rows on disk change their meaning
-POOL = 1 << 16  # examples packed together: enough to fill rows, few enough for memory
+LAYOUT = 3  # raise when rows on disk change their meaning
+GENERATED = "copying"  # the component that is in no source (mixtures.COPYING)
 
 
-def build(config, stage: str) -> dict[str, dict]:
-    """Builds every component of `config.<stage>.mixture` and returns component -> its side file's content.
+def build(
+    config, stages: Sequence[str] = STAGES, *, runner: str = workers.IN_PROCESS, options: Sequence[str] = ()
+) -> dict[str, dict[str, dict]]:
+    """Builds every component of the stages' mixtures and returns stage -> component -> card.
 
-    Reading text longer than the context is split into windows; trajectories longer than it are dropped and counted.
-    Raises UserError when a corpus file or the tokenizer is absent or a component has no examples.
+    Text longer than the context is split into windows; trajectories longer than it are dropped and counted.
+    Raises UserError when a source or the tokenizer is absent, at a bad row if so configured, and for a component without examples.
     """
-    run = Path(config.run_dir)
-    tokenizer = Tokenizer.load(run / "tokenizer" / "tokenizer.json")
-    context = config[stage].context
-    shared = dict(
-        layout=LAYOUT,
-        tokenizer=tokenizer.fingerprint(),
-        context=context,
-        seed=config.data_seed,
-        trajectory_loss=config[stage].trajectory_loss,
-        reading=_file_hash(run / "corpus" / "reading.jsonl"),
-        trajectories=_file_hash(run / "corpus" / "trajectories.jsonl"),
+    folder = Path(config.run_dir) / "data"
+    failures = folder / "failed"
+    hands = dict(failures=failures, runner=runner, options=options)
+    policy = selection.Policy(
+        config.data.exact_duplicates, config.data.near_duplicates, config.data.contaminated, config.data.shard_mib << 20
     )
-    built = {}
-    examples_of = None
-    for component in sorted(name for name, rate in config[stage].mixture.items() if rate > 0):
-        path = run / "data" / stage / f"{component}.arecord"
-        inputs = shared | dict(stage=stage, component=component)
-        if (card := _finished(path, inputs)) is None:
-            # TensorFlow takes ten seconds to import, so a build with nothing to do must not reach it.
-            examples_of = examples_of or _seqio_examples(config, tokenizer)
-            card = _build_component(path, examples_of(stage, component), inputs)
-        built[component] = card
+    look = survey.Look(
+        exact=policy.exact_duplicates != "off",
+        near=policy.near_duplicates != "off",
+        evaluation=dict(config.data.evaluation_sets),
+        stop=config.data.on_bad_row == "stop",
+    )
+    found = sources.of(config)
+    parts = survey.parts_of(found, folder / "survey", policy.shard_bytes)
+    todo = [part for part in parts if not survey.finished(part, look)]
+    workers.run(todo, functools.partial(survey.make, look=look), **hands)
+
+    wanted = {stage: rates.components(config[stage], stage) for stage in stages}
+    chosen = {}
+    for component in sorted({name for names in wanted.values() for name in names} - {GENERATED}):
+        chosen[component] = selection.select(parts, component, policy, folder / "plan")
+        if not chosen[component].plans:
+            stage = next(stage for stage in stages if component in wanted[stage])
+            dropped = chosen[component].facts["dropped"] | chosen[component].facts["bad_rows"]
+            raise UserError(
+                f"expected rows of component {component!r} of {stage}.mixture in the sources "
+                f"{', '.join(source.name for source in found)}, found none{f' to keep ({dropped})' if dropped else ''}; run "
+                f"launch.synthesize again, add a source of it to config.data.sources, or take it out of the mixture"
+            )
+    shards = {}  # (stage, component) -> [(path, inputs)]
+    for stage in stages:
+        for component in wanted[stage]:
+            shards[stage, component] = _shards(config, stage, component, chosen.get(component))
+    tasks = [(path, inputs) for listed in shards.values() for path, inputs in listed if not _finished(path, inputs)]
+    plans = {component: [plan for plan, _ in selected.plans] for component, selected in chosen.items()}
+    workers.run(tasks, functools.partial(_pack_task, config=config, plans=plans), **hands)
+
+    built: dict[str, dict[str, dict]] = {stage: {} for stage in stages}
+    for (stage, component), listed in shards.items():
+        facts = chosen[component].facts if component in chosen else {}
+        family = next((source.family for source in found if source.component == component and source.family), "")
+        cards = [files.read_json(side_path(path)) for path, _ in listed]
+        built[stage][component] = write_component(folder / stage, component, cards, facts | {"family": family})
     return built
 
 
@@ -64,55 +92,63 @@ def side_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _finished(path: Path, inputs: dict) -> dict | None:
-    if not (path.exists() and side_path(path).exists()):
-        return None
+def _shards(config, stage: str, component: str, selected: selection.Selected | None) -> list[tuple[Path, dict]]:
+    """Returns path and inputs of each shard that a component has in a stage."""
+    folder = Path(config.run_dir) / "data" / stage
+    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    plans = selected.plans if selected else [(Path(f"{component}-00000-of-00001"), GENERATED)]
+    shared = dict(
+        layout=LAYOUT,
+        tokenizer=tokenizer.fingerprint(),
+        context=config[stage].context,
+        seed=config.data_seed,
+        trajectory_loss=config[stage].trajectory_loss,
+        stage=stage,
+        component=component,
+    )
+    return [
+        (
+            folder / f"{plan.name.removesuffix('.npz')}.arecord",
+            shared | dict(shard=[index, len(plans)], content=content),
+        )
+        for index, (plan, content) in enumerate(plans)
+    ]
+
+
+def _finished(path: Path, inputs: dict) -> bool:
     try:
         card = json.loads(side_path(path).read_text())
-    except ValueError:
-        return None
-    return card if card.get("inputs") == inputs and card.get("bytes") == path.stat().st_size else None
+        return card["inputs"] == inputs and card["bytes"] == path.stat().st_size
+    except (OSError, ValueError, KeyError):
+        return False
 
 
-def _file_hash(path: Path) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run launch.synthesize first") from None
+def _pack_task(task: tuple[Path, dict], *, config, plans: dict[str, list[Path]]) -> None:
+    path, inputs = task
+    pack(path, _examples(config, plans, inputs["stage"], inputs["component"], *inputs["shard"]), inputs)
 
 
-def _seqio_examples(config, tokenizer: Tokenizer):
-    """Returns (stage, component) -> iterator of (tokens, loss mask, whole, capability, lang)."""
-    with _quiet_stderr():
+def _examples(config, plans: dict[str, list[Path]], stage: str, component: str, index: int, of: int) -> Iterable[tuple]:
+    """Yields (tokens, loss mask, whole, capability, lang, licence, source) of one shard of a seqio Task."""
+    with _quiet_stderr():  # TensorFlow takes ten seconds to import, so a build with nothing to do must not reach it
         import seqio
 
         from stepdr_jax.data import mixtures
 
-    mixtures.register(config, tokenizer)
-    corpus = Path(config.run_dir) / "corpus"
-
-    def examples(stage: str, component: str):
-        rows = mixtures.component_rows(corpus, component)
-        if not sum(rows.values()):
-            raise UserError(
-                f"expected rows of component {component!r} of {stage}.mixture in {corpus}/"
-                f"{' or '.join(rows)}, found none; run launch.synthesize again or take it out of the mixture"
-            )
-        task = seqio.get_mixture_or_task(mixtures.task_name(stage, component))
-        dataset = task.get_dataset(sequence_length=None, split="train", shuffle=False)
-        for batch in dataset.ragged_batch(mixtures.BLOCK):
-            splits = batch["tokens"].row_splits.numpy()[1:-1]
-            yield from zip(
-                np.split(batch["tokens"].values.numpy(), splits),
-                np.split(batch["loss_mask"].values.numpy(), splits),
-                batch["whole"].numpy(),
-                batch["capability"].numpy(),
-                batch["lang"].numpy(),
-                strict=True,
-            )
-
-    return examples
+    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    mixtures.register(config, tokenizer, plans)
+    task = seqio.get_mixture_or_task(mixtures.task_name(stage, component))
+    shard = seqio.ShardInfo(index, of) if of > 1 else None
+    dataset = task.get_dataset(sequence_length=None, split="train", shuffle=False, shard_info=shard)
+    for batch in dataset.ragged_batch(mixtures.BLOCK):
+        splits = batch["tokens"].row_splits.numpy()[1:-1]
+        yield from zip(
+            np.split(batch["tokens"].values.numpy(), splits),
+            np.split(batch["loss_mask"].values.numpy(), splits),
+            batch["whole"].numpy(),
+            *(batch[name].numpy() for name in mixtures.LABELS),
+            strict=True,
+        )
 
 
 @contextlib.contextmanager
@@ -135,79 +171,66 @@ def _quiet_stderr():
             os.close(kept)
 
 
-def _build_component(path: Path, examples, inputs: dict) -> dict:
-    """Packs one component into `path`, writes its side file and returns its content."""
-    context = inputs["context"]
-    seed = int(_digest(dict(seed=inputs["seed"], stage=inputs["stage"], component=inputs["component"])), 16)
-    rng = np.random.default_rng(seed)
-    count, dropped, lengths = Counter(), Counter(too_long=0, no_loss=0), Counter()
-    by_capability, by_lang = Counter(), Counter()
-    side_path(path).unlink(missing_ok=True)  # from here to the end of the build the component is unfinished
-    pool: list[tuple[np.ndarray, np.ndarray, int]] = []
+def write_component(folder: Path, component: str, cards: list[dict], facts: dict) -> dict:
+    """Adds up the cards of a component's shards with what selection counted, writes folder/<component>.json and returns it.
 
-    with files.atomic_path(path) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-
-        def write_pool() -> None:
-            pool_order = rng.permutation(len(pool))
-            shuffled = [pool[index] for index in pool_order]
-            bins = packing.best_fit([len(tokens) for tokens, *_ in shuffled], context)
-            for index in rng.permutation(len(bins)):
-                writer.write(packing.row_bytes([shuffled[i] for i in rng.permutation(bins[index])], context))
-            count["rows"] += len(bins)
-            pool.clear()
-
-        for tokens, mask, whole, capability, lang in examples:
-            count["examples"] += 1
-            if whole and len(tokens) > context:
-                dropped["too_long"] += 1
-                continue
-            pieces = [piece for piece in packing.windows(tokens, mask, context) if piece[1].any()]
-            if not pieces:
-                dropped["no_loss"] += 1
-                continue
-            count["pieces"] += len(pieces)
-            count["tokens"] += sum(len(piece) for piece, _ in pieces)
-            count["loss_tokens"] += int(sum(piece_mask.sum() for _, piece_mask in pieces))
-            lengths[max(32, 1 << math.ceil(math.log2(len(tokens))))] += 1
-            by_capability[capability.decode() or "unnamed"] += len(tokens)
-            by_lang[lang.decode() or "unnamed"] += len(tokens)
-            name = capability.decode()
-            number = CAPABILITIES.index(name) + 1 if name in CAPABILITIES else 0
-            pool += [(*piece, number) for piece in pieces]
-            if len(pool) >= POOL:
-                write_pool()
-        write_pool()
-        writer.close()
-        if not count["rows"]:
-            raise UserError(
-                f"component {inputs['component']!r} of {inputs['stage']}.mixture has {count['examples']} examples and "
-                f"none is usable (longer than context={context}: {dropped['too_long']}, nothing to learn: "
-                f"{dropped['no_loss']}); raise {inputs['stage']}.context or take it out of the mixture"
-            )
-        size = temporary.stat().st_size
-    card = dict(
+    Shards of an earlier build that are no longer part of the component are removed.
+    """
+    inputs = cards[0]["inputs"]
+    total = {
+        name: sum(card[name] for card in cards)
+        for name in ("rows", "tokens", "loss_tokens", "examples", "pieces", "bytes")
+    }
+    if not total["rows"]:
+        dropped = _added(card["dropped"] for card in cards)
+        raise UserError(
+            f"component {component!r} of {inputs['stage']}.mixture has {total['examples']} examples and none is usable (longer "
+            f"than context={inputs['context']}: {dropped['too_long']}, nothing to learn: {dropped['no_loss']}); raise "
+            f"{inputs['stage']}.context or take it out of the mixture"
+        )
+    card = total | dict(
         stage=inputs["stage"],
-        component=inputs["component"],
-        context=context,
-        rows=count["rows"],
-        tokens=count["tokens"],
-        loss_tokens=count["loss_tokens"],
-        examples=count["examples"],
-        pieces=count["pieces"],
-        dropped=dict(dropped),
-        fill=round(count["tokens"] / (count["rows"] * context), 4),
-        tokens_by_capability=dict(sorted(by_capability.items())),
-        tokens_by_lang=dict(sorted(by_lang.items())),
-        examples_by_length=[[upper, lengths[upper]] for upper in sorted(lengths)],
-        bytes=size,
+        component=component,
+        context=inputs["context"],
         tokenizer=inputs["tokenizer"],
-        inputs=inputs,
-        fingerprint=_digest(inputs),
+        family=facts.get("family", ""),
+        dropped=_added([*(card["dropped"] for card in cards), facts.get("dropped", {})]),
+        fill=round(total["tokens"] / (total["rows"] * inputs["context"]), 4),
+        examples_by_length=sorted(Counter({k: v for k, v in _lengths(cards).items()}).items()),
+        **{name: _added(card[name] for card in cards) for name in cards[0] if name.startswith("tokens_by_")},
+        **{
+            name: facts[name]
+            for name in ("bad_rows", "bad_named", "left_out", "rows_by_source", "duplicates", "contaminated")
+            if name in facts
+        },
+        shards=[{name: card[name] for name in ("file", "rows", "tokens", "bytes")} for card in cards],
+        fingerprint=digest_of([card["inputs"] for card in cards]),
     )
-    files.write_json(side_path(path), card)
+    current = {shard["file"] for shard in card["shards"]}
+    for old in [*folder.glob(f"{component}-?????-of-?????.arecord"), folder / f"{component}.arecord"]:
+        if old.name not in current:
+            old.unlink(missing_ok=True)
+            if old.stem != component:
+                side_path(old).unlink(missing_ok=True)
+    card = json.loads(json.dumps(card))
+    path = folder / f"{component}.json"
+    if not (
+        path.exists() and path.read_text() == json.dumps(card, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+    ):
+        files.write_json(path, card)
     return card
 
 
-def _digest(value: dict) -> str:
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+def _lengths(cards: list[dict]) -> Counter:
+    total = Counter()
+    for card in cards:
+        total.update(dict(card["examples_by_length"]))
+    return total
+
+
+def _added(counts: Iterable[dict]) -> dict[str, int]:
+    total = Counter()
+    for count in counts:
+        for name, value in count.items():
+            total[name] += value
+    return dict(sorted(total.items()))

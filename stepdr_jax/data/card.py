@@ -33,7 +33,7 @@ def _stage(components: dict[str, dict], rates: dict[str, float]) -> dict:
     cards = list(components.values())
     totals = {key: sum(card[key] for card in cards) for key in ("rows", "tokens", "loss_tokens", "examples", "pieces")}
     context = cards[0]["context"]
-    rate_sum = sum(rates[name] for name in components)
+    rate_sum = sum(rates.get(name, 0) for name in components) or 1
     by_length = Counter()
     for card in cards:
         by_length.update(dict(card["examples_by_length"]))
@@ -47,7 +47,7 @@ def _stage(components: dict[str, dict], rates: dict[str, float]) -> dict:
         components={
             name: {key: card[key] for key in ("rows", "tokens", "loss_tokens", "examples", "dropped", "fill")}
             | dict(
-                rate=round(rates[name] / rate_sum, 4),
+                rate=round(rates.get(name, 0) / rate_sum, 4),
                 share_of_tokens=round(card["tokens"] / totals["tokens"], 4),
                 tokens_by_capability=card["tokens_by_capability"],
                 tokens_by_lang=card["tokens_by_lang"],

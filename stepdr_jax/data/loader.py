@@ -1,49 +1,23 @@
-"""The loader: packed batches as a pure function of (seed, step), through grain over ArrayRecord.
+"""The loader: packed batches as a pure function of (seed, step), from ArrayRecord shards.
 
-Each component is shuffled anew every epoch and repeated for ever; components are interleaved by their rates with
-deterministic counts. Resuming at a step is indexing with it. TensorFlow is never imported here.
+Each component is shuffled anew every epoch by grain's index permutation and repeated for ever; `mixing` says which row of which
+component stands where, so that tokens come at the rates. Resuming at a step, on any number of hosts, is indexing with it.
+TensorFlow is never imported here.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import SupportsIndex
 
 import grain
 import numpy as np
 
 from stepdr_jax import files
-from stepdr_jax.data import packing
+from stepdr_jax.data import mixing, packing
+from stepdr_jax.data import rates as rates_of
+from stepdr_jax.data.component import Component
 from stepdr_jax.errors import UserError
-
-
-class _Rows:
-    """grain's view of one component: random access to parsed rows, with errors that name the file."""
-
-    def __init__(self, path: Path, card: dict, source: int):
-        self._path, self._context, self._source = path, card["context"], source
-        try:
-            self._records = grain.sources.ArrayRecordDataSource(str(path))
-            rows = len(self._records)
-        except Exception as error:  # the reader raises RuntimeError or ValueError by the kind of damage
-            raise self._damaged(error) from None
-        if rows != card["rows"]:
-            raise self._damaged(f"expected {card['rows']} rows, got {rows}")
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        try:
-            row = packing.row_from_bytes(self._records[index], self._context)
-        except Exception as error:
-            raise self._damaged(error) from None
-        return row | dict(source=np.int32(self._source))
-
-    def _damaged(self, reason) -> UserError:
-        short = (str(reason) or repr(reason)).splitlines()[0][:160]
-        return UserError(f"{self._path} is damaged ({short}); delete it and run launch.build_data again")
 
 
 class Loader:
@@ -51,8 +25,10 @@ class Loader:
 
     Attributes:
         sources: component names; a batch's `source` values index this list.
+        families: data family of each source, for learning curves of SFT; else [].
         context: tokens in a row.
         rows: component -> rows on disk (one epoch of it).
+        tokens_per_row: component -> mean number of tokens, padding left out; rates are of tokens.
         fingerprint: changes when the data, the mixture, the batch size or the seed change; kept beside a checkpoint it
             tells whether a resumed run would see the same batches.
     """
@@ -67,46 +43,46 @@ class Loader:
         tokenizer_fingerprint: str,
         opening: tuple[str, int] = ("", 0),
         heldout_rows: int = 0,
+        remix: Sequence = (),
+        on_damage: str = "stop",
     ):
-        """Opens data_dir/<stage>/<component>.arecord for each component with a positive rate.
+        """Opens data_dir/<stage>/<component>.json and its shards for each component that is read at any step.
 
-        `opening` is a curriculum of two parts: (component, n) draws the first n batches from that component alone.
-        `heldout_rows` of each component, at most a quarter, are never drawn: its last ones, which are any, as rows are
-        shuffled when they are built. Long texts and renamed copies of an episode may still have parts in both.
+        Rates are shares of tokens. `opening` and `remix` change them by step (`rates.stages`). `heldout_rows` of each component,
+        at most a quarter, are never drawn; they are spread evenly over it. Long texts and renamed copies of an episode may
+        still have parts in both.
 
-        Raises UserError when a file is absent, damaged, or built with another tokenizer.
+        Raises UserError when a file is absent, damaged (with on_damage stop), or built with another tokenizer.
         """
-        rates = {name: float(rate) for name, rate in sorted(mixture.items()) if rate > 0}
-        if not rates:
-            raise UserError(f"expected at least one positive rate in {stage}.mixture, got none; set one in the config")
-        self.sources = list(rates)
-        cards = {name: _card(Path(data_dir) / stage, name, tokenizer_fingerprint) for name in self.sources}
+        stages = rates_of.stages(mixture, remix, opening, stage)
+        self.sources = sorted({name for _, rates in stages for name in rates})
+        folder = Path(data_dir) / stage
+        cards = {name: _card(folder, name, tokenizer_fingerprint) for name in self.sources}
         contexts = {card["context"] for card in cards.values()}
         if len(contexts) > 1:
-            raise UserError(f"{Path(data_dir) / stage} mixes rows of {sorted(contexts)} tokens; run launch.build_data")
+            raise UserError(f"{folder} mixes rows of {sorted(contexts)} tokens; run launch.build_data")
         self.context = contexts.pop()
         self.rows = {name: card["rows"] for name, card in cards.items()}
+        self.tokens_per_row = {name: card["tokens"] / card["rows"] for name, card in cards.items()}
         self.fingerprint = _hash(
-            stage, rates, batch, seed, [cards[name]["fingerprint"] for name in rates], opening, heldout_rows
+            stage, stages, batch, seed, [cards[n]["fingerprint"] for n in self.sources], heldout_rows
         )
-        self.families = [name.removeprefix("sft_") for name in self.sources] if stage == "sft" else []
-        components, self._heldout = [], []
-        for index, name in enumerate(self.sources):
-            rows = _Rows(Path(data_dir) / stage / f"{name}.arecord", cards[name], index)
-            trained = len(rows) - min(heldout_rows, len(rows) // 4)
-            self._heldout += [(rows, row) for row in range(trained, len(rows))]
+        self.families = []
+        if stage == "sft":
+            self.families = [cards[name].get("family") or name.removeprefix("sft_") for name in self.sources]
+        self._components = [Component(folder, cards[name], on_damage) for name in self.sources]
+        self._heldout = [_spread(len(rows), min(heldout_rows, len(rows) // 4)) for rows in self._components]
+        self._shuffled = []
+        for name, rows, held in zip(self.sources, self._components, self._heldout, strict=True):
             component_seed = int(_hash(seed, stage, name)[:8], 16)
-            components.append(grain.MapDataset.source(rows)[:trained].seed(component_seed).shuffle().repeat())
-        mixed = grain.MapDataset.mix(components, weights=list(rates.values()))
+            self._shuffled.append(grain.MapDataset.range(len(rows) - len(held)).seed(component_seed).shuffle().repeat())
         self._size = batch
-        self._mixed = mixed
-        component, self._opening_steps = opening
-        if self._opening_steps:
-            if component not in rates:
-                raise UserError(
-                    f"expected {stage}.opening to be a component of its mixture ({', '.join(rates)}), got {component!r}"
-                )
-            self._opening = components[self.sources.index(component)]
+        self._schedule = mixing.Schedule(stages, self.tokens_per_row, batch)
+
+    @property
+    def damaged(self) -> dict[str, int]:
+        """Rows that were padding so far because their shard is damaged or missing, by file."""
+        return {file: rows for component in self._components for file, rows in component.damaged.items()}
 
     def batch(self, step: int, rows: slice | None = None) -> dict[str, np.ndarray]:
         """Returns the batch of `step` (from 0): tokens, segment_ids, positions, capability int32[B,T], loss_mask bool[B,T],
@@ -115,37 +91,57 @@ class Loader:
         Args:
             rows: which rows of the whole batch to read, for a host that feeds only those; None = all of them.
         """
-        opening = step < self._opening_steps
-        drawn, first = (self._opening, step) if opening else (self._mixed, step - self._opening_steps)
-        chosen = range(self._size)[rows or slice(None)]
-        if not chosen:
+        source_B, drawn_B = (array[rows or slice(None)] for array in self._schedule.rows(step))
+        if not len(source_B):
             raise ValueError(f"expected rows of a batch of {self._size}, got {rows}, which has none")
-        read = [drawn[first * self._size + row] for row in chosen]
-        return {name: np.stack([row[name] for row in read]) for name in read[0]}
+        return self._read(source_B, np.asarray([self._row(*at) for at in zip(source_B, drawn_B.tolist(), strict=True)]))
 
     @property
     def heldout_batches(self) -> int:
         """How many batches the rows that are never drawn make."""
-        return -(-len(self._heldout) // self._size)
+        return -(-sum(map(len, self._heldout)) // self._size)
 
     def heldout_batch(self, index: int) -> dict[str, np.ndarray]:
         """Batch `index` of the rows that are never drawn, component by component; padding fills the last one."""
-        chosen = self._heldout[index * self._size : (index + 1) * self._size]
-        rows = [rows[row] for rows, row in chosen]
-        rows += [{name: np.zeros_like(value) for name, value in rows[0].items()}] * (self._size - len(rows))
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        source_N = np.repeat(np.arange(len(self.sources), dtype=np.int32), [len(held) for held in self._heldout])
+        chosen = slice(index * self._size, (index + 1) * self._size)
+        batch = self._read(source_N[chosen], np.concatenate(self._heldout)[chosen])
+        missing = self._size - len(batch["source"])
+        return {name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}
+
+    def _row(self, source: int, drawn: int) -> int:
+        """The row on disk of a component's draw number `drawn`: shuffled, and past the rows that are held out."""
+        held = self._heldout[source]
+        row = int(self._shuffled[source][drawn])
+        return row + int(np.searchsorted(held - np.arange(len(held)), row, side="right"))
+
+    def _read(self, source_B: np.ndarray, row_B: np.ndarray) -> dict[str, np.ndarray]:
+        stored: list[bytes | None] = [None] * len(source_B)
+        for source in np.unique(source_B):
+            places = np.flatnonzero(source_B == source)
+            for place, data in zip(places, self._components[source].read(row_B[places]), strict=True):
+                stored[place] = data
+        batch = packing.rows_from_bytes(stored, self.context)
+        return batch | dict(source=source_B.astype(np.int32))
+
+
+def _spread(rows: int, count: int) -> np.ndarray:
+    """Returns `count` of `rows` row numbers, ascending and evenly spaced."""
+    return (np.arange(count, dtype=np.int64) * rows + rows // 2) // max(count, 1)
 
 
 def _card(folder: Path, name: str, tokenizer_fingerprint: str) -> dict:
     path = folder / f"{name}.json"
-    if not (path.exists() and path.with_suffix(".arecord").exists()):
-        raise UserError(f"expected {path.with_suffix('.arecord')} and {path.name}; run launch.build_data first")
+    if not path.exists():
+        raise UserError(f"expected {path} and its shards; run launch.build_data first")
     card = files.read_json(path)
     if card.get("tokenizer") != tokenizer_fingerprint:
         raise UserError(
-            f"{path.with_suffix('.arecord')} was built with tokenizer {card.get('tokenizer')}, "
-            f"this run has {tokenizer_fingerprint}; run launch.build_data again"
+            f"{path} was built with tokenizer {card.get('tokenizer')}, this run has {tokenizer_fingerprint}; "
+            f"run launch.build_data again"
         )
+    if "shards" not in card:
+        raise UserError(f"{path} is of an older build; run launch.build_data again")
     return card
 
 

@@ -89,16 +89,24 @@ def row_from_bytes(data: bytes, context: int) -> dict[str, np.ndarray]:
     """
     if len(data) != 7 * context:
         raise ValueError(f"expected a row of {7 * context} bytes for {context} tokens, got {len(data)}")
-    segment_ids = np.frombuffer(data, "<u2", context, 4 * context).astype(np.int32)
-    index = np.arange(context, dtype=np.int32)
-    starts = np.flatnonzero(np.diff(segment_ids, prepend=-1))
-    lengths = np.diff(starts, append=context)
-    positions = index - np.repeat(index[starts], lengths)
-    marks = np.frombuffer(data, np.uint8, context, 6 * context)
+    return {name: array[0] for name, array in rows_from_bytes([data], context).items()}
+
+
+def rows_from_bytes(stored: Sequence[bytes | None], context: int) -> dict[str, np.ndarray]:
+    """Returns tokens, segment_ids, positions, capability int32[B,T], loss_mask bool[B,T] of stored rows; None is a row of padding."""
+    raw = np.zeros((len(stored), 7 * context), np.uint8)
+    for row, data in enumerate(stored):
+        if data is not None:
+            raw[row] = np.frombuffer(data, np.uint8)
+    segments_BT = np.ascontiguousarray(raw[:, 4 * context : 6 * context]).view("<u2").astype(np.int32)
+    new_BT = np.ones_like(segments_BT, bool)
+    np.not_equal(segments_BT[:, 1:], segments_BT[:, :-1], out=new_BT[:, 1:])
+    index_T = np.arange(context, dtype=np.int32)
+    positions_BT = index_T - np.maximum.accumulate(np.where(new_BT, index_T, 0), axis=1)
     return dict(
-        tokens=np.frombuffer(data, "<i4", context).astype(np.int32),
-        loss_mask=(marks & 1).astype(bool),
-        capability=(marks >> 1).astype(np.int32),
-        segment_ids=segment_ids,
-        positions=np.where(segment_ids > 0, positions, 0).astype(np.int32),
+        tokens=np.ascontiguousarray(raw[:, : 4 * context]).view("<i4").astype(np.int32, copy=False),
+        loss_mask=(raw[:, 6 * context :] & 1).astype(bool),
+        capability=(raw[:, 6 * context :] >> 1).astype(np.int32),
+        segment_ids=segments_BT,
+        positions=np.where(segments_BT > 0, positions_BT, 0),
     )

@@ -323,6 +323,8 @@ def _open_data(config, stage: str) -> Batches:
         tokenizer_fingerprint=tokenizer.fingerprint(),
         opening=(settings.opening, settings.opening_steps),
         heldout_rows=settings.heldout_rows,
+        remix=settings.remix,
+        on_damage=config.data.on_damage,
     )
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from stepdr_jax import files
+from stepdr_jax.data import sources, survey
 from stepdr_jax.data.loader import Loader
+from stepdr_jax.errors import UserError
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
@@ -27,6 +29,7 @@ BROKEN = {
 }
 SCRIPT = """
 import json, pathlib, sys
+from absl import flags
 from ml_collections import ConfigDict
 from launch import build_data, entry
 from stepdr_jax.data import cache
@@ -43,6 +46,7 @@ for stage, context, mixture in (
     config[stage].context = context
     config[stage].mixture = ConfigDict(mixture)
 assert "tensorflow" not in sys.modules
+flags.FLAGS(["build_data"])
 build_data.main(config)
 assert "tensorflow" in sys.modules
 
@@ -53,23 +57,9 @@ from stepdr_jax.tokens.tokenizer import Tokenizer
 def error_of(**change):
     config.sft.mixture = ConfigDict(change)
     try:
-        cache.build(config, "sft")
+        cache.build(config, ["sft"])
     except UserError as error:
         return str(error)
-
-broken = {}
-for row in map(json.loads, json.loads(sys.argv[2])):
-    corpus = pathlib.Path(sys.argv[1]) / "broken" / str(len(broken)) / "corpus"
-    corpus.mkdir(parents=True)
-    line = row if isinstance(row, str) else json.dumps(row)
-    for name in ("reading", "trajectories"):
-        broken_here = ("messages" in line) == (name == "trajectories")
-        first = (pathlib.Path(sys.argv[1]) / "corpus" / f"{name}.jsonl").read_text().splitlines()[0]
-        (corpus / f"{name}.jsonl").write_text(f"{first}\\n{line}\\n" if broken_here else "")
-    try:
-        mixtures.component_rows(corpus, "c")
-    except UserError as error:
-        broken[json.dumps(row)] = str(error)
 
 vocabulary = mixtures.BpeVocabulary(Tokenizer.load(sys.argv[1] + "/tokenizer/tokenizer.json"))
 mixture = seqio.get_mixture_or_task(mixtures.mixture_name("midtrain1"))
@@ -78,7 +68,6 @@ drawn = [example for example in dataset.take(200).as_numpy_iterator()]
 pages = sum(b"<|im_end|>" not in vocabulary.decode(example["tokens"]).encode() for example in drawn)
 text = "naïve 奥地利 <|im_end|>"
 report = dict(
-    broken=broken,
     mixture_rates=[mixture.get_rate(task) for task in mixture.tasks],
     mixture_names=[task.name for task in mixture.tasks],
     drawn_features=sorted(drawn[0]),
@@ -131,7 +120,7 @@ def report(run) -> dict:
         out.write('{"id": "torn')
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(run), json.dumps(list(BROKEN))],
+        [sys.executable, "-c", SCRIPT, str(run)],
         env=environment,
         cwd=ROOT,
         timeout=300,
@@ -236,9 +225,7 @@ def test_text_of_pages_never_becomes_control_ids(run, tok):
 
 
 def test_a_component_without_examples_is_named(run, report):
-    assert (
-        "'nowhere' of sft.mixture" in report["missing"] and "reading.jsonl or trajectories.jsonl" in report["missing"]
-    )
+    assert "'nowhere' of sft.mixture in the sources reading, trajectories" in report["missing"]
     assert "'only_long'" in report["too_long"] and "raise sft.context" in report["too_long"]
 
 
@@ -254,13 +241,18 @@ def test_the_card_adds_up(run, report):
         assert sum(count for _, count in stage["examples_by_length"]) == kept
 
 
-@pytest.mark.parametrize(
-    "row, words",
-    BROKEN.items(),
-)
-def test_a_broken_corpus_row_names_file_line_and_field(report, row, words):
-    error = report["broken"][row]
-    assert words in error and ".jsonl line 2: " in error and "fix or delete that line" in error
+@pytest.mark.parametrize("row, words", BROKEN.items())
+def test_a_broken_corpus_row_names_file_line_and_field(tmp_path, row, words):
+    format_ = "synthesis_trajectories" if "messages" in row else "synthesis_reading"
+    good = json.dumps(episode("one", ["c"]) if "messages" in row else dict(component="c", text="fine"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{good}\n{'no JSON' if row == json.dumps('no JSON') else row}\n")
+    source = sources.Source("corpus", format_, (path,), component="")
+    (part,) = survey.parts_of([source], tmp_path / "survey", 1 << 20)
+    with pytest.raises(UserError, match="rows.jsonl line 2: .*fix or delete that line") as error:
+        survey.make(part, survey.Look(exact=True, near=False, evaluation={}, stop=True))
+    assert words in str(error.value)
+    assert not survey.finished(part, survey.Look(exact=True, near=False, evaluation={}, stop=True))
 
 
 BUILD_AGAIN = """
@@ -272,13 +264,13 @@ config = entry.load("configs/miniature.py").unlock()
 config.run_dir = sys.argv[1]
 config.sft.context = 128
 config.sft.mixture = ConfigDict(dict(sft_deep_search=1.0))
-cache.build(config, "sft")
+cache.build(config, ["sft"])
 sys.exit("tensorflow" in sys.modules)
 """
 
 
 def test_finished_components_are_left_alone_without_tensorflow(run, report):
-    path = run / "data" / "sft" / "sft_deep_search.arecord"
+    path = run / "data" / "sft" / "sft_deep_search-00000-of-00001.arecord"
     before = path.stat().st_mtime_ns
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     assert subprocess.run([sys.executable, "-c", BUILD_AGAIN, str(run)], env=environment, cwd=ROOT).returncode == 0

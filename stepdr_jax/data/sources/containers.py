@@ -17,6 +17,7 @@ from typing import Any
 
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 WHOLE = (0, -1)
+TORN = "the last line is torn"  # its writer was killed, which is nobody's mistake
 Part = tuple[int, int]
 
 
@@ -84,7 +85,7 @@ class Lines(_Sequential):
                     return
                 if line.strip():
                     torn = not line.endswith(b"\n") and not _is_json(line)
-                    yield start, Broken("the last line is torn", len(line)) if torn else line
+                    yield start, Broken(TORN, len(line)) if torn else line
                 start += len(line)
 
     @classmethod

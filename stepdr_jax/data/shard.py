@@ -1,0 +1,92 @@
+"""One ArrayRecord of packed rows: examples in, a file and its side file out."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from stepdr_jax import files
+from stepdr_jax.data import packing
+from stepdr_jax.records import CAPABILITIES
+
+POOL_PIECES, POOL_TOKENS = 1 << 16, 1 << 26  # packed together: enough to fill rows, few enough for memory (0.4 GB)
+
+
+def pack(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
+    """Packs examples into rows of `inputs["context"]` tokens at `path`, writes the side file and returns its content.
+
+    The order of rows, and of examples in them, is a function of the examples and of `inputs`.
+
+    Args:
+        examples: (tokens, loss mask, whole, capability, lang, licence, source); the last four bytes. `whole` ones are
+            dropped when they are longer than a row, the others are split into windows.
+        inputs: what the shard depends on: seed, stage, component, context, tokenizer and more.
+    """
+    context = inputs["context"]
+    naming = {name: inputs[name] for name in ("seed", "stage", "component")} | {"shard": inputs.get("shard", [0, 1])[0]}
+    rng = np.random.default_rng(int(digest_of(naming), 16))
+    count, dropped, lengths = Counter(), Counter(too_long=0, no_loss=0), Counter()
+    by = {name: Counter() for name in ("capability", "lang", "licence", "source")}
+    path.with_suffix(".json").unlink(missing_ok=True)  # from here to the end the shard is unfinished
+    pool: list[tuple[np.ndarray, np.ndarray, int]] = []
+    pooled = 0
+
+    with files.atomic_path(path) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+
+        def write_pool() -> None:
+            pool_order = rng.permutation(len(pool))
+            shuffled = [pool[index] for index in pool_order]
+            bins = packing.best_fit([len(tokens) for tokens, *_ in shuffled], context)
+            for index in rng.permutation(len(bins)):
+                writer.write(packing.row_bytes([shuffled[i] for i in rng.permutation(bins[index])], context))
+            count["rows"] += len(bins)
+            pool.clear()
+
+        for tokens, mask, whole, *labels in examples:
+            count["examples"] += 1
+            if whole and len(tokens) > context:
+                dropped["too_long"] += 1
+                continue
+            pieces = [piece for piece in packing.windows(tokens, mask, context) if piece[1].any()]
+            if not pieces:
+                dropped["no_loss"] += 1
+                continue
+            size = sum(len(piece) for piece, _ in pieces)
+            count["pieces"] += len(pieces)
+            count["tokens"] += size
+            count["loss_tokens"] += int(sum(piece_mask.sum() for _, piece_mask in pieces))
+            lengths[max(32, 1 << math.ceil(math.log2(len(tokens))))] += 1
+            for counter, label in zip(by.values(), labels, strict=True):
+                counter[label.decode() or "unnamed"] += len(tokens)
+            capability = labels[0].decode()
+            number = CAPABILITIES.index(capability) + 1 if capability in CAPABILITIES else 0
+            pool += [(*piece, number) for piece in pieces]
+            pooled += size
+            if len(pool) >= POOL_PIECES or pooled >= POOL_TOKENS:
+                write_pool()
+                pooled = 0
+        write_pool()
+        writer.close()
+        size = temporary.stat().st_size
+    card = dict(
+        file=path.name,
+        bytes=size,
+        dropped=dict(dropped),
+        **{name: count[name] for name in ("rows", "tokens", "loss_tokens", "examples", "pieces")},
+        **{f"tokens_by_{name}": dict(sorted(counter.items())) for name, counter in by.items()},
+        examples_by_length=[[upper, lengths[upper]] for upper in sorted(lengths)],
+        inputs=inputs,
+    )
+    files.write_json(path.with_suffix(".json"), card)
+    return card
+
+
+def digest_of(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
