@@ -205,6 +205,13 @@ class PassageIndex:
             unique.setdefault(self.passages[ordinal].text, ordinal)
         return list(unique.values())[:topk]
 
+    def full_text(self, query: str, topk: int) -> list[int]:
+        """Returns what the full-text engine alone finds, in its own order; the peer of the other rankings."""
+        unique = {}
+        for ordinal in self._full_text(text.tokens(query)[:64], Filters()):
+            unique.setdefault(self.passages[ordinal].text, ordinal)
+        return list(unique.values())[:topk]
+
     def _full_text(self, asked: Sequence[str], filters: Filters) -> dict[int, float]:
         """Returns candidates with the engine's score divided by the best one's, best first."""
         common = math.log(1.0 + 1.0 / COMMON)
