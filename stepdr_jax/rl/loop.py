@@ -3,14 +3,13 @@
     prompts(seed, iteration) -> episodes against live tools -> rewards -> critic and actor updates -> new weights
 
 Everything an iteration does is a function of the state before it and of (seed, iteration), so a run that is killed at any
-moment and started again ends with the same parameters as one that was not. Rows of metrics.jsonl and the files in
-iterations/ that a resumed run makes again replace the old ones.
+moment and started again ends with the same parameters as one that was not. Episodes are recorded before they are learned
+from; a resumed run takes the recorded ones that are past its checkpoint, and rows of metrics.jsonl replace the old ones.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import sys
@@ -25,52 +24,31 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import react
-from stepdr_jax.agent.budget import Limits
-from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.agent.tools import Host, Tools
-from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
+from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import Finish, RubricSet, Task
-from stepdr_jax.rl import learner, rollouts
+from stepdr_jax.rl import learner, recordings, rollouts, sampling
 from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.rl.sampling import Parts
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import checkpoint, metrics, state
 from stepdr_jax.training.compilation import keep_compiled
-from tools_env.client import ToolInfraError
 
-DETAILED_EPISODES = 4  # of an iteration, written with every token's value, advantage and log-probability
-ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
-READY_SECONDS = 30.0  # given to a tool host that is not ours to come back between rounds
 # These change when a run ends, saves and how it computes, not what it computes.
 FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "slots", "shards", "max_masked_share", "remat")
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What the loop works with; `prepare` reads it from a run directory.
-
-    actor: initial policy parameters. origin: a name for them and for the tasks, compared when a run is continued.
-    """
-
-    tokenizer: Tokenizer
-    model: Qwen2Config
-    actor: dict
-    tasks: Sequence[Task]
-    rubric_sets: dict[str, RubricSet]
-    judge: Judge
-    origin: str
-    tools: Callable[[], Tools] | None = None  # known once the tool host runs
-    run_episode: Any = react.run_episode
-
-
 def home_of(config: ConfigDict) -> Path:
     return state.stage_dir(config, config.seed, "ppo")
+
+
+def replay_home_of(config: ConfigDict) -> Path:
+    return state.stage_dir(config, config.seed, "ppo_replay")
 
 
 def finished(config: ConfigDict) -> dict | None:
@@ -136,12 +114,24 @@ def prepare(config: ConfigDict) -> Parts:
 
 def train(config: ConfigDict, parts: Parts) -> dict:
     """Runs the iterations that are left and returns done.json."""
-    return asyncio.run(_train(config, parts))
+    return asyncio.run(_train(config, parts, home_of(config), config.ppo.iterations))
 
 
-async def _train(config: ConfigDict, parts: Parts) -> dict:
-    began = time.monotonic()
-    home, settings = home_of(config), config.ppo
+def replay(config: ConfigDict, parts: Parts) -> dict:
+    """Learns anew, from the SFT policy, from the episodes that the run's PPO recorded; returns done.json.
+
+    Writes to ppo_replay beside ppo. With the settings of the run it ends with the same weights; with others it shows what
+    they would have made of the same episodes (which another policy then sampled: watch kl and clip_fraction).
+    """
+    home = replay_home_of(config)
+    recorded = sampling.Recorded(parts, home_of(config) / "iterations")
+    return asyncio.run(_train(config, parts, home, min(recorded.count, config.ppo.iterations), recorded))
+
+
+async def _train(
+    config: ConfigDict, parts: Parts, home: Path, iterations: int, source: sampling.Source | None = None
+) -> dict:
+    began, settings = time.monotonic(), config.ppo
     if settings.prompts > len(parts.tasks):
         raise UserError(
             f"ppo.prompts: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts}; "
@@ -164,42 +154,20 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
         _say(f"ppo  continuing from iteration {start}")
     metrics.rewind(home / "metrics.jsonl", start - 1, key="iteration")
 
-    # ---------------------------------------------------------------- sampler and episodes
-    engine = JaxEngine(
-        now["params"],
-        parts.model,
-        slots=settings.slots,
-        shards=settings.shards,
-        max_len=config.agent.max_episode_tokens,
-        stop_ids=(parts.tokenizer.im_end, parts.tokenizer.endoftext),
-        version=start,
-    )
-    tools = parts.tools()
-    collect = functools.partial(
-        rollouts.collect,
-        policy=EnginePolicy(engine, parts.tokenizer, settings.temperature, name="ppo"),
-        tools=tools.client,
-        judge=parts.judge,
-        rubric_sets=parts.rubric_sets,
-        limits=Limits.from_config(config.agent),
-        prompt=config.agent.prompt,
-        as_of=config.world.as_of,
-        concurrency=settings.slots,
-        unfinished=settings.unfinished,
-        run_episode=parts.run_episode,
-    )
+    # ---------------------------------------------------------------- where episodes come from
+    mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    if source is None:
+        directory = home / "iterations"
+        source = sampling.Live(config, parts, now["params"], version=start, directory=directory, mark=mark)
 
     # ---------------------------------------------------------------- loop
-    progress = Progress("ppo", settings.iterations, "iterations", start=start)
-    if start < settings.iterations:
+    progress = Progress("ppo", iterations, "iterations", start=start)
+    if start < iterations:
         _say("ppo  compiling")
     try:
-        for iteration in range(start, settings.iterations):
+        for iteration in range(start, iterations):
             clock = time.monotonic()
-            chosen = rollouts.choose_tasks(len(parts.tasks), settings.prompts, seed=config.seed, iteration=iteration)
-            tasks = [parts.tasks[index] for index in chosen for _ in range(settings.samples)]
-            seeds = [rollouts.episode_seed(config.seed, iteration, index) for index in range(len(tasks))]
-            episodes = await _collect_enough(collect, tasks, seeds, tools, config, iteration)
+            episodes = await source.episodes(iteration)
             sampled = time.monotonic()
 
             batch = rollouts.arrays(episodes, config.agent.max_episode_tokens)
@@ -212,23 +180,21 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
                     f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
                 )
             if iteration >= settings.critic_only_iterations:
-                await engine.update_weights(now["params"], iteration + 1)
+                await source.learnt(now["params"], iteration + 1)
 
             row = _row(iteration, episodes) | learnt
-            row |= {
-                "tool_host_restarts": tools.restarts,
-                "sampler_evictions": engine.stats()["evictions"],
+            row |= source.stats() | {
                 "seconds_sampling": round(sampled - clock, 3),
                 "seconds_training": round(time.monotonic() - sampled, 3),
             }
-            _write_episodes(home / "iterations" / f"{iteration:04d}.jsonl", iteration, episodes, batch, details)
+            recordings.add_details(home / "iterations", iteration, episodes, batch, details)
             files.append_jsonl(home / "metrics.jsonl", row)
             progress.update(
                 1,
                 **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
                 masked=sum(episode.masked is not None for episode in episodes),
             )
-            if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == settings.iterations:
+            if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
                 metadata = {
                     "stage": "ppo",
                     "seed": config.seed,
@@ -241,51 +207,17 @@ async def _train(config: ConfigDict, parts: Parts) -> dict:
                 directory = home / "checkpoints"
                 checkpoint.save(directory, iteration + 1, now, metadata, keep=settings.keep_checkpoints)
     finally:
-        await tools.close()
+        await source.close()
 
     # ---------------------------------------------------------------- done
     done = {
-        "iterations": max(start, settings.iterations),
-        "iteration": max(start, settings.iterations),
+        "iterations": max(start, iterations),
+        "iteration": max(start, iterations),
         "params_sha256": checkpoint.params_sha256(now["params"]),
         "seconds": round(seconds + time.monotonic() - began, 2),
     }
     files.write_json(home / "done.json", done)
     return done
-
-
-async def _collect_enough(collect, tasks, seeds, tools: Tools, config: ConfigDict, iteration: int) -> list[Episode]:
-    """Collects an iteration; while too large a share is masked, the masked episodes are sampled again, with their seeds.
-
-    Raises UserError after ROUNDS rounds: a batch of what happened to survive is a biased one.
-    """
-    episodes = await collect(tasks, seeds)
-    for tried in range(1, ROUNDS + 1):
-        masked = [episode.index for episode in episodes if episode.masked is not None]
-        if len(masked) <= config.ppo.max_masked_share * len(episodes):
-            return episodes
-        causes = Counter(_cause(episodes[index]) for index in masked).most_common(1)
-        share = (
-            f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
-        )
-        if tried == ROUNDS:
-            break
-        _say(f"ppo  {share}; sampling them again")
-        try:
-            await (await tools.client()).wait_ready(READY_SECONDS)
-        except ToolInfraError as error:
-            raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
-        again = await collect([tasks[index] for index in masked], [seeds[index] for index in masked])
-        for index, episode in zip(masked, again, strict=True):
-            episodes[index] = dataclasses.replace(episode, index=index)
-    raise UserError(
-        f"{share}, more than ppo.max_masked_share = {config.ppo.max_masked_share} after {ROUNDS} rounds; see the tool "
-        "host's log, then run the same command: it continues from the last checkpoint"
-    )
-
-
-def _cause(episode: Episode) -> str:
-    return f"{episode.masked} ({episode.trajectory.metadata.get('cause', 'no cause given')})"
 
 
 def _row(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
@@ -326,45 +258,6 @@ def _row(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
     for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "given_tokens"):
         row[name] = stat(name)
     return row
-
-
-def _write_episodes(path: Path, iteration: int, episodes: Sequence[Episode], batch, details) -> None:
-    """One row an episode; a few, evenly spaced, with every token's numbers."""
-    kept = [episode.index for episode in episodes if episode.masked is None]
-    places = np.linspace(0, len(kept) - 1, min(DETAILED_EPISODES, len(kept))).round().astype(int)
-    detailed = {kept[place] for place in places}
-
-    def rows():
-        for episode in episodes:
-            row = {
-                "iteration": iteration,
-                "index": episode.index,
-                "task_id": episode.task.id,
-                "seed": episode.seed,
-                "reward": episode.scored.reward,
-                "masked": episode.masked,
-                "finish": str(episode.trajectory.finish),
-                "trajectory": episode.trajectory.model_dump(mode="json", exclude_defaults=True),
-                "verdict": None if episode.scored.verdict is None else episode.scored.verdict.model_dump(mode="json"),
-            }
-            if episode.index in detailed:
-                length = int(batch.lengths_E[episode.index])
-                log = episode.log.arrays()
-                row |= {
-                    "tokens": log["tokens"][:length].tolist(),
-                    "sampled": log["sampled"][:length].tolist(),
-                    "version": log["version"][:length].tolist(),
-                    "logprobs": _short(details.logprobs_ET[episode.index, :length]),
-                    "values": _short(details.values_ET[episode.index, :length]),
-                    "advantages": _short(details.advantages_ET[episode.index, :length]),
-                }
-            yield row
-
-    files.write_jsonl(path, rows())
-
-
-def _short(values_T: np.ndarray) -> list[float]:
-    return [round(float(value), 5) for value in values_T]
 
 
 def _settings(config: ConfigDict, parts: Parts) -> dict[str, Any]:

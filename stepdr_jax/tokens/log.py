@@ -19,6 +19,14 @@ class TokenLog:
         self._logprobs: list[float] = []
         self._version: list[int] = []
 
+    @classmethod
+    def of_arrays(cls, *, tokens, sampled, logprobs, version) -> "TokenLog":
+        """The log whose `arrays` these are."""
+        log = cls()
+        log._tokens, log._sampled = np.asarray(tokens).tolist(), np.asarray(sampled).tolist()
+        log._logprobs, log._version = np.asarray(logprobs).tolist(), np.asarray(version).tolist()
+        return log
+
     def __len__(self) -> int:
         return len(self._tokens)
 

@@ -1,12 +1,13 @@
 """The loop: it learns, it continues after a kill with the same bits, and broken infrastructure never becomes a reward."""
 
 import dataclasses
+import shutil
 
 import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl import loop
+from stepdr_jax.rl import loop, recordings, sampling
 from stepdr_jax.training import state
 from tests.rl import toy
 
@@ -48,10 +49,47 @@ def test_a_killed_run_continues_to_the_same_bits(uninterrupted, tmp_path):
     with pytest.raises(Killed):
         loop.train(config, toy.parts(config, run_episode=dies_in_iteration_3))
     assert [row["iteration"] for row in rows(config)] == [0, 1, 2]  # 2 is past the checkpoint and will be made again
-    again = loop.train(config, toy.parts(config))
+    calls, sampled = -10_000, -10_000
+    again = loop.train(config, toy.parts(config, run_episode=dies_in_iteration_3))
+    assert calls - sampled == 8  # iteration 3; 2 was recorded
     assert again["params_sha256"] == done["params_sha256"]
     assert rows(config) == rows(before)
     assert [episodes(config, i) for i in range(4)] == [episodes(before, i) for i in range(4)]
+
+
+def test_recorded_episodes_make_the_same_weights_again_and_others_with_other_settings(uninterrupted):
+    config, done = uninterrupted
+    assert loop.replay(config, toy.parts(config))["params_sha256"] == done["params_sha256"]
+    kept = files.read_jsonl(loop.replay_home_of(config) / "metrics.jsonl")
+    assert [row["reward"] for row in kept] == [row["reward"] for row in rows(config)]
+    shutil.rmtree(loop.replay_home_of(config))
+    other = config.copy_and_resolve_references()
+    other.ppo.gae_lambda = 0.5
+    assert loop.replay(other, toy.parts(other))["params_sha256"] != done["params_sha256"]
+    assert loop.finished(config) == done
+
+
+def test_recordings_that_cannot_be_used_are_named(uninterrupted, tmp_path):
+    config, _ = uninterrupted
+    directory = loop.home_of(config) / "iterations"
+    tasks = {task.id: task for task in toy.parts(config).tasks}
+    assert recordings.load(directory, 99, tasks) is None
+    assert recordings.load(directory, 0, tasks, "of other settings") is None
+    with pytest.raises(UserError, match="'t[0-9]' is not known"):
+        recordings.load(directory, 0, {})
+    for path in recordings.paths(directory, 0):
+        shutil.copy(path, tmp_path)
+    rows_path, logs_path = recordings.paths(tmp_path, 0)
+    whole = logs_path.read_bytes()
+    logs_path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="is damaged.*delete it"):
+        recordings.load(tmp_path, 0, tasks)
+    logs_path.write_bytes(whole)
+    rows_path.write_text("")
+    with pytest.raises(UserError, match="0 episodes, 8 token logs"):
+        recordings.load(tmp_path, 0, tasks)
+    with pytest.raises(UserError, match="no recorded iterations"):
+        sampling.Recorded(toy.parts(config), tmp_path / "nowhere")
 
 
 def test_what_a_run_leaves(uninterrupted):
@@ -65,7 +103,7 @@ def test_what_a_run_leaves(uninterrupted):
     saved = episodes(config, 3)
     assert [one["index"] for one in saved] == list(range(8))
     detailed = [one for one in saved if "tokens" in one]
-    assert len(detailed) == loop.DETAILED_EPISODES
+    assert len(detailed) == recordings.DETAILED_EPISODES
     for one in detailed:
         assert len({len(one[name]) for name in ("tokens", "sampled", "logprobs", "values", "advantages")}) == 1
         assert {v for v, s in zip(one["version"], one["sampled"], strict=True) if s} == {3}

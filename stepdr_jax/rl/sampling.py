@@ -1,0 +1,186 @@
+"""Where PPO's episodes come from: live, sampled against tools and judged, or recorded by an earlier run."""
+
+import dataclasses
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ml_collections import ConfigDict
+
+from stepdr_jax.agent import react
+from stepdr_jax.agent.budget import Limits
+from stepdr_jax.agent.policy import EnginePolicy
+from stepdr_jax.agent.tools import Tools
+from stepdr_jax.engine.engine import JaxEngine
+from stepdr_jax.errors import UserError
+from stepdr_jax.judge.judges import Judge
+from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.records import RubricSet, Task
+from stepdr_jax.rl import recordings, rollouts
+from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.tokens.tokenizer import Tokenizer
+from tools_env.client import ToolInfraError
+
+ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
+READY_SECONDS = 30.0  # given to a tool host that is not ours to come back between rounds
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What the loop works with; `prepare` reads it from a run directory.
+
+    actor: initial policy parameters. origin: a name for them and for the tasks, compared when a run is continued.
+    """
+
+    tokenizer: Tokenizer
+    model: Qwen2Config
+    actor: dict
+    tasks: Sequence[Task]
+    rubric_sets: dict[str, RubricSet]
+    judge: Judge
+    origin: str
+    tools: Callable[[], Tools] | None = None  # known once the tool host runs
+    run_episode: Any = react.run_episode
+
+
+class Source(Protocol):
+    """What the loop asks for episodes."""
+
+    async def episodes(self, iteration: int) -> list[Episode]: ...
+
+    async def learnt(self, params: dict, version: int) -> None: ...
+
+    def stats(self) -> dict[str, float]: ...
+
+    async def close(self) -> None: ...
+
+
+class Live:
+    """Samples an iteration's episodes with the current weights, and records them before they are used.
+
+    What is recorded already, by a run of the same settings that was killed before its next checkpoint, is not sampled
+    again: everything an iteration does is a function of the settings, so it would be the same.
+
+    Args:
+        params: the actor's.
+        version: of these weights.
+        directory: of the recordings.
+        mark: names all settings that episodes are a function of.
+    """
+
+    def __init__(self, config: ConfigDict, parts: Parts, params: dict, *, version: int, directory: Path, mark: str):
+        settings = config.ppo
+        self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
+        self.engine = JaxEngine(
+            params,
+            parts.model,
+            slots=settings.slots,
+            shards=settings.shards,
+            max_len=config.agent.max_episode_tokens,
+            stop_ids=(parts.tokenizer.im_end, parts.tokenizer.endoftext),
+            version=version,
+        )
+        self.tools = parts.tools()
+        self._collect = functools.partial(
+            rollouts.collect,
+            policy=EnginePolicy(self.engine, parts.tokenizer, settings.temperature, name="ppo"),
+            tools=self.tools.client,
+            judge=parts.judge,
+            rubric_sets=parts.rubric_sets,
+            limits=Limits.from_config(config.agent),
+            prompt=config.agent.prompt,
+            as_of=config.world.as_of,
+            concurrency=settings.slots,
+            unfinished=settings.unfinished,
+            run_episode=parts.run_episode,
+        )
+
+    async def episodes(self, iteration: int) -> list[Episode]:
+        """The episodes of one iteration. Raises UserError when too many of them stay broken."""
+        config, parts = self.config, self.parts
+        known = {task.id: task for task in parts.tasks}
+        recorded = recordings.load(self.directory, iteration, known, self.mark)
+        if recorded is not None:
+            return recorded
+        chosen = rollouts.choose_tasks(len(parts.tasks), config.ppo.prompts, seed=config.seed, iteration=iteration)
+        tasks = [parts.tasks[index] for index in chosen for _ in range(config.ppo.samples)]
+        seeds = [rollouts.episode_seed(config.seed, iteration, index) for index in range(len(tasks))]
+        episodes = await self._enough(tasks, seeds, iteration)
+        recordings.save(self.directory, iteration, episodes, self.mark)
+        return episodes
+
+    async def learnt(self, params: dict, version: int) -> None:
+        """Takes the new weights."""
+        await self.engine.update_weights(params, version)
+
+    def stats(self) -> dict[str, float]:
+        return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": self.engine.stats()["evictions"]}
+
+    async def close(self) -> None:
+        await self.tools.close()
+
+    async def _enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Episode]:
+        """Collects an iteration; while too large a share is masked, the masked episodes are sampled again, with their seeds.
+
+        Raises UserError after ROUNDS rounds: a batch of what happened to survive is a biased one.
+        """
+        episodes = await self._collect(tasks, seeds)
+        for tried in range(1, ROUNDS + 1):
+            masked = [episode.index for episode in episodes if episode.masked is not None]
+            if len(masked) <= self.config.ppo.max_masked_share * len(episodes):
+                return episodes
+            causes = Counter(_cause(episodes[index]) for index in masked).most_common(1)
+            share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
+            if tried == ROUNDS:
+                break
+            _say(f"ppo  {share}; sampling them again")
+            try:
+                await (await self.tools.client()).wait_ready(READY_SECONDS)
+            except ToolInfraError as error:
+                raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
+            again = await self._collect([tasks[index] for index in masked], [seeds[index] for index in masked])
+            for index, episode in zip(masked, again, strict=True):
+                episodes[index] = dataclasses.replace(episode, index=index)
+        raise UserError(
+            f"{share}, more than ppo.max_masked_share = {self.config.ppo.max_masked_share} after {ROUNDS} rounds; see the tool "
+            "host's log, then run the same command: it continues from the last checkpoint"
+        )
+
+
+def _cause(episode: Episode) -> str:
+    return f"{episode.masked} ({episode.trajectory.metadata.get('cause', 'no cause given')})"
+
+
+class Recorded:
+    """Episodes that an earlier run recorded; weights that are learnt change nothing in them.
+
+    Args:
+        directory: the recordings, of any run over the same tasks.
+    """
+
+    def __init__(self, parts: Parts, directory: Path):
+        self.directory, self._tasks = directory, {task.id: task for task in parts.tasks}
+        self.count = 0
+        while recordings.paths(directory, self.count)[1].exists():
+            self.count += 1
+        if not self.count:
+            raise UserError(f"{directory} has no recorded iterations; run python -m launch.ppo first")
+
+    async def episodes(self, iteration: int) -> list[Episode]:
+        return recordings.load(self.directory, iteration, self._tasks)
+
+    async def learnt(self, params: dict, version: int) -> None:
+        pass
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    async def close(self) -> None:
+        pass
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
