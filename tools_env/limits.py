@@ -24,10 +24,15 @@ class Limit:
         self._slots = asyncio.Semaphore(concurrency)
         self._running, self._waiting = gauges or (None, None)
 
+    @property
+    def full(self) -> bool:
+        """Whether a call would have to wait."""
+        return self._slots.locked()
+
     @contextlib.asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Holds one slot. Raises RetryLater at once when the queue is full."""
-        if self._slots.locked():
+        if self.full:
             if self.waiting >= self.queue:
                 raise RetryLater(
                     f"{self.name}: {self.concurrency} calls run and {self.waiting} wait; retry later",

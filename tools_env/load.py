@@ -1,15 +1,19 @@
 """A load generator: many sessions at once, mixed tools, and a check of every reply for loss, duplication and leaks.
 
 python -m tools_env.load --address=host:port --sessions=1000 --seconds=300
+python -m tools_env.load --world=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   kills parts meanwhile
 python -m tools_env.load --world=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
 
 Each session appends a mark of its own to a file, call after call, and reads it at the end: a lost call is a mark that is
-missing, a duplicated one a mark that is there twice, a leak a mark of another session. A token is read from
+missing, a duplicated one a mark that is there twice, a leak a mark of another session. Shell calls count in the same way:
+a command that ran twice has left its number twice. At the end a call that was answered is repeated: its reply must be the
+same. A token is read from
 $STEPDR_TOOLS_TOKEN.
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import os
@@ -21,6 +25,7 @@ from pathlib import Path
 import grpc
 import psutil
 
+from tools_env import chaos
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.process import ToolHost
@@ -38,9 +43,19 @@ class Load:
     lost: int = 0
     duplicated: int = 0
     leaked: int = 0
+    changed: int = 0  # repeated calls whose reply was another one
+    shell_calls: int = 0
+    ran_twice: int = 0  # shell commands that ran more than once
+    not_run: int = 0  # shell commands that were acknowledged and did not run
+    unexplained: int = 0  # shell commands that ran, and were neither acknowledged nor failed with a status
     seconds_of: list[float] = dataclasses.field(default_factory=list)
     memory: list[float] = dataclasses.field(default_factory=list)
     wall: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        counts = self.lost, self.duplicated, self.leaked, self.changed, self.ran_twice, self.not_run, self.unexplained
+        return not any(counts)
 
     def latency(self, share: float) -> float:
         """Milliseconds within which `share` of the calls were answered."""
@@ -57,10 +72,11 @@ async def run(
     calls: int = 1_000_000,
     seed: int = 0,
     pid: int | None = None,
+    shell: float = 0.0,
 ) -> Load:
     """Loads a host for `seconds` with so many sessions at a time.
 
-    A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
+    `shell` is the share of calls that run a command. A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
     """
     load, began = Load(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
@@ -69,7 +85,7 @@ async def run(
     async def place(i: int) -> None:
         episode = 0
         while episode == 0 or time.monotonic() < end:
-            await _episode(client, load, f"{seed}-{i}" + (f"-{episode}" if episode else ""), end, think, calls)
+            await _episode(client, load, f"{seed}-{i}" + (f"-{episode}" if episode else ""), end, think, calls, shell)
             episode += 1
 
     await asyncio.gather(*(place(i) for i in range(sessions)))
@@ -95,7 +111,9 @@ def family(pid: int) -> list[int]:
     return found
 
 
-async def _episode(client: ToolsClient, load: Load, name: str, end: float, think: float, calls: int) -> None:
+async def _episode(
+    client: ToolsClient, load: Load, name: str, end: float, think: float, calls: int, shell: float
+) -> None:
     draw = random.Random(name)
     await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
     try:
@@ -104,7 +122,8 @@ async def _episode(client: ToolsClient, load: Load, name: str, end: float, think
         load.failed[error.status] = load.failed.get(error.status, 0) + 1
         await asyncio.sleep(1.0)
         return
-    marks, number = [], 0
+    marks, number, asked = [], 0, {}
+    commands: dict[int, bool] = {}  # number of a shell call -> whether it was acknowledged
 
     async def call(tool: str, arguments: dict):
         nonlocal number
@@ -118,11 +137,16 @@ async def _episode(client: ToolsClient, load: Load, name: str, end: float, think
         load.seconds_of.append(time.monotonic() - began)
         load.calls += 1
         load.outcomes[result.outcome] = load.outcomes.get(result.outcome, 0) + 1
+        asked["last"] = (tool, arguments, str(number), result)
         return result
 
     while time.monotonic() < end and number < calls:
         kind = draw.random()
-        if kind < 0.4:
+        if draw.random() < shell:
+            command = {"command": f"echo {number + 1} >> ran.txt"}
+            answer = await call("shell", command)
+            commands[number] = answer is not None and answer.outcome == "ok"
+        elif kind < 0.4:
             mark = f"<{name}/{number}>"
             if await call("file", {"op": "append", "path": "marks.txt", "content": mark}) is not None:
                 marks.append(mark)
@@ -134,15 +158,29 @@ async def _episode(client: ToolsClient, load: Load, name: str, end: float, think
             await call("file", {"op": "stat", "path": "marks.txt"})
         if think:
             await asyncio.sleep(draw.expovariate(1 / think))
-    text, offset = "", 0
-    while True:
-        page = await call("file", {"op": "read", "path": "marks.txt", "offset": offset})
-        if page is None or page.outcome != "ok":
-            break
-        body, _, tail = page.text.partition("\n... ")
-        text, offset = text + body, offset + len(body)
-        if not tail:
-            break
+    if "last" in asked:
+        tool, arguments, call_id, first = asked["last"]
+        with contextlib.suppress(ToolInfraError):
+            load.changed += (await session.call(tool, arguments, call_id=call_id)).text != first.text
+
+    async def whole(path: str) -> str:
+        text, offset = "", 0
+        while True:
+            page = await call("file", {"op": "read", "path": path, "offset": offset})
+            if page is None or page.outcome != "ok":
+                return text
+            body, _, tail = page.text.partition("\n... ")
+            text, offset = text + body, offset + len(body)
+            if not tail:
+                return text
+
+    text = await whole("marks.txt")
+    if commands:
+        ran = collections.Counter(map(int, (await whole("ran.txt")).split()))
+        load.shell_calls += len(commands)
+        load.ran_twice += sum(times > 1 for times in ran.values())
+        load.not_run += sum(done and not ran[n] for n, done in commands.items())
+        load.unexplained += sum(n not in commands for n in ran)
     found = text.split(">")[:-1]
     load.lost += sum(mark not in text for mark in marks)
     load.duplicated += len(found) - len(set(found))
@@ -226,8 +264,13 @@ def report(load: Load) -> str:
         f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
         f"p50 {load.latency(0.5):.1f} ms, p99 {load.latency(0.99):.1f} ms",
         f"outcomes {load.outcomes}, given up {load.failed or 'none'}",
-        f"lost {load.lost}, duplicated {load.duplicated}, of another session {load.leaked}",
+        f"lost {load.lost}, duplicated {load.duplicated}, of another session {load.leaked}, other replies {load.changed}",
     ]
+    if load.shell_calls:
+        lines.append(
+            f"{load.shell_calls} shell commands: ran twice {load.ran_twice}, acknowledged and not run {load.not_run}, "
+            f"run and unexplained {load.unexplained}"
+        )
     if load.memory:
         fifth = max(len(load.memory) // 5, 1)
         early, late = (
@@ -248,15 +291,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=40, help="calls of one session; then another takes its place")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
     parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
+    parser.add_argument("--shell", type=float, default=0.0, help="share of calls that run a shell command")
+    parser.add_argument("--kill", default="", help="kill these meanwhile, with commas between: worker, redis")
+    parser.add_argument("--kill_every", type=float, default=10.0, help="seconds between two kills")
+    parser.add_argument("--concurrency", type=int, default=32, help="calls of one tool at a time in our own host")
+    parser.add_argument("--queue", type=int, default=256, help="calls of one tool that may wait in our own host")
     flags = parser.parse_args(argv)
+    kinds = list(filter(None, flags.kill.split(",")))
+    if set(kinds) - set(chaos.KINDS):
+        parser.error(f"--kill knows {', '.join(chaos.KINDS)}")
+    if kinds and (not flags.world or flags.workers < 2):
+        parser.error("--kill needs a host of our own with a supervisor: --world and --workers=2")
     if bool(flags.address) == bool(flags.world):
         parser.error("name either --address or --world")
     token = os.environ.get("STEPDR_TOOLS_TOKEN") or None
     try:
         with contextlib.ExitStack() as stack:
-            host = (
-                stack.enter_context(ToolHost(flags.world, token=token, workers=flags.workers)) if flags.world else None
-            )
+            redis = stack.enter_context(chaos.Redis()) if "redis" in kinds else None
+            host = None
+            if flags.world:
+                sizes = dict(workers=flags.workers, concurrency=flags.concurrency, queue=flags.queue)
+                tools = "shell" if flags.shell else ""
+                cache = redis.url if redis else None
+                host = stack.enter_context(ToolHost(flags.world, token=token, redis_url=cache, tools=tools, **sizes))
             address = host.address if host else flags.address
 
             async def loaded() -> Load:
@@ -264,7 +321,13 @@ def main(argv: list[str] | None = None) -> int:
                     await against_echo(address, rounds=flags.echo)
                 client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
                 sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think, calls=flags.calls)
-                found = await run(client, **sizes, seed=os.getpid(), pid=host.pid if host else None)
+                killer = None
+                if kinds:
+                    killer = asyncio.create_task(chaos.kill(kinds, host.pid, redis, flags.kill_every, flags.seconds))
+                pid = host.pid if host else None
+                found = await run(client, **sizes, shell=flags.shell, seed=os.getpid(), pid=pid)
+                if killer:
+                    print(f"killed: {', '.join(await killer)}")
                 await client.close()
                 return found
 
@@ -273,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"load: {error}", file=sys.stderr)
         return 2
     print(report(load))
-    return 1 if load.lost or load.duplicated or load.leaked else 0
+    return 0 if load.clean else 1
 
 
 if __name__ == "__main__":

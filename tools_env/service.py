@@ -132,14 +132,25 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             fresh = True
             return await self._execute(session, call_id, tool, arguments_json, deadline)
 
-        async with asyncio.timeout(max(deadline - began, 0.0)):
-            reply = await session.once(call_id, f"{tool}\n{arguments_json}", execute)
+        asked = f"{tool}\n{arguments_json}"
+        if began < deadline and self._at_once(session, call_id, tool):
+            reply = await session.once(call_id, asked, execute, alone=True)
+        else:
+            async with asyncio.timeout(max(deadline - began, 0.0)):
+                reply = await session.once(call_id, asked, execute)
         tracing.note(replayed=not fresh)
         if fresh:
             self._metrics.seconds.labels(self._label(tool)).observe(time.monotonic() - began)
         else:
             self._metrics.replayed.inc()
         return reply
+
+    def _at_once(self, session: Session, call_id: str, name: str) -> bool:
+        """Whether the call runs to its end without a wait, so that it needs no task and no timer of its own."""
+        tool = self._tools.get(name)
+        if tool is None or not tool.instant or self._limits[name].full or session.runs(call_id):
+            return False
+        return not self._profile(session).tools
 
     def _label(self, tool: str) -> str:
         return tool if tool in self._tools else "unknown"
@@ -178,7 +189,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             if tool is None:
                 raise BadArguments(f"no tool {name[:100]}; the tools are {', '.join(self._tools)}")
             arguments = self._parse(arguments_json)
-            plan = self._plan(session, call_id, name)
+            plan = self._profile(session).plan(name, session.opening.seed, call_id)
             arguments = plan.arguments(arguments, tool.schema, injected)
             argument_check.check(tool.schema, arguments)
             call = Call(session.directory, session.known, deadline, self._max_chars)
@@ -195,10 +206,10 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         except ToolError as error:
             return tools_pb2.OUTCOME_TOOL_ERROR, Output(str(error))
 
-    def _plan(self, session: Session, call_id: str, name: str) -> faults.Plan:
+    def _profile(self, session: Session) -> faults.Profile:
         if "faults" not in session.attachments:  # a session taken up from its journal
             session.attachments["faults"] = faults.parse(session.opening.faults_json, self._tools)
-        return session.attachments["faults"].plan(name, session.opening.seed, call_id)
+        return session.attachments["faults"]
 
     def _parse(self, arguments_json: str) -> dict:
         if len(arguments_json) > self._max_argument_chars:

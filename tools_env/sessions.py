@@ -116,11 +116,17 @@ class Session:
         self._begun[call_id] = self._running[call_id]
         self._write({"begun": call_id, "asked": self._running[call_id]})
 
-    async def once(self, call_id: str, asked: str, execute: Callable[[], Awaitable[bytes]]) -> bytes:
+    def runs(self, call_id: str) -> bool:
+        return call_id in self._running
+
+    async def once(
+        self, call_id: str, asked: str, execute: Callable[[], Awaitable[bytes]], *, alone: bool = False
+    ) -> bytes:
         """Runs `execute` for a new call id; a repeat gets the stored reply, a concurrent one waits for the first.
 
         A reply is stored; a failure of the host (an exception) is not, so that a retry runs again, unless `begin` was
-        called. When all callers have gone, the execution is cancelled.
+        called. When all callers have gone, the execution is cancelled. `alone`: `execute` never waits, so no other caller
+        can come while it runs, and it needs no task of its own.
 
         Raises CallIdReused when the id came before with something else asked, and CallUnfinished.
         """
@@ -148,7 +154,7 @@ class Session:
                 self._running.pop(call_id, None)
 
         self._running[call_id] = digest
-        return await self._work.run(call_id, run)
+        return await (run() if alone else self._work.run(call_id, run))
 
     def finish(self, call_id: str, tool: str, tokens: int, sources: Iterable[Passage], reply: bytes) -> None:
         """Notes a call that ran: what it cost, the passages it made known, its reply. Before the reply is sent."""

@@ -1,11 +1,18 @@
 """The load generator against worker processes of which one is killed in the middle: nothing lost, doubled or leaked."""
 
 import asyncio
+import collections
+import json
 import os
+import shutil
 import signal
+import time
 from pathlib import Path
 
-from tools_env import load
+import grpc
+import pytest
+
+from tools_env import chaos, load, tools_pb2
 from tools_env.client import ToolsClient
 from tools_env.process import ToolHost
 
@@ -46,3 +53,58 @@ def test_generator_sees_a_mark_that_is_lost_doubled_or_of_another_session():
 
     found = asyncio.run(load.run(Client(), sessions=1, seconds=0.05, think=0.001))
     assert found.lost > 0 and (found.duplicated, found.leaked) == (1, 1)
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
+@pytest.mark.skipif(not shutil.which("bwrap") or not shutil.which("tmux"), reason="bubblewrap or tmux is not installed")
+def test_kills_of_workers_and_redis_run_no_command_twice_and_keep_every_reply(world, tmp_path):
+    with chaos.Redis() as redis:
+        options = json.dumps({"shell": {"accept_weaker_isolation": True}})
+        settings = dict(workers=2, tools="shell", tool_options=options, redis_url=redis.url)
+        with ToolHost(world, web_port=9, log_path=tmp_path / "log", **settings) as host:
+
+            async def main():
+                client = ToolsClient(host.address, channels=4, call_timeout=20.0)
+                killer = asyncio.create_task(chaos.kill(["worker", "redis"], host.pid, redis, 1.5, 6.5))
+                found = await load.run(client, sessions=6, seconds=6.0, think=0.1, pid=host.pid, shell=0.4)
+                await client.close()
+                return found, await killer
+
+            found, killed = asyncio.run(main())
+    assert {"worker", "redis"} <= set(killed)
+    assert found.clean, load.report(found)
+    assert set(found.failed) <= {"ABORTED", "UNAVAILABLE"}
+    assert found.shell_calls > 10
+
+
+def test_overload_is_refused_in_time_and_never_hangs(world, tmp_path):
+    """Sixty sessions without a pause, one slot and one place in the queue of each tool: refusals, then recovery."""
+    with ToolHost(world, web_port=9, concurrency=1, queue=1, log_path=tmp_path / "log") as host:
+
+        async def main():
+            client = ToolsClient(host.address, channels=4)
+            session = await client.open_session(
+                "slow", faults={"tools": {"todo": [{"kind": "latency", "rate": 1.0, "seconds": 0.2}]}}
+            )
+            stub = client._connected()
+
+            async def one(i):
+                request = tools_pb2.CallToolRequest(
+                    session_id=session.id, call_id=str(i), tool="todo", arguments_json="{}"
+                )
+                try:
+                    await stub.CallTool(request, timeout=5)
+                    return "ok"
+                except grpc.aio.AioRpcError as error:
+                    return error.code().name
+
+            began = time.monotonic()
+            answers = collections.Counter(await asyncio.gather(*(one(i) for i in range(60))))
+            took = time.monotonic() - began
+            assert (await session.call("todo", {}, call_id="after")).outcome == "ok"
+            await client.close()
+            return answers, took
+
+        answers, took = asyncio.run(main())
+    assert set(answers) == {"ok", "RESOURCE_EXHAUSTED"} and answers["RESOURCE_EXHAUSTED"] >= 40
+    assert took < 4.0

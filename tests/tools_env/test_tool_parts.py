@@ -179,3 +179,20 @@ def test_stubs_fit_the_proto(tmp_path):
     made = (tmp_path / "tools_env" / "tools_pb2.py").read_text()
     kept = (ROOT / "tools_env" / "tools_pb2.py").read_text()
     assert made.split("AddSerializedFile", 1)[1] == kept.split("AddSerializedFile", 1)[1]
+
+
+def test_a_tool_that_is_called_instant_never_waits(tmp_path):
+    """Their calls have no task of their own, so a wait in one would hold its caller beyond the deadline."""
+    from tools_env.tools import file, todo
+    from tools_env.tools.base import Call
+
+    (tmp_path / "workspace").mkdir()
+    calls = [(todo.TOOL, {}), (todo.TOOL, {"items": ["a"]}), (todo.TOOL, {"items": []})]
+    tool = file.make(1000, 10)
+    calls += [(tool, {"op": op, "path": "a", "content": "x"}) for op in ("write", "append", "read", "stat")]
+    calls.append((tool, {"op": "list"}))
+    calls.append((tool, {"op": "patch", "path": "a", "anchor": "xx", "replacement": "y"}))
+    for one, arguments in calls:
+        assert one.instant
+        with pytest.raises(StopIteration):
+            one.run(Call(tmp_path, {}, 0.0, 700), arguments).send(None)

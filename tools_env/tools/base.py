@@ -51,3 +51,4 @@ class Tool:
     schema: dict[str, Any]
     run: Callable[[Call, dict[str, Any]], Awaitable[Output]]
     version: str = "1"
+    instant: bool = False  # `run` never waits for anything, so a call of it needs no task and no timer

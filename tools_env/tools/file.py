@@ -103,6 +103,7 @@ def make(max_file_chars: int, max_files: int) -> Tool:
         description="Read (in pages), write, append, list, stat or patch text files of your workspace.",
         schema=SCHEMA,
         run=run,
+        instant=True,
     )
 
 

@@ -93,4 +93,5 @@ TOOL = Tool(
     description="Keep the plan: items without ids write the list, items with ids change it, [] deletes it.",
     schema=SCHEMA,
     run=run,
+    instant=True,
 )
