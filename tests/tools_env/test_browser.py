@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 from aiohttp import web
 
-from tools_env.errors import BadArguments, RetryLater, ToolError, ToolHostError
+from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.reach import Reach
 from tools_env.tools import arguments, browser
 from tools_env.tools.base import Call
@@ -354,8 +355,9 @@ def test_sessions_share_no_cookies_and_end_with_their_folder(run, room, tmp_path
     run(main())
 
 
-def test_pages_and_screenshots_are_bounded_and_sessions_are_told(run, room):
+def test_pages_and_screenshots_are_bounded_and_sessions_are_told(run, room, monkeypatch):
     async def main():
+        monkeypatch.setattr(browser, "_GRACE_SECONDS", 0.0)
         async with room(contexts=1, shots=1) as use:
             await use("open", session="a", url="http://atlas.test/second")
             more = await use("open", session="a", url="http://atlas.test/long")
@@ -365,15 +367,20 @@ def test_pages_and_screenshots_are_bounded_and_sessions_are_told(run, room):
                 await use("look", session="a")
             with pytest.raises(ToolError, match="no page is open; open an address first"):
                 await use("look", session="a")
-            slow = asyncio.create_task(use("open", session="b", url="http://atlas.test/slow", seconds=3.0))
+            slow = asyncio.create_task(use("open", session="b", url="http://atlas.test/slow", seconds=4.0))
             await asyncio.sleep(0.3)
-            with pytest.raises(RetryLater, match="all 1 pages are in use"):
-                await use("open", session="a", url="http://atlas.test/second")
+            with pytest.raises(ToolError, match="no page could be opened; try again later"):
+                await use("open", session="a", url="http://atlas.test/second", seconds=2.2)
             with pytest.raises(ToolError, match="another call of this session still uses the page"):
-                await use("look", session="b", seconds=1.6)
+                await use("look", session="b", seconds=2.1)
             with pytest.raises(ToolError, match="open timed out; look at what has loaded"):
                 await slow
             assert (await use("look", session="b")).text.startswith("Second")
+            use.state._options = dataclasses.replace(use.state._options, idle=1)
+            while use.state.tab(use.folder / "b").context is not None:
+                await asyncio.sleep(0.1)
+            with pytest.raises(ToolError, match="closed after 1 s without use; open an address first"):
+                await use("look", session="b")
 
     run(main())
 
@@ -407,7 +414,8 @@ def test_a_browser_that_is_killed_is_started_again(run, room):
             await use("open", url="http://atlas.test/second")
             main_process = next(p for p in use.processes() if "--type=" not in " ".join(p.cmdline()))
             slow = asyncio.create_task(use("open", session="b", url="http://atlas.test/slow"))
-            await asyncio.sleep(0.7)
+            while "atlas.test /slow" not in use.site.requests:
+                await asyncio.sleep(0.02)
             main_process.kill()
             with pytest.raises(ToolError, match="the browser stopped"):
                 await slow
@@ -436,7 +444,7 @@ def test_a_page_that_crashes_or_hangs_is_closed_in_time_and_takes_no_other_down(
                 await use("look")
             assert (await use("look", session="b")).text.startswith("Second")
             with pytest.raises(ToolError, match="open timed out; look at what has loaded"):
-                await use("open", url="http://atlas.test/slow", seconds=2.5)
+                await use("open", url="http://atlas.test/slow", seconds=5.0)
 
     run(main())
 
@@ -454,6 +462,12 @@ def test_windows_dialogs_and_downloads_are_refused_with_a_note(run, room):
             assert "a dialog was dismissed: hello there" in (await use("click", target="alert")).text
             assert "a download was refused: http://atlas.test/file" in (await use("click", target="file")).text
             assert len(use.state.tab(use.folder / "a").context.pages) == 1
+            lies = ("Array.prototype.push = () => 7", "String.prototype.trim = () => 5", "Object.prototype.lines = 3")
+            for lie in lies:  # told to the script that reads the page, among the page's own
+                use.site.extra["/liar"] = f"<h1>x</h1><script>{lie}; scrollY = 'far'</script>"
+                with contextlib.suppress(ToolError):
+                    assert "liar" in (await use("open", url="http://atlas.test/liar")).text
+            await use("open", url="http://atlas.test/odd")
             assert (await use("open", url="http://atlas.test/second")).text.startswith("Second")
 
     run(main())

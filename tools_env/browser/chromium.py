@@ -48,6 +48,7 @@ class Chromium:
         self._groups = Groups()
         if not self._groups.memory:
             logger.warning("browser: its memory is not limited as a whole (no writable memory control group)")
+        self._changing = asyncio.Lock()  # held while a process is started or ended
         self._ready: asyncio.Task | None = None  # ends with Playwright's Browser
         self._running: contextlib.AsyncExitStack | None = None
 
@@ -68,19 +69,21 @@ class Chromium:
         if ready is not None and not ready.done():
             ready.cancel()
             await asyncio.gather(ready, return_exceptions=True)
-        await self._stop()
+        async with self._changing:
+            await self._stop()
 
     async def close(self) -> None:
         await self.restart()
 
     async def _begin(self):
-        await self._stop()
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                return await self._start()
-        except Exception as error:
-            logger.exception("the browser does not start")
-            raise Unavailable(f"the browser does not start ({type(error).__name__})") from None
+        async with self._changing:
+            await self._stop()
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    return await self._start()
+            except Exception as error:
+                logger.exception("the browser does not start")
+                raise Unavailable(f"the browser does not start ({type(error).__name__})") from None
 
     async def _start(self):
         from playwright.async_api import async_playwright

@@ -77,21 +77,23 @@ async def read(page) -> Reading:
     for number, frame in enumerate(page.frames[:MAX_FRAMES]):
         try:
             handle = await frame.evaluate_handle(_SCRIPT, len(elements) + 1)
-            found = await handle.evaluate("found => ({lines: found.lines, names: found.names})")
+            found = await handle.evaluate("found => ({lines: found.lines, names: found.names})") or {}
         except Exception:
             if number == 0:
                 raise
             continue  # a frame that went away, or that shows no page
-        rows = [row for row in found["lines"] if isinstance(row, list) and len(row) == 3]
+        lists = [value if isinstance(value := found.get(name), list) else [] for name in ("lines", "names")]
+        rows = [row for row in lists[0] if isinstance(row, list) and len(row) == 3]
         if number and rows:
             lines.append(f"--- frame {frame.url[:200]}")
         lines += [str(row[0]) for row in rows]
-        names = [str(name) for name in found["names"]][: MAX_ELEMENTS - len(elements)]
+        names = [str(name) for name in lists[1]][: MAX_ELEMENTS - len(elements)]
         elements += [Element(handle, index, name) for index, name in enumerate(names)]
         if number == 0:
             bottoms = [row[2] if isinstance(row[2], int | float) else 0 for row in rows]
             above = next((i for i, bottom in enumerate(bottoms) if bottom > 0), max(len(rows) - 1, 0))
-            scroll = int(await page.evaluate("Math.round(scrollY) || 0"))
+            offset = await page.evaluate("scrollY")
+            scroll = round(offset) if isinstance(offset, int | float) and abs(offset) < 1e9 else 0
     kept, size = [], 0
     for line in lines:
         size += len(line) + 1

@@ -18,7 +18,7 @@ from tools_env.browser import sandbox
 from tools_env.browser.chromium import Chromium
 from tools_env.browser.shots import Shots
 from tools_env.browser.tab import ACTION_MS, Tab, fill, playwright_error
-from tools_env.errors import BadArguments, RetryLater, ToolError, ToolHostError
+from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.reach import Reach
 from tools_env.search.citations import canonical_url
 from tools_env.tools.base import Call, Output, Tool
@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 VIEWPORT = {"width": 1280, "height": 800}  # pixels
 _MARK = "browser"  # folder of a session, beside its workspace: while it is there, the session is open
 _WATCH_SECONDS = 0.5
-_MARGIN = 1.5  # seconds of a call's time kept for what comes after its action
-_CLOSE_SECONDS = 5.0
+_GRACE_SECONDS = 20.0  # a page used since then is not closed for another session
+_MARGIN = 2.0  # seconds of a call's time kept for what comes after its action
+_CLOSE_SECONDS = 15.0
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)")
 
 SCHEMA = {
@@ -58,7 +59,7 @@ class Options:
 
     executable: str = ""  # the first of chromium, chromium-browser, google-chrome on PATH
     timeout: int = 20  # seconds of one action, less when the call has less
-    contexts: int = 16  # sessions with an open page; the one unused for longest makes room
+    contexts: int = 16  # sessions with an open page; one unused for longest makes room, or others wait
     idle: int = 300  # seconds until an unused page is closed
     shots: int = 50  # screenshots of a session
     # Bits of 64. On 40 articles (browser_bench) a typed word or a ticked box changed at most 4, a scroll at least 20.
@@ -87,6 +88,7 @@ class Browser:
         self._tabs: dict[Path, Tab] = {}
         self._watcher: asyncio.Task | None = None
         self._closing: set[asyncio.Task] = set()
+        self._opening = asyncio.Lock()
 
     async def run(self, call: Call, arguments: dict[str, Any]) -> Output:
         """The tool."""
@@ -206,27 +208,36 @@ class Browser:
         return tab
 
     async def _new_page(self, tab: Tab) -> None:
+        """Opens a context when there is room for one, one after the other; waits as long as the call may."""
+        async with self._opening:
+            while not self._room(tab):
+                await asyncio.sleep(0.05)
+            browser = await self._chromium.browser()
+            self._drop(tab, "")
+            context = await browser.new_context(
+                viewport=VIEWPORT,
+                accept_downloads=False,
+                service_workers="block",
+                permissions=[],
+                locale="en-US",
+                reduced_motion="reduce",
+            )
+            try:
+                tab.attach(context, await context.new_page())
+            finally:
+                if tab.context is None:
+                    self._close_later(context)
+
+    def _room(self, tab: Tab) -> bool:
+        """Returns whether one more page may be open, after closing the one that is unused for longest if need be."""
         taken = [other for other in self._tabs.values() if other.context is not None and other is not tab]
-        if len(taken) >= self._options.contexts:
-            free = [other for other in taken if not other.lock.locked()]
-            if not free:
-                raise RetryLater(f"browser: all {self._options.contexts} pages are in use", 1.0)
-            self._drop(min(free, key=lambda other: other.used), "the page was closed to make room for others")
-        browser = await self._chromium.browser()
-        self._drop(tab, "")
-        context = await browser.new_context(
-            viewport=VIEWPORT,
-            accept_downloads=False,
-            service_workers="block",
-            permissions=[],
-            locale="en-US",
-            reduced_motion="reduce",
-        )
-        try:
-            tab.attach(context, await context.new_page())
-        finally:
-            if tab.context is None:
-                self._close_later(context)
+        if len(taken) < self._options.contexts:
+            return True
+        oldest = min(taken, key=lambda other: other.used)
+        if oldest.lock.locked() or time.monotonic() - oldest.used < _GRACE_SECONDS:
+            return False
+        self._drop(oldest, "the page was closed to make room for others")
+        return True
 
     def _drop(self, tab: Tab, why: str) -> None:
         """Lets a session's page go; its context is closed in the background."""
@@ -254,9 +265,9 @@ class Browser:
         if tab.lock.locked():
             return f"{action}: another call of this session still uses the page"
         if tab.page is None:
-            return f"{action} timed out"
+            return f"{action} timed out: no page could be opened; try again later"
         with contextlib.suppress(TimeoutError, playwright_error()):
-            async with asyncio.timeout(0.5):
+            async with asyncio.timeout(1.0):
                 await tab.stop()
                 return f"{action} timed out; look at what has loaded"
         self._drop(tab, "")
