@@ -64,8 +64,11 @@ class Lsa:
         idf = np.log((1 + len(sample)) / (1 + np.bincount(counts.indices, minlength=FEATURES))).astype(np.float32) + 1
         dimensions = min(DIMENSIONS, max(1, len(sample) - 1))
         svd = TruncatedSVD(dimensions, n_iter=3, random_state=0)
-        svd.fit(cls(idf, empty._components_FxD)._weighted(counts))
-        return cls(idf, np.ascontiguousarray(svd.components_.T.astype(np.float32)))
+        used = np.unique(counts.indices)
+        components_FxD = np.zeros((FEATURES, dimensions), np.float32)
+        if len(used) > dimensions:
+            components_FxD[used] = svd.fit(cls(idf, empty._components_FxD)._weighted(counts)[:, used]).components_.T
+        return cls(idf, components_FxD)
 
     async def embed(self, texts: Sequence[str], seconds: float = math.inf) -> np.ndarray:
         return self.vectors(texts)

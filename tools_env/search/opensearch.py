@@ -114,7 +114,11 @@ class OpenSearchBackend:
                 raise Unavailable(f"the search cluster answered {status} within its reply")
             found = []
             for response in responses:
-                rows = [(hit["_source"], float(hit["_score"])) for hit in response["hits"]["hits"]]
+                # Of cosinesimil the engine's score is (1 + cosine) / 2, on which authority would weigh double.
+                vectors = self._mode == "dense" or len(found) == 1
+                scores = [float(hit["_score"]) for hit in response["hits"]["hits"]]
+                scores = [max(2 * score - 1, 0.0) for score in scores] if vectors else scores
+                rows = list(zip((hit["_source"] for hit in response["hits"]["hits"]), scores, strict=True))
                 found.append({row["id"]: (Passage(**{n: row.get(n) for n in _FIELDS}), score) for row, score in rows})
             if len(found) != expected:
                 raise ValueError("number of responses")
