@@ -2,11 +2,14 @@
 
 import asyncio
 import datetime
+import re
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from tools_env import health
 from tools_env.auth import check_exposure
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
@@ -136,3 +139,29 @@ def test_half_a_certificate_and_an_empty_token_are_named(running, tmp_path):
         asyncio.run(main(tls_cert=str(tmp_path / "none.pem"), tls_key=str(tmp_path / "none.pem")))
     with pytest.raises(ToolHostError, match="the bearer token is empty"):
         asyncio.run(main(token=" , "))
+
+
+def test_the_example_of_the_documentation_runs_as_written(running, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example = next(block for block in blocks if "ToolsClient(" in block)
+    assert len(example.strip().splitlines()) <= 21
+    pem = certificates(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    async def main():
+        tls = dict(tls_cert=pem["server.pem"], tls_key=pem["server.key"], token="secret")
+        async with running(**tls) as it:
+            address = it.address.replace("127.0.0.1", "localhost")
+            assert "127.0.0.1:8700" in example
+            program = example.replace("127.0.0.1:8700", address)
+            await asyncio.to_thread(exec, compile(program, "docs/tools.md", "exec"), {"__name__": "example"})
+            probe = [f"--address={it.address}", f"--tls_ca={pem['ca.pem']}"]
+            assert await asyncio.to_thread(health.main, [*probe, "--tls_name=localhost"]) == 0
+            assert (
+                await asyncio.to_thread(health.main, [*probe, "--timeout=0.5"]) == 1
+            )  # another name than the certificate's
+
+    asyncio.run(main())
+    said = capsys.readouterr().out
+    assert said.startswith("ok ") and "Vienna" in said and "'tool_calls': 19" in said
