@@ -30,7 +30,7 @@ COMMON = 0.3  # tokens in a larger share of passages do not select candidates wh
 MODES = ("bm25", "dense", "hybrid")
 NEAR = 0.25  # a passage found by its vector alone has at least this cosine
 FILTERED = 1024  # neighbours that are looked through for those that fit a query's filters
-LARGE = 20_000  # passages; the search of more runs beside the event loop
+LARGE = 50_000  # passages; the search of more runs beside the event loop
 
 
 def _fingerprint(documents: Path) -> str:
@@ -177,7 +177,7 @@ class PassageIndex:
     def _title_idf(self, token: str) -> float:
         return self._idf(token, "title")
 
-    @functools.lru_cache(maxsize=1 << 14)  # noqa: B019
+    @functools.lru_cache(maxsize=1 << 15)  # noqa: B019
     def _features(self, ordinal: int) -> ranking.Features:
         passage = self.passages[ordinal]
         return ranking.features(text.tokens(passage.text), text.tokens(passage.title), self._title_idf)
