@@ -7,7 +7,7 @@ was, and one whose inputs have not changed does nothing:
 3. packing: each shard is read through its seqio Task, tokenised, packed and written.
 
 data/<stage>/<component>-<k>-of-<n>.arecord holds rows, the .json beside it says what they are and is written last;
-data/<stage>/<component>.json adds a component's shards up.
+data/<stage>/<component>.json adds a component's shards up, and <component>.npy has the number of tokens in each row.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 STAGES = ("midtrain1", "midtrain2", "sft")
-LAYOUT = 3  # raise when rows on disk change their meaning
+LAYOUT = 4  # raise when rows on disk change their meaning
 GENERATED = "copying"  # the component that is in no source (mixtures.COPYING)
 
 
@@ -118,7 +118,7 @@ def _shards(config, stage: str, component: str, selected: selection.Selected | N
 def _finished(path: Path, inputs: dict) -> bool:
     try:
         card = json.loads(side_path(path).read_text())
-        return card["inputs"] == inputs and card["bytes"] == path.stat().st_size
+        return card["inputs"] == inputs and card["bytes"] == path.stat().st_size and path.with_suffix(".npy").exists()
     except (OSError, ValueError, KeyError):
         return False
 
@@ -206,12 +206,13 @@ def write_component(folder: Path, component: str, cards: list[dict], facts: dict
         shards=[{name: card[name] for name in ("file", "rows", "tokens", "bytes")} for card in cards],
         fingerprint=digest_of([card["inputs"] for card in cards]),
     )
-    current = {shard["file"] for shard in card["shards"]}
-    for old in [*folder.glob(f"{component}-?????-of-?????.arecord"), folder / f"{component}.arecord"]:
-        if old.name not in current:
+    current = {Path(shard["file"]).stem for shard in card["shards"]}
+    for old in [*folder.glob(f"{component}-?????-of-?????.*"), folder / f"{component}.arecord"]:
+        if old.stem not in current:
             old.unlink(missing_ok=True)
-            if old.stem != component:
-                side_path(old).unlink(missing_ok=True)
+    tokens = [np.load(folder / f"{stem}.npy") for stem in sorted(current)]
+    with files.atomic_path(folder / f"{component}.npy") as temporary, open(temporary, "wb") as out:
+        np.save(out, np.concatenate(tokens))  # here too, as the order of all rows must outlive a lost shard
     card = json.loads(json.dumps(card))
     path = folder / f"{component}.json"
     if not (

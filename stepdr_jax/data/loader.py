@@ -1,7 +1,7 @@
 """The loader: packed batches as a pure function of (seed, step), from ArrayRecord shards.
 
-Each component is shuffled anew every epoch by grain's index permutation and repeated for ever; `mixing` says which row of which
-component stands where, so that tokens come at the rates. Resuming at a step, on any number of hosts, is indexing with it.
+Each component is shuffled anew every epoch and repeated for ever; `mixing` says which row of which component stands where, so
+that tokens come at the rates; rows are read by grain's ArrayRecord source (`component`). Resuming at a step, on any number of hosts, is indexing with it.
 TensorFlow is never imported here.
 """
 
@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from stepdr_jax import files
@@ -28,7 +27,6 @@ class Loader:
         families: data family of each source, for learning curves of SFT; else [].
         context: tokens in a row.
         rows: component -> rows on disk (one epoch of it).
-        tokens_per_row: component -> mean number of tokens, padding left out; rates are of tokens.
         fingerprint: changes when the data, the mixture, the batch size or the seed change; kept beside a checkpoint it
             tells whether a resumed run would see the same batches.
     """
@@ -63,7 +61,6 @@ class Loader:
             raise UserError(f"{folder} mixes rows of {sorted(contexts)} tokens; run launch.build_data")
         self.context = contexts.pop()
         self.rows = {name: card["rows"] for name, card in cards.items()}
-        self.tokens_per_row = {name: card["tokens"] / card["rows"] for name, card in cards.items()}
         self.fingerprint = _hash(
             stage, stages, batch, seed, [cards[n]["fingerprint"] for n in self.sources], heldout_rows
         )
@@ -72,12 +69,14 @@ class Loader:
             self.families = [cards[name].get("family") or name.removeprefix("sft_") for name in self.sources]
         self._components = [Component(folder, cards[name], on_damage) for name in self.sources]
         self._heldout = [_spread(len(rows), min(heldout_rows, len(rows) // 4)) for rows in self._components]
-        self._shuffled = []
-        for name, rows, held in zip(self.sources, self._components, self._heldout, strict=True):
-            component_seed = int(_hash(seed, stage, name)[:8], 16)
-            self._shuffled.append(grain.MapDataset.range(len(rows) - len(held)).seed(component_seed).shuffle().repeat())
+        orders = {}
+        for name, held in zip(self.sources, self._heldout, strict=True):
+            trained = np.delete(np.arange(self.rows[name]), held)
+            orders[name] = mixing.Order(
+                _tokens(folder, cards[name])[trained], int(_hash(seed, stage, name), 16), trained
+            )
         self._size = batch
-        self._schedule = mixing.Schedule(stages, self.tokens_per_row, batch)
+        self._schedule = mixing.Schedule(stages, orders, batch)
 
     @property
     def damaged(self) -> dict[str, int]:
@@ -91,10 +90,10 @@ class Loader:
         Args:
             rows: which rows of the whole batch to read, for a host that feeds only those; None = all of them.
         """
-        source_B, drawn_B = (array[rows or slice(None)] for array in self._schedule.rows(step))
+        source_B, row_B = (array[rows or slice(None)] for array in self._schedule.rows(step))
         if not len(source_B):
             raise ValueError(f"expected rows of a batch of {self._size}, got {rows}, which has none")
-        return self._read(source_B, np.asarray([self._row(*at) for at in zip(source_B, drawn_B.tolist(), strict=True)]))
+        return self._read(source_B, row_B)
 
     @property
     def heldout_batches(self) -> int:
@@ -109,12 +108,6 @@ class Loader:
         missing = self._size - len(batch["source"])
         return {name: np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)) for name, array in batch.items()}
 
-    def _row(self, source: int, drawn: int) -> int:
-        """The row on disk of a component's draw number `drawn`: shuffled, and past the rows that are held out."""
-        held = self._heldout[source]
-        row = int(self._shuffled[source][drawn])
-        return row + int(np.searchsorted(held - np.arange(len(held)), row, side="right"))
-
     def _read(self, source_B: np.ndarray, row_B: np.ndarray) -> dict[str, np.ndarray]:
         stored: list[bytes | None] = [None] * len(source_B)
         for source in np.unique(source_B):
@@ -123,6 +116,20 @@ class Loader:
                 stored[place] = data
         batch = packing.rows_from_bytes(stored, self.context)
         return batch | dict(source=source_B.astype(np.int32))
+
+
+def _tokens(folder: Path, card: dict) -> np.ndarray:
+    """Tokens in each row of a component, int32[rows]. Raises UserError when they are not those of the card."""
+    path = folder / f"{card['component']}.npy"
+    try:
+        tokens_N = np.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); run launch.build_data again") from None
+    if len(tokens_N) != card["rows"] or int(tokens_N.sum()) != card["tokens"]:
+        raise UserError(
+            f"{path} is damaged (expected {card['rows']} rows of {card['tokens']} tokens); run launch.build_data"
+        )
+    return tokens_N
 
 
 def _spread(rows: int, count: int) -> np.ndarray:

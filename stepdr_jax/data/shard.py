@@ -19,7 +19,9 @@ POOL_PIECES, POOL_TOKENS = 1 << 16, 1 << 26  # packed together: enough to fill r
 
 
 def pack(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
-    """Packs examples into rows of `inputs["context"]` tokens at `path`, writes the side file and returns its content.
+    """Packs examples into rows of `inputs["context"]` tokens at `path` and returns the side file's content.
+
+    Beside the rows lie the tokens in each (.npy, int32) and, written last, what the shard is (.json).
 
     The order of rows, and of examples in them, is a function of the examples and of `inputs`.
 
@@ -36,6 +38,7 @@ def pack(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
     path.with_suffix(".json").unlink(missing_ok=True)  # from here to the end the shard is unfinished
     pool: list[tuple[np.ndarray, np.ndarray, int]] = []
     pooled = 0
+    row_tokens: list[int] = []
 
     with files.atomic_path(path) as temporary:
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
@@ -45,7 +48,9 @@ def pack(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
             shuffled = [pool[index] for index in pool_order]
             bins = packing.best_fit([len(tokens) for tokens, *_ in shuffled], context)
             for index in rng.permutation(len(bins)):
-                writer.write(packing.row_bytes([shuffled[i] for i in rng.permutation(bins[index])], context))
+                row = [shuffled[i] for i in rng.permutation(bins[index])]
+                writer.write(packing.row_bytes(row, context))
+                row_tokens.append(sum(len(example[0]) for example in row))
             count["rows"] += len(bins)
             pool.clear()
 
@@ -84,6 +89,8 @@ def pack(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
         examples_by_length=[[upper, lengths[upper]] for upper in sorted(lengths)],
         inputs=inputs,
     )
+    with files.atomic_path(path.with_suffix(".npy")) as temporary, open(temporary, "wb") as out:
+        np.save(out, np.asarray(row_tokens, np.int32))
     files.write_json(path.with_suffix(".json"), card)
     return card
 
