@@ -182,3 +182,52 @@ def test_a_side_file_that_promises_more_rows_is_damage(data):
 def test_a_mixture_without_rates_is_refused(data):
     with pytest.raises(UserError, match="at least one positive rate"):
         Loader(data, "sft", {"long": 0.0}, 8, 0, "tok")
+
+
+def test_shards_of_a_component_are_one_list_of_rows(data, tmp_path):
+    write(tmp_path / "cut", "long", 30, 100, shards=4)
+    write(tmp_path / "cut", "short", 5, 200)
+    cut = loader(tmp_path / "cut")
+    seen = np.concatenate([cut.batch(step)["tokens"][:, 0] for step in range(10)])
+    assert sorted(seen[seen < 200][:30].tolist()) == list(range(100, 130))
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "noise"])
+def test_a_damaged_shard_may_be_skipped_its_rows_are_padding_and_nothing_else_changes(tmp_path, how, capsys):
+    write(tmp_path, "long", 40, 100, shards=4)
+    write(tmp_path, "short", 5, 200)
+    whole = [loader(tmp_path).batch(step) for step in range(10)]
+    path = tmp_path / "sft" / "long-00002-of-00004.arecord"
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[: len(content) // 2] if how == "cut" else os.urandom(len(content)))
+    with pytest.raises(UserError, match="long-00002-of-00004.arecord is damaged .*on_damage=skip"):
+        for step in range(10):
+            loader(tmp_path).batch(step)
+    subject = Loader(tmp_path, "sft", MIXTURE, 8, 0, "tok", on_damage="skip")
+    other_host = Loader(tmp_path, "sft", MIXTURE, 8, 0, "tok", on_damage="skip")
+    for step, before in enumerate(whole):
+        after = subject.batch(step)
+        lost = (before["tokens"][:, 0] >= 120) & (before["tokens"][:, 0] < 130)
+        assert not after["segment_ids"][lost].any() and not after["loss_mask"][lost].any()
+        for key in ("tokens", "source", "positions"):
+            assert np.array_equal(after[key][~lost], before[key][~lost])
+        assert np.array_equal(after["tokens"][4:], other_host.batch(step, slice(4, 8))["tokens"])
+    assert subject.damaged["long-00002-of-00004.arecord"] >= 10
+    assert "long-00002-of-00004.arecord is damaged" in capsys.readouterr().err
+    assert subject.fingerprint == loader_fingerprint(tmp_path)
+
+
+def loader_fingerprint(folder: Path) -> str:
+    return Loader(folder, "sft", MIXTURE, 8, 0, "tok", on_damage="skip").fingerprint
+
+
+def test_families_are_those_of_the_sources_or_the_names(tmp_path):
+    write(tmp_path, "sft_deep_search", 5, 100)
+    write(tmp_path, "mine", 5, 200)
+    card = tmp_path / "sft" / "mine.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"family": "deep_research"}))
+    subject = Loader(tmp_path, "sft", {"sft_deep_search": 1, "mine": 1}, 4, 0, "tok")
+    assert subject.families == ["deep_research", "deep_search"]
