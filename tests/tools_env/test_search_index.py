@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 
 from tools_env import index as command
 from tools_env.client import ToolsClient
 from tools_env.errors import BadArguments, ToolHostError
-from tools_env.search import ranking, store
+from tools_env.search import bench, ranking, store
 from tools_env.search.backend import Filters
 from tools_env.search.citations import Citations
 from tools_env.search.index import PassageIndex
@@ -343,3 +344,18 @@ def test_wrong_source_is_named(tmp_path, capsys, source, message):
     (tmp_path / "a.xml").write_text("<html></html>")
     assert run(tmp_path / "out", source.replace("{tmp}", str(tmp_path))) == 2
     assert message in capsys.readouterr().err
+
+
+def test_known_sentences_of_real_articles_are_found(tmp_path):
+    archive = Path(__file__).parents[2].parent / "shared/data/wikispeedia/plaintext_articles.tar.xz"
+    if not archive.exists():
+        pytest.skip("the wikispeedia articles are not here")
+    writer = store.Writer(tmp_path / "index")
+    for title, body in itertools.islice(bench.articles(archive), 150):
+        url = f"http://articles.example/{title}"
+        writer.add({"id": url, "url": url, "title": title, "text": "\n".join(bench.paragraphs(body)) + "\n."})
+    writer.commit()
+    writer.close()
+    asked = bench.queries(store.Passages(tmp_path / "index"), 100)
+    found = bench.measure(str(tmp_path), "bm25", True, asked)["found"]
+    assert found["known item"][0] >= 0.95 and found["paraphrase"][0] >= 0.85

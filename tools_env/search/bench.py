@@ -48,8 +48,8 @@ def articles(path: Path) -> Iterator[tuple[str, str]]:
         for file in sorted(path.rglob("*.txt")):
             yield unquote(file.stem).replace("_", " "), file.read_text(encoding="utf-8", errors="replace")
         return
-    with tarfile.open(path) as archive:
-        for member in sorted(archive, key=lambda member: member.offset):
+    with tarfile.open(path, "r|*") as archive:
+        for member in archive:
             if member.name.endswith(".txt"):
                 body = archive.extractfile(member).read().decode("utf-8", "replace")
                 yield unquote(Path(member.name).stem).replace("_", " "), body
@@ -136,6 +136,8 @@ def measure(directory: str, mode: str, authority: bool | None, asked: dict[str, 
             times.append(1000 * (time.perf_counter() - began))
             texts = [index.passages[ordinal].text for ordinal in ordinals]
             ranks.append(texts.index(wanted) + 1 if wanted in texts else 0)
+        if not pairs:
+            continue
         found[kind] = (np.mean([0 < r <= 5 for r in ranks]), np.mean([1 / r if r else 0.0 for r in ranks]))
     memory = psutil.Process().memory_info()
     return {"found": found, "times": times, "opened": opened, "rss": (memory.rss - memory.shared) / 1e6}
