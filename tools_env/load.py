@@ -220,11 +220,18 @@ asyncio.run(main())
 """
 
 
-async def against_echo(address: str, *, rounds: int = 3, concurrency: int = 64, seconds: float = 3.0) -> list[float]:
+async def against_echo(
+    address: str, *, rounds: int = 3, concurrency: int = 64, seconds: float = 3.0, pid: int | None = None
+) -> list[float]:
     """Returns, per round, the rate of a trivial call over that of a bare gRPC echo of as many bytes, taking turns.
 
-    Both are asked through bare stubs, so that the client costs the same on both sides.
+    Both are asked through bare stubs, so that the client costs the same on both sides. With the host's `pid` the processor
+    time of a call is told too, which depends less than the rate on what else the machine does.
     """
+
+    def spent(of: int) -> float:
+        return sum(sum(psutil.Process(p).cpu_times()[:2]) for p in family(of))
+
     from tools_env import tools_pb2
 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", ECHO, stdout=asyncio.subprocess.PIPE)
@@ -245,10 +252,20 @@ async def against_echo(address: str, *, rounds: int = 3, concurrency: int = 64, 
 
             base = 0
             for _ in range(rounds):
+                before = spent(process.pid), spent(pid or process.pid)
                 echo = await rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
                 ours = await rate(lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds)
                 base += 10_000_000
-                print(f"echo {echo:,.0f} calls/s, trivial call {ours:,.0f} calls/s, ratio {ours / echo:.2f}")
+                line = f"echo {echo:,.0f} calls/s, trivial call {ours:,.0f} calls/s, ratio {ours / echo:.2f}"
+                if pid:
+                    costs = [
+                        1e6 * (after - start) / (calls * seconds)
+                        for start, after, calls in zip(
+                            before, (spent(process.pid), spent(pid)), (echo, ours), strict=True
+                        )
+                    ]
+                    line += f"; processor time of a call {costs[0]:.0f} and {costs[1]:.0f} us"
+                print(line, flush=True)
                 ratios.append(ours / echo)
         await session.close()
         await client.close()
@@ -291,6 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=40, help="calls of one session; then another takes its place")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
     parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
+    parser.add_argument("--otlp_endpoint", help="collector that gets the spans of our own host")
     parser.add_argument("--shell", type=float, default=0.0, help="share of calls that run a shell command")
     parser.add_argument("--kill", default="", help="kill these meanwhile, with commas between: worker, redis")
     parser.add_argument("--kill_every", type=float, default=10.0, help="seconds between two kills")
@@ -313,12 +331,21 @@ def main(argv: list[str] | None = None) -> int:
                 sizes = dict(workers=flags.workers, concurrency=flags.concurrency, queue=flags.queue)
                 tools = "shell" if flags.shell else ""
                 cache = redis.url if redis else None
-                host = stack.enter_context(ToolHost(flags.world, token=token, redis_url=cache, tools=tools, **sizes))
+                host = stack.enter_context(
+                    ToolHost(
+                        flags.world,
+                        token=token,
+                        redis_url=cache,
+                        tools=tools,
+                        otlp_endpoint=flags.otlp_endpoint,
+                        **sizes,
+                    )
+                )
             address = host.address if host else flags.address
 
             async def loaded() -> Load:
                 if flags.echo and not token:
-                    await against_echo(address, rounds=flags.echo)
+                    await against_echo(address, rounds=flags.echo, pid=host.pid if host else None)
                 client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
                 sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think, calls=flags.calls)
                 killer = None
