@@ -5,7 +5,7 @@
 
 --out becomes a folder of one checkpoint, of step 0, in the layout that training writes: stacked layers, parameters alone,
 float32 unless --dtype says otherwise. --checkpoint takes such a folder, a trained stage (its latest whole checkpoint is
-used; the optimizer's state is left behind). Both write under another name first, so that an interrupted command leaves
+used, or that of --step; the optimizer's state is left behind). Both write under another name first, so that an interrupted command leaves
 nothing that loads. Parameters are spread over config.mesh, or over all devices if that is one; JAX_PLATFORMS=cpu keeps them
 in host memory. Tokenizer files go along where they are found.
 """
@@ -25,6 +25,7 @@ _HF = flags.DEFINE_string("hf", "", "folder with config.json and safetensors to 
 _OUT = flags.DEFINE_string("out", "", "folder of checkpoints to make")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "", "stage, or folder of checkpoints, to read; goes with --hf_out")
 _HF_OUT = flags.DEFINE_string("hf_out", "", "folder to make for transformers")
+_STEP = flags.DEFINE_integer("step", -1, "with --checkpoint: of this step, not the latest")
 _DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16: of what is written (default: float32, or as it was)")
 _LONGEST = flags.DEFINE_integer(
     "max_position_embeddings", 0, "longest sequence to declare to transformers (default: what YaRN reaches)"
@@ -50,7 +51,8 @@ def main(config) -> None:
     if all(into) and not any(out_of):
         to_checkpoint(config, Path(_HF.value), Path(_OUT.value), _DTYPE.value or "float32")
     elif all(out_of) and not any(into):
-        to_hf(config, Path(_CHECKPOINT.value), Path(_HF_OUT.value), _DTYPE.value or None, _LONGEST.value or None)
+        step = _STEP.value if _STEP.value >= 0 else None
+        to_hf(config, Path(_CHECKPOINT.value), Path(_HF_OUT.value), _DTYPE.value or None, _LONGEST.value or None, step)
     else:
         raise UserError("expected --hf=FOLDER --out=FOLDER or --checkpoint=FOLDER --hf_out=FOLDER")
 
@@ -69,8 +71,8 @@ def to_checkpoint(config, source: Path, target: Path, dtype: str) -> None:
     _say(f"done: {target}  {_billions(params)}  {dtype}  {copied} tokenizer and settings files copied")
 
 
-def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | None) -> None:
-    """Reads the latest checkpoint under `source` onto config.mesh and writes the new folder `target`."""
+def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | None, step: int | None = None) -> None:
+    """Reads the checkpoint of `step`, or the latest, under `source` onto config.mesh and writes the new folder `target`."""
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
     from stepdr_jax.sharding.rules import param_shardings
@@ -88,7 +90,7 @@ def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | 
         return {"params": jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)}
 
     _say(f"reading {directory}")
-    restored = checkpoint.restore(directory, abstract)
+    restored = checkpoint.restore(directory, abstract, step=step)
     model, params = Qwen2Config(**restored.metadata["model"]), restored.tree["params"]
     # A stage shares the tokenizer of its run: RUN_DIR/tokenizer beside RUN_DIR/seed0/sft/checkpoints.
     homes = [directory.absolute(), *directory.absolute().parents[:3]]

@@ -108,6 +108,9 @@ def explain(error: BaseException) -> str | None:
             )
         if isinstance(cause, OSError) and cause.filename and cause.errno in _ABOUT_A_PATH:
             return f"{cause.filename}: {cause.strerror}; check this path, or change --config.run_dir"
+        if isinstance(cause, OSError) and cause.errno in _STORAGE_GONE:
+            where = f" of {cause.filename}" if cause.filename else ""
+            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: finished work is kept"
         cause = cause.__cause__ or cause.__context__
     # Writers in C++ (array_record, tensorstore, orbax) report a full disk as text.
     if "No space left on device" in str(error):
@@ -194,6 +197,7 @@ def usage(program: str, doc: str | None, positional: str = "") -> str:
 # Errors of rooms that a script may not have loaded; their messages name the fix as UserError's do.
 _NAMED = ("ToolHostError", "ToolInfraError", "EndpointError")
 _ABOUT_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+_STORAGE_GONE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENXIO, errno.ENODEV)
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
 
 

@@ -120,6 +120,11 @@ class ToolHostError(Exception):
         (ValueError("INTERNAL: write: No space left on device"), 2, "disk full; free space and run the same"),
         (PermissionError(errno.EACCES, "denied", "a/b"), 2, "a/b: permission denied"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), 2, "a/b: Not a directory; check this path"),
+        (
+            OSError(errno.ESTALE, "Stale file handle", "a/b"),
+            2,
+            "the storage of a/b failed (Stale file handle); when it is",
+        ),
         (KeyboardInterrupt(), 130, "interrupted; run the same command to continue"),
     ],
 )
