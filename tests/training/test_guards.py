@@ -121,8 +121,18 @@ def test_two_spikes_in_a_row_of_the_log_take_the_run_back_past_their_data(rewoun
     assert done["steps"] == 14
 
 
+KILLED = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3, "saving.background": False}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that goes back more than once, uninterrupted."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    return run_dir, train(run_dir, Poisoned(8, 3), **KILLED)
+
+
 @pytest.mark.parametrize("written", [False, True])
-def test_a_run_killed_while_it_goes_back_ends_with_the_same_bits(tmp_path, rewound, monkeypatch, written):
+def test_a_run_killed_while_it_goes_back_ends_with_the_same_bits(tmp_path, whole, monkeypatch, written):
     """Killed before the return is written down, and after it but before the checkpoints it undoes are gone."""
 
     class Killed(BaseException):
@@ -131,17 +141,15 @@ def test_a_run_killed_while_it_goes_back_ends_with_the_same_bits(tmp_path, rewou
     def die(*_, **__):
         raise Killed
 
-    overrides = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3, "saving.background": False}
-    whole = train(tmp_path / "whole", Poisoned(8, 3), **overrides)
     monkeypatch.setattr(checkpoint if written else guards, "remove_after" if written else "go_back", die)
     with pytest.raises(Killed):
-        train(tmp_path / "cut", Poisoned(8, 3), **overrides)
+        train(tmp_path, Poisoned(8, 3), **KILLED)
     monkeypatch.undo()
-    assert checkpoint.steps(checkpoints(tmp_path / "cut"))[-1] == 9  # past the spike: not to be continued from
-    assert len(guards.read_rewinds(home(tmp_path / "cut"))) == written
-    assert train(tmp_path / "cut", Poisoned(8, 3), **overrides)["params_sha256"] == whole["params_sha256"]
-    assert guards.read_rewinds(home(tmp_path / "cut")) == guards.read_rewinds(home(tmp_path / "whole"))
-    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    assert checkpoint.steps(checkpoints(tmp_path))[-1] == 9  # past the spike: not to be continued from
+    assert len(guards.read_rewinds(home(tmp_path))) == written
+    assert train(tmp_path, Poisoned(8, 3), **KILLED)["params_sha256"] == whole[1]["params_sha256"]
+    assert guards.read_rewinds(home(tmp_path)) == guards.read_rewinds(home(whole[0]))
+    assert rows(tmp_path) == rows(whole[0])
 
 
 def test_a_kill_after_going_back_reads_on_past_the_same_data(tmp_path, rewound):
