@@ -24,6 +24,7 @@ import numpy as np
 
 from stepdr_jax import files
 from stepdr_jax.data import rates, selection, sources, survey, workers
+from stepdr_jax.data.card import added
 from stepdr_jax.data.shard import digest_of, pack
 from stepdr_jax.errors import UserError
 from stepdr_jax.tokens.tokenizer import Tokenizer
@@ -182,7 +183,7 @@ def write_component(folder: Path, component: str, cards: list[dict], facts: dict
         for name in ("rows", "tokens", "loss_tokens", "examples", "pieces", "bytes")
     }
     if not total["rows"]:
-        dropped = _added(card["dropped"] for card in cards)
+        dropped = added(card["dropped"] for card in cards)
         raise UserError(
             f"component {component!r} of {inputs['stage']}.mixture has {total['examples']} examples and none is usable (longer "
             f"than context={inputs['context']}: {dropped['too_long']}, nothing to learn: {dropped['no_loss']}); raise "
@@ -194,10 +195,10 @@ def write_component(folder: Path, component: str, cards: list[dict], facts: dict
         context=inputs["context"],
         tokenizer=inputs["tokenizer"],
         family=facts.get("family", ""),
-        dropped=_added([*(card["dropped"] for card in cards), facts.get("dropped", {})]),
+        dropped=added([*(card["dropped"] for card in cards), facts.get("dropped", {})]),
         fill=round(total["tokens"] / (total["rows"] * inputs["context"]), 4),
         examples_by_length=sorted(Counter({k: v for k, v in _lengths(cards).items()}).items()),
-        **{name: _added(card[name] for card in cards) for name in cards[0] if name.startswith("tokens_by_")},
+        **{name: added(card[name] for card in cards) for name in cards[0] if name.startswith("tokens_by_")},
         **{
             name: facts[name]
             for name in ("bad_rows", "bad_named", "left_out", "rows_by_source", "duplicates", "contaminated")
@@ -227,11 +228,3 @@ def _lengths(cards: list[dict]) -> Counter:
     for card in cards:
         total.update(dict(card["examples_by_length"]))
     return total
-
-
-def _added(counts: Iterable[dict]) -> dict[str, int]:
-    total = Counter()
-    for count in counts:
-        for name, value in count.items():
-            total[name] += value
-    return dict(sorted(total.items()))

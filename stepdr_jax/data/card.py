@@ -1,4 +1,4 @@
-"""data/card.json: what the built training data holds, over all stages, for the report and for a person."""
+"""The data card: what the built training data holds, over all stages, as data/card.json and for a person as data/card.html."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,17 +6,21 @@ from pathlib import Path
 from stepdr_jax import files
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
+COUNTS = ("rows", "tokens", "loss_tokens", "examples", "pieces")
+SHARES = ("tokens_by_capability", "tokens_by_lang", "tokens_by_licence", "tokens_by_source")
+FOUND = ("bad_rows", "bad_named", "left_out", "rows_by_source", "duplicates", "contaminated")  # of selection
+
 
 def write_card(run_dir: str | Path, built: dict[str, dict[str, dict]], rates: dict[str, dict[str, float]]) -> dict:
-    """Writes run_dir/data/card.json and returns it.
+    """Writes run_dir/data/card.json and card.html and returns the former.
 
     Args:
-        built: stage -> component -> side file's content, as `cache.build` returns it.
+        built: stage -> component -> card, as `cache.build` returns it.
         rates: stage -> component -> mixture rate.
 
-    The card has, per stage: rows, tokens, loss_tokens, examples, dropped, fill, tokens by capability and by language,
-    examples by length, and per component the same counts with `rate` (share of rows that training draws) and
-    `share_of_tokens` (share of what is on disk).
+    The card has, per stage: rows, tokens, loss_tokens, examples, dropped by reason, fill, tokens by capability, language,
+    licence and source, examples by length, and per component the same counts with `rate` (share of tokens that training draws),
+    `share_of_tokens` (share of what is on disk) and what selection found: duplicates, evaluation questions, bad rows.
     """
     run_dir = Path(run_dir)
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
@@ -26,12 +30,15 @@ def write_card(run_dir: str | Path, built: dict[str, dict[str, dict]], rates: di
     )
     card["tokens"] = sum(stage["tokens"] for stage in card["stages"].values())
     files.write_json(run_dir / "data" / "card.json", card)
+    from stepdr_jax.data.card_page import page  # here: templates take a moment to import
+
+    files.write_atomic(run_dir / "data" / "card.html", page(card, run_dir.name))
     return card
 
 
 def _stage(components: dict[str, dict], rates: dict[str, float]) -> dict:
     cards = list(components.values())
-    totals = {key: sum(card[key] for card in cards) for key in ("rows", "tokens", "loss_tokens", "examples", "pieces")}
+    totals = {key: sum(card[key] for card in cards) for key in COUNTS}
     context = cards[0]["context"]
     rate_sum = sum(rates.get(name, 0) for name in components) or 1
     by_length = Counter()
@@ -40,25 +47,26 @@ def _stage(components: dict[str, dict], rates: dict[str, float]) -> dict:
     return totals | dict(
         context=context,
         fill=round(totals["tokens"] / (totals["rows"] * context), 4),
-        dropped=_added(card["dropped"] for card in cards),
-        tokens_by_capability=_added(card["tokens_by_capability"] for card in cards),
-        tokens_by_lang=_added(card["tokens_by_lang"] for card in cards),
+        dropped=added(card["dropped"] for card in cards),
+        **{share: added(card[share] for card in cards) for share in SHARES},
         examples_by_length=[[upper, by_length[upper]] for upper in sorted(by_length)],
         components={
-            name: {key: card[key] for key in ("rows", "tokens", "loss_tokens", "examples", "dropped", "fill")}
+            name: {key: card[key] for key in (*COUNTS, "dropped", "fill", *SHARES)}
+            | {key: card[key] for key in FOUND if key in card}
             | dict(
+                shards=len(card["shards"]),
                 rate=round(rates.get(name, 0) / rate_sum, 4),
                 share_of_tokens=round(card["tokens"] / totals["tokens"], 4),
-                tokens_by_capability=card["tokens_by_capability"],
-                tokens_by_lang=card["tokens_by_lang"],
             )
             for name, card in components.items()
         },
     )
 
 
-def _added(counts) -> dict[str, int]:
+def added(counts) -> dict[str, int]:
+    """Sums dicts of counts by key; keys come sorted."""
     total = Counter()
     for count in counts:
-        total.update(count)
+        for name, value in count.items():
+            total[name] += value
     return dict(sorted(total.items()))

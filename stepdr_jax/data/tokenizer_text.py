@@ -2,13 +2,15 @@
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from stepdr_jax.data import sources
 from stepdr_jax.errors import UserError
 from stepdr_jax.files import read_jsonl
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
+PART_BYTES, LONGEST_TEXT = 1 << 22, 100_000  # of a source read at a time; characters of a text that are looked at
 CITATION_ID = re.compile(r"\bweb_[a-z]{8}\b")
 
 
@@ -28,20 +30,45 @@ def ensure_tokenizer(config) -> Tokenizer:
                 f"clear tokenizer.path, or use a new run_dir (checkpoints in this one depend on its tokenizer)"
             )
         return tokenizer
-    tokenizer = chosen or Tokenizer.train(corpus_texts(Path(config.run_dir) / "corpus"), config.tokenizer.vocab_size)
+    tokenizer = chosen or Tokenizer.train(
+        corpus_texts(Path(config.run_dir) / "corpus", own=source_texts(config)), config.tokenizer.vocab_size
+    )
     tokenizer.save(path)
     return tokenizer
 
 
-def corpus_texts(corpus: Path, limit: int = 4_000_000) -> list[str]:
+def source_texts(config, limit: int = 2_000_000) -> list[str]:
+    """Returns the first `limit` characters of every source in config.data.sources, row by row."""
+    found = []
+    for source in sources.of(config):
+        if source.name not in config.data.sources:
+            continue
+        size = 0
+        for path in source.files:
+            for part in source.parts(path, PART_BYTES):
+                for _, row, _ in source.scan(path, part):
+                    if isinstance(row, dict) and size < limit:
+                        found.append(sources.words_of(row)[:LONGEST_TEXT])
+                        size += len(found[-1])
+                    if size >= limit:
+                        break
+                if size >= limit:
+                    break
+    return found
+
+
+def corpus_texts(corpus: Path, limit: int = 4_000_000, own: Iterable[str] = ()) -> list[str]:
     """Returns texts of the corpus as often as they occur: reading rows, documents, messages inside their chat frame.
+
+    `own` are further texts, of one's own sources; with them the corpus may be absent.
 
     Frames and system prompts are part of every episode, so the merges should cover them first. Citation ids are drawn
     anew at each place, so merges learn their syllables and not the ids of popular passages. Above `limit` characters
     (seconds of training) a random part is returned. The same corpus gives the same texts.
     """
     rng = random.Random(0)
-    texts = list(_all_texts(corpus))
+    own = list(own)
+    texts = own + (list(_all_texts(corpus)) if not own or (corpus / "reading.jsonl").exists() else [])
     share = limit / max(sum(map(len, texts)), 1)
     kept = [text for text in texts if share >= 1 or rng.random() < share]
     return [CITATION_ID.sub(lambda match: _citation_id(rng), text) for text in kept]

@@ -66,7 +66,7 @@ def section(run: Run) -> Section:
         section["notes"].append(f"Beside the kept episodes, training reads {copies:,} copies of them with other names.")
     if section["prepared"]:
         section["notes"].append(
-            "Rate: share of rows that training draws from a component, as configured. Share of tokens: what the component is on "
+            "Rate: share of tokens that training draws from a component, as configured. Share of tokens: what the component is on "
             "disk. Fill: used positions of a packed row."
         )
     return section
