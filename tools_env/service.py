@@ -198,7 +198,11 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
                 await plan.before(deadline, injected)
                 if name not in REPEATABLE:
                     session.begin(call_id)
-                output = await tool.run(call, arguments)
+                try:
+                    output = await tool.run(call, arguments)
+                except (RetryLater, Unavailable):
+                    session.withdraw(call_id)
+                    raise
             output = plan.after(output, injected)
             return (tools_pb2.OUTCOME_TOOL_ERROR if output.failed else tools_pb2.OUTCOME_OK), output
         except BadArguments as error:

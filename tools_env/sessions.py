@@ -116,6 +116,11 @@ class Session:
         self._begun[call_id] = self._running[call_id]
         self._write({"begun": call_id, "asked": self._running[call_id]})
 
+    def withdraw(self, call_id: str) -> None:
+        """Takes `begin` back: the call was refused before it had any effect, and may run when it comes again."""
+        if self._begun.pop(call_id, None) is not None:
+            self._write({"withdrawn": call_id})
+
     def runs(self, call_id: str) -> bool:
         return call_id in self._running
 
@@ -175,6 +180,9 @@ class Session:
         for record in records:
             if "begun" in record:
                 self._begun[record["begun"]] = record["asked"]
+                continue
+            if "withdrawn" in record:
+                self._begun.pop(record["withdrawn"], None)
                 continue
             self._begun.pop(record["done"], None)
             self._replies[record["done"]] = (record["asked"], base64.b64decode(record["reply"]))

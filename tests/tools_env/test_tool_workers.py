@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 
 from tools_env import tools_pb2
 from tools_env.client import ToolInfraError, ToolsClient
-from tools_env.errors import CallUnfinished, ToolHostError
+from tools_env.errors import CallUnfinished, RetryLater, ToolHostError, Unavailable
 from tools_env.process import ToolHost
+from tools_env.service import ToolService
 from tools_env.sessions import Budget, Opening, Sessions, owner
+from tools_env.tools.base import Output, Tool
 
 ROOT = Path(__file__).resolve().parents[2]
 APPEND = {"op": "append", "path": "a.md", "content": "x"}
@@ -59,6 +62,31 @@ def test_call_that_was_cut_off_is_not_run_again_unless_it_changes_nothing(tmp_pa
             with pytest.raises(CallUnfinished, match="not run again"):
                 await again.once("0", "shell", cut_off)
         assert runs == ["0"]
+
+    asyncio.run(main())
+
+
+def test_call_that_a_tool_refused_before_any_effect_runs_when_it_comes_again(tmp_path):
+    """Also in the next process, which finds the beginning and its withdrawal in the journal."""
+
+    async def main():
+        refusals = [Unavailable("no browser"), RetryLater("full", 0.1)]
+
+        async def run(call, arguments):
+            if refusals:
+                raise refusals.pop()
+            return Output("done")
+
+        tool = Tool("click", "d", {"type": "object", "properties": {}}, run)
+        limits = dict(lease=60.0, max_chars=700, concurrency=1, queue=1)
+        sessions = Sessions(tmp_path, lease=60.0, durable=True)
+        session = sessions.open(Opening("r", "e", Budget(tool_calls=2)))
+        for host in (sessions, Sessions(tmp_path, lease=60.0, durable=True)):
+            with pytest.raises((RetryLater, Unavailable)):
+                await ToolService([tool], host, **limits).call(session.id, "0", "click", "{}", time.monotonic() + 5)
+        last = Sessions(tmp_path, lease=60.0, durable=True)
+        reply = await ToolService([tool], last, **limits).call(session.id, "0", "click", "{}", time.monotonic() + 5)
+        assert b"done" in reply and last.get(session.id).remaining().tool_calls == 1
 
     asyncio.run(main())
 

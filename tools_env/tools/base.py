@@ -44,7 +44,10 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """`run` raises ToolError or BadArguments with a message for the model; anything else is a fault of the host."""
+    """`run` raises ToolError or BadArguments with a message for the model; anything else is a fault of the host.
+
+    RetryLater and Unavailable also say that nothing has been changed yet: the call may run when it comes again.
+    """
 
     name: str
     description: str
