@@ -1,0 +1,56 @@
+"""The manifests of the trainer ask for the hosts that their config's mesh needs, and their arguments are the launcher's."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import entry
+from stepdr_jax.sharding import topology
+from stepdr_jax.training import distributed
+
+GKE = Path(__file__).parents[2] / "launch" / "gke"
+
+
+@pytest.mark.parametrize("path", sorted(GKE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_manifest_fits_the_launcher_and_the_mesh(path, monkeypatch):
+    monkeypatch.chdir(GKE.parents[1])
+    [jobset] = yaml.safe_load_all(path.read_text())
+    [job] = jobset["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    pod = spec["template"]["spec"]
+    [container] = pod["containers"]
+    module, *words = container["args"]
+    importlib.import_module(module)
+    config = entry.parse([module, *words])
+
+    accelerator = pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"].split("-")[1]
+    shape = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    slices = topology.parse(f"{accelerator}:{shape}", job["replicas"])
+    per_host = int(container["resources"]["limits"]["google.com/tpu"])
+    chips = math.prod(map(int, shape.split("x")))
+    assert slices.chips == chips
+    assert spec["parallelism"] == spec["completions"] == chips // per_host
+    topology.check_mesh(slices, dict(config.mesh))
+    assert math.prod(dict(config.mesh).values()) == chips * job["replicas"]
+    for stage in ("midtrain1", "midtrain2"):
+        assert config[stage].batch % (config.mesh.data * config.mesh.fsdp * config[stage].microbatches) == 0
+    assert config.distributed.coordinator == "auto"
+    assert config.run_dir.startswith(container["volumeMounts"][0]["mountPath"])
+
+    assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    [rule] = spec["podFailurePolicy"]["rules"]
+    assert distributed.RESTART not in rule["onExitCodes"]["values"] and 2 in rule["onExitCodes"]["values"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+
+
+def test_the_image_holds_what_a_launcher_needs():
+    lines = (GKE / "Containerfile").read_text().splitlines()
+    copied = {line.split()[1] for line in lines if line.startswith("COPY") and line.count(" ") == 2}
+    assert copied == {"stepdr_jax", "tools_env", "launch", "configs"}
+    lock = (GKE.parents[1] / "launch" / "environment.sh").read_text()
+    version = re.search(r"^LIBTPU_VERSION=(\S+)", lock, re.MULTILINE)[1]
+    assert f"libtpu=={version}" in "".join(lines)
