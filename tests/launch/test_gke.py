@@ -32,7 +32,7 @@ def test_a_manifest_fits_the_launcher_and_the_mesh(path, monkeypatch):
     slices = topology.parse(f"{accelerator}:{shape}", job["replicas"])
     per_host = int(container["resources"]["limits"]["google.com/tpu"])
     chips = math.prod(map(int, shape.split("x")))
-    assert slices.chips == chips
+    assert slices.chips == chips * job["replicas"]
     assert spec["parallelism"] == spec["completions"] == chips // per_host
     topology.check_mesh(slices, dict(config.mesh))
     assert math.prod(dict(config.mesh).values()) == chips * job["replicas"]
