@@ -131,7 +131,7 @@ def _pack_task(task: tuple[Path, dict], *, config, plans: dict[str, list[Path]])
 
 def _examples(config, plans: dict[str, list[Path]], stage: str, component: str, index: int, of: int) -> Iterable[tuple]:
     """Yields (tokens, loss mask, whole, capability, lang, licence, source) of one shard of a seqio Task."""
-    with _quiet_stderr():  # TensorFlow takes ten seconds to import, so a build with nothing to do must not reach it
+    with quiet_stderr():  # TensorFlow takes ten seconds to import, so a build with nothing to do must not reach it
         import seqio
 
         from stepdr_jax.data import mixtures
@@ -153,7 +153,7 @@ def _examples(config, plans: dict[str, list[Path]], stage: str, component: str, 
 
 
 @contextlib.contextmanager
-def _quiet_stderr():
+def quiet_stderr():
     """Holds back what TensorFlow's C++ says about absent GPUs when it is imported; shown if the import fails."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # it speeds up no string or integer op, and announces itself
