@@ -80,15 +80,18 @@ def watch(config, stages: Sequence[str], host: Host | None, *, every: float = 30
     from stepdr_jax.training import state
 
     homes = {stage: state.stage_dir(config, config.seed, stage) for stage in stages}
-    seen: set[tuple[str, int]] = set()
+    seen = set()  # a milestone that was undone may come again, at the same step
     while True:
         done = all((home / "done.json").exists() for home in homes.values())  # before looking, so that none is missed
         new = [
-            (stage, step) for stage in stages for step in state.milestones(homes[stage]) if (stage, step) not in seen
+            (stage, step, state.milestone_dir(homes[stage], step).stat().st_mtime_ns)
+            for stage in stages
+            for step in state.milestones(homes[stage])
         ]
-        for stage, step in new:
+        new = [milestone for milestone in new if milestone not in seen]
+        for stage, step, _ in new:
             yield {"stage": stage} | evaluate(config, stage, step, host)
-            seen.add((stage, step))
+        seen.update(new)
         if done and not new:
             return
         if not new:

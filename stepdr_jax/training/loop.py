@@ -148,6 +148,7 @@ def train(
         checkpoint.remove_after(home / "checkpoints", to)
         for later in (step for step in state.milestones(home) if step > to):
             shutil.rmtree(state.milestone_dir(home, later), ignore_errors=True)
+        metrics.rewind(home / "qa.jsonl", to)
 
     def heldout_loss(params) -> dict[str, float]:
         sums = None
@@ -162,6 +163,13 @@ def train(
     notice = distributed.Notice()
     watchdog = Watchdog(home / "hangs", config.watchdog)
     stragglers = Stragglers()
+
+    def evaluate_milestones(journal: Journal) -> None:
+        known = {row["step"] for row in metrics.rewind(home / "qa.jsonl", settings.steps)} if on_milestone else set()
+        for step in state.milestones(home) if on_milestone else ():
+            if step not in known:
+                with jax.transfer_guard("allow"), watchdog.paused():
+                    journal.measured(on_milestone(step))
 
     def advance() -> dict | None:
         """Trains from what is on disk to the end of the stage and returns its done.json; None when it had to go back."""
@@ -181,6 +189,7 @@ def train(
             peak_flops=peak_flops(list(mesh.devices.flat)),
         )
         profiler = Profiler(home, config.profile, journal.event)
+        evaluate_milestones(journal)  # one that a killed process did not come to
 
         def next_batch():
             return loader.batch(guards.data_position(rewinds, step), rows) if step < settings.steps else None
@@ -246,6 +255,11 @@ def train(
                 progress.update(1, **shown, **speed)
 
             metadata = {"stage": stage, "seed": config.seed, "model": dataclasses.asdict(model), "tokens": tokens}
+            if milestone := row is not None and _crossed(config.eval.every_tokens, before, tokens):
+                # Before the checkpoint of this step: a run that continues from there does not pass it again.
+                saver.wait()  # one at a time
+                checkpoint.save(state.milestone_dir(home, step), step, {"params": now.params}, metadata, keep=1)
+                journal.event("milestone", step=step, tokens=tokens)
             scheduled = step % settings.checkpoint_every == 0 or last
             preempted = notice.reached() and not last
             if scheduled or preempted:
@@ -275,13 +289,8 @@ def train(
                 _say(f"{stage}  told to end: step {step} is saved; run the same command to continue")
                 raise distributed.Preempted
             saver.check()
-            if row and _crossed(config.eval.every_tokens, before, tokens):
-                saver.wait()  # one at a time
-                checkpoint.save(state.milestone_dir(home, step), step, {"params": now.params}, metadata, keep=1)
-                journal.event("milestone", step=step, tokens=tokens)
-                if on_milestone:
-                    with jax.transfer_guard("allow"), watchdog.paused():
-                        journal.measured(on_milestone(step))
+            if milestone:
+                evaluate_milestones(journal)
         profiler.close(step)
         saver.wait()
         journal.event("end", step=step)

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     tokenizer = Tokenizer.train([task.query for task in tasks], 300)
     tokenizer.save(run_dir / "tokenizer" / "tokenizer.json")
     config = tiny.tiny_config(
-        run_dir, **{"eval.every_tokens": 500, "eval.milestone_tasks": 4, "ppo.slots": 4, "ppo.shards": 1}
+        run_dir, **{"eval.every_tokens": 500, "eval.milestone_tasks": 4, "sampler.slots": 4, "sampler.shards": 1}
     )
     config.agent.update(dict(max_turns=2, max_turn_tokens=8, max_episode_tokens=512))
     world = write_world(run_dir / "world")
@@ -86,6 +86,30 @@ def test_a_milestone_that_was_undone_loses_its_row(trained, tmp_path):
     milestones.evaluate(config, "midtrain1", 6, None)
     assert [row["step"] for row in files.read_jsonl(milestones.rows_path(config, "midtrain1"))] == [6]
     shutil.move(tmp_path / "gone", state.milestone_dir(home, 9))
+
+
+def test_a_milestone_that_a_killed_process_did_not_come_to_is_evaluated_by_the_next(trained, tmp_path):
+    """Its checkpoint is of the same step, so that the next process does not pass it again."""
+    config, _, home = trained
+    copy = config.copy_and_resolve_references()
+    copy.run_dir = str(tmp_path / "run")
+    shutil.copytree(config.run_dir, copy.run_dir)
+    resumed = state.stage_dir(copy, 0, "midtrain1")
+    (resumed / "done.json").unlink()
+    shutil.rmtree(resumed / "milestones" / "00000009")
+    (resumed / "qa.jsonl").unlink()
+    checkpoint.remove_after(resumed / "checkpoints", 10)
+    asked = []
+
+    def on_milestone(step):
+        asked.append(step)
+        row = {"step": step, "tokens": 0}
+        files.append_jsonl(resumed / "qa.jsonl", row)
+        return row
+
+    words = Tokenizer.load(tmp_path / "run" / "tokenizer" / "tokenizer.json").vocab_size
+    loop.train(copy, "midtrain1", loader=tiny.Memory(), vocab_size=words, on_milestone=on_milestone)
+    assert asked == [6]
 
 
 def test_no_milestones_and_no_evaluation_in_this_process_unless_asked(trained):
