@@ -4,7 +4,7 @@
 the same model, batch and optimiser in transformers on PyTorch. Both run in this process on the same number of threads,
 in turns, so that a busy machine slows both; the medians are compared.
 
---what=sample: tokens sampled per second by `ppo.slots` sequences of config.model at once, prompts included, ours against
+--what=sample: tokens sampled per second by `sampler.slots` sequences of config.model at once, prompts included, ours against
 `generate` of transformers on the same weights.
 
 --what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
@@ -22,11 +22,11 @@ import time
 
 from absl import flags
 
-from launch import bench_attention, bench_convert, entry
+from launch import bench_attention, bench_convert, bench_saving, entry
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import process
 
-_WHAT = flags.DEFINE_string("what", "train", "train, sample, convert or attention")
+_WHAT = flags.DEFINE_string("what", "train", "train, sample, convert, attention or saving")
 _SIZE = flags.DEFINE_string("size", "0.5B", "of Qwen2.5, for --what=convert")
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after one that is not counted")
 
@@ -37,6 +37,7 @@ def main(config) -> None:
         "sample": sample,
         "convert": lambda *_: bench_convert.measure(_SIZE.value),
         "attention": lambda _, rounds: bench_attention.measure(rounds),
+        "saving": lambda *_: [bench_saving.measure(gigabytes) for gigabytes in (0.01, 0.4)],
     }
     if _WHAT.value not in benches:
         raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
@@ -64,8 +65,8 @@ def train(config, rounds: int) -> dict:
 
 
 def sample(config, rounds: int) -> dict:
-    """Interleaved batches of `ppo.slots` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
-    slots, prompt, new = config.ppo.slots, 96, 128
+    """Interleaved batches of `sampler.slots` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
+    slots, prompt, new = config.sampler.slots, 96, 128
     prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
     seconds = _in_turns(sides, rounds)
@@ -77,7 +78,7 @@ def sample(config, rounds: int) -> dict:
         "prompt_tokens": prompt,
         "sampled_tokens": new,
         "cache_tokens": config.agent.max_episode_tokens,
-        "shards": config.ppo.shards,
+        "shards": config.sampler.shards,
         "model": dict(config.model),
         "threads": _threads(),
         "rounds": rounds,
@@ -184,8 +185,8 @@ def _our_sampler(config, prompts, new: int):
     engine = JaxEngine(
         state.initial_params(model, config.seed),
         model,
-        slots=config.ppo.slots,
-        shards=config.ppo.shards,
+        slots=config.sampler.slots,
+        shards=config.sampler.shards,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(),
     )

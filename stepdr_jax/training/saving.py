@@ -29,7 +29,7 @@ class Saver:
     """Saves to one directory, at most one checkpoint at a time. A context manager.
 
     Args:
-        directory: of all checkpoints of a stage; a folder, gs://... or s3://...
+        directory: of all checkpoints of a stage; see `storage.location`.
         background: whether `save` returns when the arrays have left the devices, or when all is written.
     """
 
@@ -74,7 +74,7 @@ class Saver:
                 self._clear(step)
             if self.background and jax.devices()[0].platform == "cpu":
                 # The arrays are the host's own memory: what orbax reads must not be what the next step overwrites.
-                tree = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(tree)
+                tree = _copied(tree)
             self._orbax.save(target / "arrays", args=ocp.args.PyTreeSave(tree))
         except Exception as error:
             self._failed(error, target)
@@ -187,6 +187,9 @@ LOST = (
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.ENXIO, errno.EROFS,
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR,
 )  # fmt: skip
+
+
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def save(directory: str | os.PathLike, step: int, tree: Any, metadata: dict, *, keep: int):

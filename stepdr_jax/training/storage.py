@@ -1,7 +1,10 @@
-"""Where checkpoints lie: a folder, or a prefix of an object store (gs://, s3://); what both can do, under one name.
+"""Where checkpoints lie: a folder, or a prefix of an object store (gs://); what both can do, under one name.
 
 An object store has no directories and no rename: what is there is what was written. There a checkpoint exists when its
-manifest, which is written last, does. In a folder it exists when its directory has its final name.
+manifest, which is written last, does. In a folder it exists when its directory has its final name. A mounted bucket is a
+folder; it must rename directories in one operation (on Google Cloud: hierarchical namespace).
+
+gs:// was never run against a bucket. s3:// is refused: orbax 0.12.8 writes its arrays to a path that it has garbled.
 """
 
 import hashlib
@@ -21,19 +24,23 @@ MANIFEST = "manifest.json"
 
 
 def location(directory: str | os.PathLike):
-    """A Path, or an epath.Path with the same methods for gs:// and s3://, which need gcsfs or s3fs installed."""
+    """A Path, or an epath.Path with the same methods for gs://, which needs gcsfs installed."""
+    if os.fspath(directory).startswith("s3://"):
+        raise UserError(
+            f"{directory}: expected a folder or gs://BUCKET/..., got s3://; mount the bucket and give its folder"
+        )
     if not is_remote(directory):
         return Path(directory).absolute()
     try:
         path = epath.Path(os.fspath(directory))
         path.exists()
     except ImportError as error:
-        raise UserError(f"{directory}: {error}; install gcsfs for gs:// or s3fs for s3://") from error
+        raise UserError(f"{directory}: {error}; install gcsfs, or mount the bucket and give its folder") from error
     return path
 
 
 def is_remote(directory: str | os.PathLike) -> bool:
-    return os.fspath(directory).startswith(("gs://", "s3://"))
+    return os.fspath(directory).startswith("gs://")
 
 
 def steps(directory: str | os.PathLike, *, unfinished: bool = False) -> list[int]:
