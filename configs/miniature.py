@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
             # name -> dict(format=, path=, component=, capability=, lang=, licence=): your own data and public formats, beside
             # what launch.synthesize writes (stepdr_jax/data/sources; configs/own_data.py is an example)
             sources=ConfigDict(),
-            shard_mib=256,  # of source text in one ArrayRecord
+            shard_mib=256.0,  # of source text in one ArrayRecord
             on_bad_row="stop",  # a source row that cannot be read: stop, or skip (counted and named in data/card.html)
             on_damage="stop",  # a missing or damaged shard while training: stop, or skip (its rows become padding)
             exact_duplicates="count",  # within a component: off, count or drop; renamed copies differ in a word
@@ -258,10 +258,42 @@ def get_config() -> ConfigDict:
             max_masked_share=0.3,  # above it the iteration is sampled again, then the run stops
             checkpoint_every=5,  # iterations
             keep_checkpoints=2,
-            slots=64,  # sequences that the sampler decodes together
-            shards=4,  # independent parts of the sampler, a thread each; divides slots
+            importance_cap=0.0,  # above 0 actions weigh min(trainer's / sampler's probability, this); 0: all alike
             microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
             remat="none",  # as parallel.remat
+        )
+    )
+    config.sampler = ConfigDict(
+        dict(
+            slots=64,  # sequences decoded together
+            shards=4,  # independent parts on one replica, a thread each; times replicas divides slots
+            page=0,  # tokens of a page of K/V; 0: pages of whole episodes, which costs memory and saves work
+            pages=0,  # in all shards and replicas; 0: enough for every slot's longest episode
+            rows=4,  # sequences of one prefill call
+            chunk=32,  # tokens of each in one prefill call
+            steps=8,  # tokens of one decode call
+            prefill_calls=0,  # before each decode call at most so many; 0: all that is pending
+            host_gb=2.0,  # host memory for the K/V of episodes that lost their pages; beyond it they are prefilled again
+            replicas=1,  # copies of the model, each on `tensor` devices
+            tensor=1,  # devices that share a copy's heads and vocabulary
+            attention="auto",  # reference, or ragged: the Pallas kernel, for TPUs
+        )
+    )
+    config.judge = ConfigDict(
+        dict(
+            kind="programmatic",  # rubrics by their checks; endpoint: by a language model
+            url="",  # of an OpenAI-compatible endpoint; a checkpoint of ours is one with launch.serve_model
+            model="",  # its name there
+            api_key_env="STEPDR_JUDGE_KEY",  # environment variable that holds the key
+            checks=True,  # rubrics with a machine-readable check are decided by it, without the model
+            mapping="strict",  # paper: half a merit is none, half a flaw is one; ternary is its ablation
+            max_missing=0.1,  # share of failed judgments above which an episode is masked
+            per_request=8,  # rubrics
+            attempts=3,  # requests in which a rubric may come to its verdict
+            max_tokens=4096,  # of a reply
+            concurrency=32,  # requests at once
+            timeout=300.0,  # seconds for one
+            keep_replies=True,  # in run_dir/judge_replies.sqlite: equal requests are asked once
         )
     )
     config.eval = ConfigDict(

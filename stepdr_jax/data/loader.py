@@ -1,14 +1,16 @@
 """The loader: packed batches as a pure function of (seed, step), from ArrayRecord shards.
 
 Each component is shuffled anew every epoch and repeated for ever; `mixing` says which row of which component stands where, so
-that tokens come at the rates; rows are read by grain's ArrayRecord source (`component`). Resuming at a step, on any number of hosts, is indexing with it.
+that tokens come at the rates. `grain.MapDataset.source(loader)` is the same batches for pipelines of grain. Resuming at a step, on any number of hosts, is indexing with it.
 TensorFlow is never imported here.
 """
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -94,6 +96,13 @@ class Loader:
         if not len(source_B):
             raise ValueError(f"expected rows of a batch of {self._size}, got {rows}, which has none")
         return self._read(source_B, row_B)
+
+    def __len__(self) -> int:
+        """Batches that there can be: for grain, which wants a length; a loader does not end."""
+        return sys.maxsize
+
+    def __getitem__(self, step: SupportsIndex) -> dict[str, np.ndarray]:
+        return self.batch(int(step))
 
     @property
     def heldout_batches(self) -> int:

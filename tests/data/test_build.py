@@ -61,6 +61,29 @@ def error_of(**change):
     except UserError as error:
         return str(error)
 
+# the same in many small shards; one of them is lost and only it is made again
+config.data.shard_mib = 0.0005
+config.data.exact_duplicates = "drop"
+folder = pathlib.Path(sys.argv[1]) / "data" / "midtrain1"
+small = cache.build(config, ["midtrain1"])["midtrain1"]
+contents = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.arecord")}
+lost = sorted(folder.glob("active_reading-*.json"))[1]
+lost.unlink()
+again = cache.build(config, ["midtrain1"])["midtrain1"]
+after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.arecord")}
+shards = dict(
+    count=len(small["active_reading"]["shards"]),
+    same_card=small == again,
+    same_bytes={name: content for name, (content, _) in contents.items()} == {n: c for n, (c, _) in after.items()},
+    made_again=[name for name in contents if contents[name][1] != after[name][1]],
+    lost=lost.stem + ".arecord",
+    duplicates=small["active_reading"]["duplicates"]["exact"],
+    examples=small["active_reading"]["examples"],
+)
+config.data.shard_mib = 256.0
+config.data.exact_duplicates = "count"
+cache.build(config, ["midtrain1"])
+
 vocabulary = mixtures.BpeVocabulary(Tokenizer.load(sys.argv[1] + "/tokenizer/tokenizer.json"))
 mixture = seqio.get_mixture_or_task(mixtures.mixture_name("midtrain1"))
 dataset = mixture.get_dataset(None, "train", shuffle=False, num_epochs=None)
@@ -68,6 +91,7 @@ drawn = [example for example in dataset.take(200).as_numpy_iterator()]
 pages = sum(b"<|im_end|>" not in vocabulary.decode(example["tokens"]).encode() for example in drawn)
 text = "naïve 奥地利 <|im_end|>"
 report = dict(
+    shards=shards,
     mixture_rates=[mixture.get_rate(task) for task in mixture.tasks],
     mixture_names=[task.name for task in mixture.tasks],
     drawn_features=sorted(drawn[0]),
@@ -222,6 +246,16 @@ def test_text_of_pages_never_becomes_control_ids(run, tok):
         assert not np.isin(tokens, [tok.im_end, tok.tool_call_start]).any()
     tokens = all_rows(run, "sft", "sft_deep_search", tok)["tokens"]
     assert (tokens == tok.tool_call_start).sum() == 3 and (tokens == tok.im_start).sum() == 3 * 5
+
+
+def test_a_lost_shard_is_made_again_with_the_same_bytes_and_the_others_are_left_alone(report):
+    shards = report["shards"]
+    assert shards["count"] > 1 and shards["same_card"] and shards["same_bytes"]
+    assert shards["made_again"] == [shards["lost"]]
+
+
+def test_duplicates_are_dropped_over_all_parts_of_a_component(report):
+    assert report["shards"]["duplicates"] == 8 and report["shards"]["examples"] == 4  # four texts, three times each
 
 
 def test_a_component_without_examples_is_named(run, report):

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 
@@ -62,6 +63,11 @@ def test_hosts_read_their_rows_of_the_same_batch(data):
             assert all(np.array_equal(whole[key], np.concatenate([part[key] for part in parts])) for key in whole)
     with pytest.raises(ValueError, match="rows of a batch of 8"):
         subject.batch(0, slice(8, 16))
+
+
+def test_grain_reads_the_same_batches_from_it(data):
+    subject = loader(data)
+    assert np.array_equal(grain.MapDataset.source(subject)[5]["tokens"], subject.batch(5)["tokens"])
 
 
 def test_a_batch_has_the_promised_arrays(data):
