@@ -34,6 +34,17 @@ def get_config() -> ConfigDict:
     )
     config.agent.update(dict(prompt="full", max_turns=30, max_turn_tokens=16384, max_episode_tokens=131072))  # paper
 
+    # Sources are named here when they lie on disk; each needs the licence under which you may use it, for example
+    #   config.data.sources = ConfigDict(dict(
+    #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*-pages-articles*.xml*.bz2", component="general_knowledge"),
+    #       synth=dict(format="synth", path="<synth>/*.parquet", component="synthetic_knowledge"),
+    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", licence="<of the data set>")))
+    # and what must not be trained on:
+    #   config.data.evaluation_sets = ConfigDict(dict(simpleqa="<evals>/simple_qa_test_set.csv", frames="<evals>/frames.tsv"))
+    config.data.update(
+        dict(on_bad_row="skip", exact_duplicates="drop")
+    )  # dumps have bad rows: counted and named in the card
+
     config.eval.update(dict(every_tokens=5_000_000_000, inline=False))  # paper: every 5B tokens
     config.log.tensorboard = True
 
