@@ -89,6 +89,8 @@ def test_the_latest_checkpoint_of_a_trained_stage_is_exported_without_its_optimi
     assert_equal(loaded, params)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 4096
     assert (tmp_path / "out" / "tokenizer.json").exists()
+    run(f"--checkpoint={stage}", f"--hf_out={tmp_path / 'earlier'}", "--step=10")
+    assert_equal(hf.load(tmp_path / "earlier")[1], qwen2.init_params(config, jax.random.key(10)))
 
 
 def test_nothing_that_exists_is_overwritten(folder, tmp_path):
