@@ -21,10 +21,10 @@ MAY_BE_ZERO = frozenset(
     "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
     "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
-    "heldout_every every_tokens process keep_every factor".split()
+    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap max_missing".split()
 )
 SHARES = frozenset(
-    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2".split()
+    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing".split()
 )
 SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
@@ -41,6 +41,9 @@ CHOICES = {
     "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
     "parallel.remat": REMAT,
     "ppo.remat": REMAT,
+    "sampler.attention": ("auto", "reference", "ragged"),
+    "judge.kind": ("programmatic", "endpoint"),
+    "judge.mapping": ("strict", "ternary"),
     "model.dtype": ("float32", "bfloat16"),
     "model.param_dtype": ("float32", "bfloat16"),
 }

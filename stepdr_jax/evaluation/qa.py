@@ -21,7 +21,8 @@ from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import STAGES, Result
-from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
+from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.judge.judges import Judge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Verdict
 from tools_env.client import ToolsClient
@@ -207,7 +208,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),
         json.loads(config.tools.to_json_best_effort()),
-        [config.eval.temperature, config.eval.samples, config.world.as_of],
+        [config.eval.temperature, config.eval.samples, config.world.as_of, settings_of(config)],
         [task.model_dump(mode="json") for task in tasks],
     ]
     return records.content_id("", *parts)
@@ -276,7 +277,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
 
     run_dir = Path(config.run_dir)
-    engine, tokenizer = sampler.of_stage(config, stage, slots=config.ppo.slots, shards=config.ppo.shards)
+    engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools = Tools.of(config, host)
     try:
@@ -285,13 +286,13 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
             rubric_sets,
             policy,
             tools.client,
-            ProgrammaticJudge(entity_names(run_dir)),
+            judge_of(config, entity_names(run_dir)),
             Limits.from_config(config.agent),
             stage=stage,
             seed=config.seed,
             fingerprint=mark,
             samples=config.eval.samples,
-            concurrency=config.ppo.slots,
+            concurrency=config.sampler.slots,
             price=config.eval.price_per_million_tokens,
             prompt=config.agent.prompt,
             as_of=config.world.as_of,

@@ -34,6 +34,7 @@ class PPOConfig:
     critic_only_iterations: int
     loss_aggregation: str
     whiten: bool
+    importance_cap: float
     rows: int
     context: int
     seed: int
@@ -68,6 +69,7 @@ class PPOConfig:
             critic_only_iterations=c.critic_only_iterations,
             loss_aggregation=c.loss_aggregation,
             whiten=c.whiten,
+            importance_cap=c.importance_cap,
             rows=c.microbatch_rows,
             context=context,
             seed=config.seed,
@@ -131,6 +133,10 @@ def update(
         np.asarray, advantages.gae(rewards_ET, values_ET, mask_ET, config.gamma, config.gae_lambda)
     )
     metrics = _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET)
+    importance_ET = np.ones_like(old_ET)
+    if config.importance_cap:
+        importance_ET, more = _importance(old_ET, episodes, config.importance_cap)
+        metrics |= more
     details = Details(values_ET, raw_ET, old_ET)
     if not mask_ET.any():
         return state, metrics | {"skipped_updates": 0.0}, details
@@ -141,6 +147,7 @@ def update(
         old_value=values_ET,
         return_=returns_ET,
         reference_logprob=reference_ET,
+        importance=importance_ET,
     )
     networks = [_Network.CRITIC] if iteration < config.critic_only_iterations else list(_Network)
     trained = _at_once(
@@ -214,6 +221,8 @@ def _train(
         if not kept_ET.any():
             continue
         weight_ET = ppo.action_weights(kept_ET, config.loss_aggregation)
+        if is_actor:
+            weight_ET = weight_ET * per_action["importance"]
         share_ET = ppo.action_weights(kept_ET, "token_mean")
         total = ppo.zeros_like(params)
         for micro in ppo.pack(
@@ -229,6 +238,20 @@ def _train(
     metrics = {key: value / max(len(norms), 1) for key, value in sums.items()}
     metrics["actor_grad_norm" if is_actor else "critic_grad_norm"] = float(np.mean(norms))
     return {str(network): params, f"{network}_moments": moments}, metrics, skipped
+
+
+def _importance(old_ET, episodes: EpisodeArrays, cap: float) -> tuple[np.ndarray, dict[str, float]]:
+    """min(trainer's / sampler's probability, cap) of every action: corrects for samples of older weights, or of a sampler
+    whose numbers differ, as far as the cap lets the variance grow (truncated importance sampling)."""
+    mask_ET = episodes.action_mask_ET
+    ratio_ET = np.exp(np.clip(np.where(mask_ET, old_ET - episodes.logprobs_ET, 0.0), -20.0, 20.0))
+    kept_M = ratio_ET[mask_ET]
+    metrics = (
+        {"importance/mean": float(kept_M.mean()), "importance/capped": float((kept_M > cap).mean())}
+        if kept_M.size
+        else {}
+    )
+    return np.minimum(ratio_ET, cap).astype(np.float32), metrics
 
 
 def _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET) -> dict[str, float]:

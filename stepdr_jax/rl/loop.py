@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.judges import ProgrammaticJudge
+from stepdr_jax.judge.choose import judge_of, settings_of
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import Finish, RubricSet, Task
@@ -40,7 +40,7 @@ from stepdr_jax.training import checkpoint, metrics, state
 from stepdr_jax.training.compilation import keep_compiled
 
 # These change when a run ends, saves and how it computes, not what it computes.
-FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "slots", "shards", "max_masked_share", "remat")
+FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat")
 
 
 def home_of(config: ConfigDict) -> Path:
@@ -107,7 +107,7 @@ def prepare(config: ConfigDict) -> Parts:
         actor=actor,
         tasks=tasks,
         rubric_sets=rubric_sets,
-        judge=ProgrammaticJudge(names),
+        judge=judge_of(config, names),
         origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 
@@ -267,7 +267,11 @@ def _settings(config: ConfigDict, parts: Parts) -> dict[str, Any]:
         return {f"{section}.{name}": value for name, value in json.loads(config[section].to_json_best_effort()).items()}
 
     settings = {name: value for name, value in flat("ppo").items() if name.removeprefix("ppo.") not in FREE}
-    settings |= flat("agent") | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
+    settings |= (
+        flat("agent")
+        | settings_of(config)
+        | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
+    )
     return settings | {"seed": config.seed, "world.as_of": config.world.as_of, "origin": parts.origin}
 
 

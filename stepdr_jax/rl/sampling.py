@@ -14,7 +14,6 @@ from stepdr_jax.agent import react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.agent.tools import Tools
-from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -22,6 +21,7 @@ from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import recordings, rollouts
 from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.tokens.tokenizer import Tokenizer
+from stepdr_jax.training import sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
@@ -74,15 +74,7 @@ class Live:
     def __init__(self, config: ConfigDict, parts: Parts, params: dict, *, version: int, directory: Path, mark: str):
         settings = config.ppo
         self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
-        self.engine = JaxEngine(
-            params,
-            parts.model,
-            slots=settings.slots,
-            shards=settings.shards,
-            max_len=config.agent.max_episode_tokens,
-            stop_ids=(parts.tokenizer.im_end, parts.tokenizer.endoftext),
-            version=version,
-        )
+        self.engine = sampler.engine_of(config, params, parts.model, parts.tokenizer, version=version)
         self.tools = parts.tools()
         self._collect = functools.partial(
             rollouts.collect,
@@ -93,7 +85,7 @@ class Live:
             limits=Limits.from_config(config.agent),
             prompt=config.agent.prompt,
             as_of=config.world.as_of,
-            concurrency=settings.slots,
+            concurrency=config.sampler.slots,
             unfinished=settings.unfinished,
             run_episode=parts.run_episode,
         )

@@ -1,28 +1,72 @@
-"""The sampler of a finished stage, from a run directory."""
+"""The sampler as the config describes it."""
 
 from pathlib import Path
 
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
 from stepdr_jax.engine.engine import JaxEngine
+from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
 from stepdr_jax.training.compilation import keep_compiled
 
 
-def of_stage(config, stage: str, *, slots: int, shards: int = 1) -> tuple[JaxEngine, Tokenizer]:
-    """Returns the engine with a stage's weights, stopping at its turn's end, and the tokenizer.
+def engine_of(config, params: dict, model: Qwen2Config, tokenizer: Tokenizer, *, version: int = 0) -> JaxEngine:
+    """The engine of `config.sampler`, stopping at the end of a turn.
+
+    Raises UserError for sizes that do not fit each other or the devices.
+    """
+    section = config.sampler
+    wanted = section.replicas * section.tensor
+    mesh = None
+    if wanted > 1:
+        if wanted > len(jax.devices()):
+            raise UserError(
+                f"sampler.replicas * sampler.tensor: expected at most the {len(jax.devices())} devices, got {wanted}"
+            )
+        devices = np.array(jax.devices()[:wanted]).reshape(section.replicas, section.tensor)
+        mesh = Mesh(devices, ("data", "tensor"))
+    try:
+        return JaxEngine(
+            params,
+            model,
+            slots=section.slots,
+            shards=section.shards,
+            page=section.page,
+            pages=section.pages,
+            rows=section.rows,
+            chunk=section.chunk,
+            steps=section.steps,
+            prefill_calls=section.prefill_calls,
+            host_bytes=int(section.host_gb * 2**30),
+            attention=section.attention,
+            max_len=config.agent.max_episode_tokens,
+            stop_ids=(tokenizer.im_end, tokenizer.endoftext),
+            version=version,
+            mesh=mesh,
+        )
+    except ValueError as error:
+        raise UserError(f"sampler: {error}; change the config's sampler section") from None
+
+
+def of_stage(config, stage: str) -> tuple[JaxEngine, Tokenizer]:
+    """The engine with the weights of a finished stage of a run directory, and the tokenizer.
 
     Raises UserError when the stage has not finished or its checkpoints are damaged.
     """
     run_dir = Path(config.run_dir)
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
     keep_compiled(run_dir / ".jax_cache")
-    engine = JaxEngine(
-        state.load_params(config, config.seed, stage),
-        Qwen2Config.from_config(config.model, state.vocab_size(config)),
-        slots=slots,
-        shards=shards,
-        max_len=config.agent.max_episode_tokens,
-        stop_ids=(tokenizer.im_end, tokenizer.endoftext),
-    )
-    return engine, tokenizer
+    params = state.load_params(config, config.seed, stage)
+    model = Qwen2Config.from_config(config.model, state.vocab_size(config))
+    return engine_of(config, params, model, tokenizer), tokenizer
+
+
+def with_slots(config, slots: int):
+    """A copy of the config whose sampler has so many slots in one shard."""
+    other = config.copy_and_resolve_references().unlock()
+    other.sampler.update(dict(slots=slots, shards=1, pages=0))
+    return other.lock()

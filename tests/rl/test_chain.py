@@ -35,6 +35,7 @@ def settings(**changes) -> learner.PPOConfig:
             critic_only_iterations=0,
             loss_aggregation="token_mean",
             whiten=True,
+            importance_cap=0.0,
             rows=8,
             context=CONTEXT,
             seed=0,

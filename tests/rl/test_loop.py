@@ -167,7 +167,6 @@ def test_reward_rises_on_a_toy_task(tmp_path):
         iterations=60,
         prompts=8,
         samples=4,
-        slots=32,
         actor_learning_rate=1e-2,
         critic_learning_rate=1e-2,
         microbatch_rows=8,

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from stepdr_jax.models import qwen2, value_head
@@ -35,6 +36,7 @@ CONFIG = learner.PPOConfig(
     critic_only_iterations=0,
     loss_aggregation="token_mean",
     whiten=True,
+    importance_cap=0.0,
     rows=2,
     context=CONTEXT,
     seed=0,
@@ -244,6 +246,31 @@ def test_masked_episodes_leave_the_update_of_the_surviving_subset():
         not np.allclose(x, y, atol=1e-4)
         for x, y in zip(jax.tree.leaves(unmasked["params"]), jax.tree.leaves(a["params"]), strict=True)
     )
+
+
+def test_samples_of_other_weights_weigh_what_the_trainer_makes_of_them_up_to_a_cap():
+    """Halved in the sampler's books, an action weighs twice as much; the critic is not concerned."""
+    plain, _, details = learner.update(make_state(), make_episodes(), CONFIG, 0)
+    mask = make_episodes().action_mask_ET
+
+    def updated(shift, cap):
+        episodes = make_episodes()
+        claimed = np.where(mask, details.logprobs_ET - shift, 0).astype(np.float32)
+        config = dataclasses.replace(CONFIG, importance_cap=cap, actor_optimizer=optax.sgd(1.0))
+        state = make_state()
+        state["params_moments"] = config.actor_optimizer.init(state["params"])
+        return learner.update(state, dataclasses.replace(episodes, logprobs_ET=claimed), config, 0)
+
+    start = make_state()["params"]
+    steps = {}
+    for name, shift, cap in (("same", 0.0, 5.0), ("twice", np.log(2), 5.0), ("capped", np.log(8), 3.0)):
+        state, metrics, _ = updated(shift, cap)
+        steps[name] = jax.tree.map(lambda new, old: new - old, state["params"], start)
+        leaves_close(state["critic"], plain["critic"])
+        assert metrics["importance/capped"] == (name == "capped")
+        assert metrics["importance/mean"] == pytest.approx(np.exp(shift), rel=1e-4)
+    leaves_close(steps["twice"], jax.tree.map(lambda s: 2 * s, steps["same"]), atol=3e-5)
+    leaves_close(steps["capped"], jax.tree.map(lambda s: 3 * s, steps["same"]), atol=3e-5)
 
 
 def test_on_policy_the_ratio_is_one_and_nothing_is_clipped(updated):

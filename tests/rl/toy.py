@@ -30,7 +30,6 @@ def config(run_dir, **ppo) -> ConfigDict:
             iterations=4,
             prompts=4,
             samples=2,
-            slots=8,
             warmup_steps=1,
             critic_only_iterations=1,
             critic_minibatches=2,
@@ -39,6 +38,7 @@ def config(run_dir, **ppo) -> ConfigDict:
         )
         | ppo
     )
+    config.sampler.update(dict(slots=config.ppo.prompts * config.ppo.samples, shards=4))
     return config.lock()
 
 
