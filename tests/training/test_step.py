@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from stepdr_jax.configuration import check_values
+from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.training import state
@@ -129,6 +131,19 @@ def test_the_other_schedules_warm_up_and_then_fall_along_a_cosine_or_hold():
     assert rates[110] == pytest.approx(0.1) and sorted(rates[10:], reverse=True) == rates[10:]
     stage.schedule = "constant"
     assert [float(schedule_of(stage)(i)) for i in (0, 9, 60, 109)] == [pytest.approx(0.1), 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("midtrain1.schedule", "linear", "midtrain1.schedule: expected one of wsd, cosine, constant, got 'linear'"),
+        ("profile.steps", (9, 3), r"profile.steps: expected \(first, last\)"),
+        ("midtrain1.guard.norm_window", 0, "midtrain1.guard.norm_window: expected a number above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(field, value, line):
+    with pytest.raises(UserError, match=line):
+        check_values(tiny_config("unused", **{field: value}))
 
 
 def test_z_loss_reaches_the_objective_from_the_config(params):
