@@ -46,7 +46,10 @@ def build(
     failures = folder / "failed"
     hands = dict(failures=failures, runner=runner, options=options)
     policy = selection.Policy(
-        config.data.exact_duplicates, config.data.near_duplicates, config.data.contaminated, int(config.data.shard_mib * 2**20)
+        config.data.exact_duplicates,
+        config.data.near_duplicates,
+        config.data.contaminated,
+        int(config.data.shard_mib * 2**20),
     )
     look = survey.Look(
         exact=policy.exact_duplicates != "off",

@@ -6,6 +6,7 @@ written whole and kept as long as the part and what it is looked at for are the 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -17,7 +18,7 @@ from stepdr_jax import files
 from stepdr_jax.data import similarity, sources
 from stepdr_jax.errors import UserError
 
-VERSION = 1  # raise when a survey changes its meaning
+VERSION = 2  # raise when a survey changes its meaning
 NAMED = 20  # bad rows that are named; the others are counted
 
 
@@ -89,7 +90,7 @@ def finished(part: Part, look: Look) -> bool:
 
 def make(part: Part, look: Look) -> None:
     """Looks at one part and writes its survey. Raises UserError at a bad row when `look.stop`."""
-    sets = similarity.evaluation_sets(look.evaluation)
+    sets = _sets(tuple(sorted(look.evaluation.items())), json.dumps(inputs_of(part, look)["sets"]))
     columns: dict[str, list] = {
         name: [] for name in ("keys", "sizes", "labels", "content", "exact", "bands", "evaluation")
     }
@@ -100,12 +101,14 @@ def make(part: Part, look: Look) -> None:
             left_out += 1
             continue
         if isinstance(row, ValueError):
-            where, reason = place(part, key), str(row)
+            reason = str(row)
             if look.stop and reason != sources.containers.TORN:
-                raise UserError(f"{where}: {reason}; fix or delete that line, or set config.data.on_bad_row=skip")
+                raise UserError(
+                    f"{place(part, key)}: {reason}; fix or delete that line, or set config.data.on_bad_row=skip"
+                )
             bad[_kind(reason)] += 1
             if len(named) < NAMED:
-                named.append(f"{where}: {reason}"[:300])
+                named.append(f"{place(part, key)}: {reason}"[:300])
             continue
         columns["keys"].append(key)
         columns["sizes"].append(min(size, np.iinfo(np.int32).max))
@@ -167,6 +170,13 @@ def read(path: Path) -> Survey:
         facts = json.loads(stored["facts"].tobytes())
         arrays = {name: stored[name] for name in stored.files if name != "facts"}
     return Survey(**arrays, components=facts["components"], facts=facts)
+
+
+@functools.lru_cache(maxsize=1)
+def _sets(paths: tuple[tuple[str, str], ...], versions: str) -> similarity.EvaluationSets:
+    """A worker reads them once for all its parts; `versions` makes changed files other ones."""
+    del versions
+    return similarity.evaluation_sets(dict(paths))
 
 
 def _hash(text: str) -> int:

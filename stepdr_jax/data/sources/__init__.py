@@ -102,9 +102,12 @@ class Source:
 
 
 def words_of(row: dict) -> str:
-    """Everything a row says, as one text: what duplicates and evaluation questions are looked for in."""
+    """What a row says, as one text: what duplicates and evaluation questions are looked for in.
+
+    System prompts are left out, as many trajectories share a long one and are no duplicates for that.
+    """
     if "trajectory" in row:
-        return "\n".join(message["content"] for message in row["trajectory"]["messages"])
+        return "\n".join(m["content"] for m in row["trajectory"]["messages"] if m["role"] != "system")
     return row["text"] if "text" in row else f"{row['prompt']}\n{row['completion']}"
 
 
