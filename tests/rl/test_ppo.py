@@ -269,8 +269,8 @@ def test_samples_of_other_weights_weigh_what_the_trainer_makes_of_them_up_to_a_c
         leaves_close(state["critic"], plain["critic"])
         assert metrics["importance/capped"] == (name == "capped")
         assert metrics["importance/mean"] == pytest.approx(np.exp(shift), rel=1e-4)
-    leaves_close(steps["twice"], jax.tree.map(lambda s: 2 * s, steps["same"]), atol=3e-5)
-    leaves_close(steps["capped"], jax.tree.map(lambda s: 3 * s, steps["same"]), atol=3e-5)
+    leaves_close(steps["twice"], jax.tree.map(lambda s: 2 * s, steps["same"]), atol=2e-4)  # of up to 1
+    leaves_close(steps["capped"], jax.tree.map(lambda s: 3 * s, steps["same"]), atol=2e-4)  # of up to 1
 
 
 def test_on_policy_the_ratio_is_one_and_nothing_is_clipped(updated):
