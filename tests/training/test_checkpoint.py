@@ -1,7 +1,9 @@
 """A checkpoint is whole or it is not used; saving does not disturb what is trained meanwhile; what is kept is the policy's."""
 
 import json
+import os
 import subprocess
+import sys
 import threading
 import time
 
@@ -163,3 +165,12 @@ def test_a_step_that_hangs_is_shown_with_its_stack(tmp_path, capfd):
     [path] = tmp_path.iterdir()
     for text in (path.read_text(), capfd.readouterr().err):
         assert "no step for" in text and "in hanging_write" in text
+
+
+def test_a_checkpoint_restores_on_another_mesh_and_on_fewer_devices():
+    """Values, placement and digest."""
+    command = [sys.executable, "-m", "tests.training.another_mesh"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 4
