@@ -15,6 +15,7 @@ from stepdr_jax.errors import UserError
 
 IN_PROCESS = "FnApiRunner"
 T = TypeVar("T")
+_stopped: list[BaseException] = []  # a signal that came while a task ran in this process
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     from apache_beam.options.pipeline_options import PipelineOptions
 
     logging.disable(logging.NOTSET)
-    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # what fails is raised here
     for old in failures.glob("*.txt"):
         old.unlink()
     try:
@@ -45,8 +46,10 @@ def run(
                 | beam.Create(list(enumerate(tasks)), reshuffle=True)
                 | beam.Map(_guarded, work=work, failures=failures)
             )
-    except ValueError as error:
-        if "runner" in str(error).lower():
+    except Exception as error:
+        if _stopped:  # Beam has made an error of it
+            raise _stopped.pop() from None
+        if isinstance(error, ValueError) and "runner" in str(error).lower():
             raise UserError(f"--runner={runner}: {str(error).splitlines()[0]}") from None
         raise
     for path in sorted(failures.glob("*.txt")):
@@ -59,3 +62,6 @@ def _guarded(task: tuple[int, T], work: Callable[[T], None], failures: Path) -> 
         work(content)
     except UserError as error:
         files.write_atomic(failures / f"{number:06d}.txt", str(error))
+    except (SystemExit, KeyboardInterrupt) as signal:
+        _stopped.append(signal)
+        raise
