@@ -40,9 +40,8 @@ def ensure_tokenizer(config) -> Tokenizer:
 def source_texts(config, limit: int = 2_000_000) -> list[str]:
     """Returns the first `limit` characters of every source in config.data.sources, row by row."""
     found = []
-    for source in sources.of(config):
-        if source.name not in config.data.sources:
-            continue
+    own = [source for source in sources.of(config) if source.name in config.data.sources] if config.data.sources else []
+    for source in own:
         size = 0
         for path in source.files:
             for part in source.parts(path, PART_BYTES):

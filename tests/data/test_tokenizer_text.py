@@ -22,7 +22,7 @@ def config(tmp_path) -> ConfigDict:
     files.write_jsonl(tmp_path / "corpus" / "reading.jsonl", [*rows, dict(prompt="Q", completion="A")])
     files.write_jsonl(tmp_path / "corpus" / "trajectories.jsonl", [dict(messages=messages)])
     files.write_jsonl(tmp_path / "corpus" / "documents.jsonl", [dict(title="Land", text="Page.")])
-    return ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300)))
+    return ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300), data=dict(sources={})))
 
 
 def test_every_text_is_there_in_its_frame(config, tmp_path):
@@ -63,6 +63,15 @@ def test_a_given_tokenizer_is_used_and_cannot_be_swapped_later(config, tmp_path)
 
 
 def test_no_corpus_names_the_stage_to_run(tmp_path):
-    config = ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300)))
+    config = ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300), data=dict(sources={})))
     with pytest.raises(UserError, match=r"reading\.jsonl does not exist"):
         ensure_tokenizer(config)
+
+
+def test_sources_of_ones_own_are_read_without_a_corpus(tmp_path):
+    files.write_jsonl(tmp_path / "mine.jsonl", [dict(text=f"Zeppelin {i % 3} flies.") for i in range(40)])
+    entry = dict(format="jsonl", path=str(tmp_path / "*.jsonl"), component="c")
+    config = ConfigDict(dict(run_dir=str(tmp_path / "run"), tokenizer=dict(path="", vocab_size=300), data={}))
+    config.data.sources = ConfigDict(dict(mine=entry))
+    tokenizer = ensure_tokenizer(config)
+    assert len(tokenizer.encode("Zeppelin")) <= 2  # its merges were learned from the rows
