@@ -8,7 +8,8 @@ Where the processes find each other (`config.distributed`):
 
 On CPUs the collectives of such a run are gloo's. Its sums are taken in an order that depends on the number of devices,
 not on how processes share them, so 8 devices give the same bits in one process as in two - when that one is started with
-a coordinator too. Without one, XLA sums inside the process, in another order.
+a coordinator too. Without one, XLA sums inside the process, in another order. XLA also cuts long sums by the number of
+its threads, which it takes from the devices of a process; NPROC, where it is not set, is made the same for all.
 """
 
 import contextlib
@@ -29,6 +30,9 @@ from stepdr_jax.errors import UserError
 
 T = TypeVar("T")
 RESTART = 75  # EX_TEMPFAIL of <sysexits.h>: all is well or will be; run the same command again
+
+
+THREADS = 16  # of XLA on CPUs, in each process; more where a process has more devices
 
 
 class Preempted(SystemExit):
@@ -57,6 +61,7 @@ def initialize(config) -> None:
         raise UserError(f"distributed.process: expected one of 0 to {count - 1}, got {number}")
     where = {} if address == "auto" else dict(coordinator_address=address, num_processes=count, process_id=number)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    os.environ.setdefault("NPROC", str(THREADS))
     try:
         jax.distributed.initialize(
             **where,

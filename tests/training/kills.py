@@ -128,7 +128,7 @@ def torture(job: Job, kills: int, seed: int, longest: float) -> tuple[dict, list
 
 _KILLS = flags.DEFINE_integer("kills", 20, "how often")
 _SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
-_LONGEST = flags.DEFINE_float("longest", 20.0, "seconds that a start may live at most")
+_LONGEST = flags.DEFINE_float("longest", 40.0, "seconds that a start may live at most")
 _STEPS = flags.DEFINE_integer("steps", 400, "of the run")
 _RUN_DIR = flags.DEFINE_string("run_dir", "", "a run with data and tokenizer, which are copied; empty = data in memory")
 
