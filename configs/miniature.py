@@ -113,7 +113,8 @@ def get_config() -> ConfigDict:
             original_context=32768,  # Qwen2.5's trained length
         )
     )
-    config.initial_checkpoint = ""  # folder from launch.convert that midtrain1 starts from; empty = random parameters
+    config.initial_checkpoint = ""  # folder from launch.convert that first_stage starts from; empty = random parameters
+    config.first_stage = "midtrain1"  # midtrain2 or sft leave out what comes before
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
     config.saving = ConfigDict(
         dict(

@@ -29,6 +29,7 @@ SHARES = frozenset(
 SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 CHOICES = {
+    "first_stage": STAGES,
     "data.on_bad_row": ("stop", "skip"),
     "data.on_damage": ("stop", "skip"),
     "data.exact_duplicates": ("off", "count", "drop"),

@@ -83,8 +83,7 @@ def train(
     finished = files.read_json(home / "done.json") if (home / "done.json").exists() else None
     if finished is not None and loader is None and not (Path(config.run_dir) / "data" / stage).exists():
         return finished  # data may be deleted to save space once a stage is done
-    if stage != "midtrain1":
-        stage_settings.require_parent(config, stage)
+    stage_settings.require_parent(config, stage)
 
     if on_milestone and jax.process_count() > 1:
         raise UserError(

@@ -28,8 +28,8 @@ def of(config, stage: str, model: Qwen2Config, fingerprint: str) -> dict:
     flat |= {f"model.{name}": value for name, value in dataclasses.asdict(model).items()}
     flat["seed"] = config.seed
     flat["data"] = fingerprint
-    flat["initial_checkpoint"] = config.initial_checkpoint if stage == "midtrain1" else ""
-    parent = state.PARENT[stage]
+    parent = state.parent_of(config, stage)
+    flat["initial_checkpoint"] = config.initial_checkpoint if parent == "init" else ""
     if parent != "init":
         flat[parent] = files.read_json(state.stage_dir(config, config.seed, parent) / "done.json")["params_sha256"]
     return flat
@@ -37,12 +37,15 @@ def of(config, stage: str, model: Qwen2Config, fingerprint: str) -> dict:
 
 def require_parent(config, stage: str) -> None:
     """Raises UserError when the stage that `stage` starts from is not finished."""
-    parent = state.PARENT[stage]
+    parent = state.parent_of(config, stage)
+    if parent == "init":
+        return
     home = state.stage_dir(config, config.seed, parent)
     if not (home / "done.json").exists():
         raise UserError(
             f"stage {stage} starts from {parent}, which is not finished in {home}; run {state.COMMAND[parent]} "
-            f"--config.run_dir={config.run_dir} --config.seed={config.seed} first"
+            f"--config.run_dir={config.run_dir} --config.seed={config.seed} first, or start {stage} from "
+            f"--config.initial_checkpoint=DIR with --config.first_stage={stage}"
         )
 
 

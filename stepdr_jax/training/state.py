@@ -1,6 +1,6 @@
 """Where training starts and what it leaves: initial parameters of a stage, finished parameters of any stage.
 
-Initialisation precedence: midtrain1 starts from config.initial_checkpoint where there is one (Qwen2.5, converted), else
+Initialisation precedence: config.first_stage (midtrain1) starts from config.initial_checkpoint where there is one (Qwen2.5, converted), else
 from random parameters of (config.model, seed); midtrain2 from the end of midtrain1; sft from the end of midtrain2; ppo from the end of sft. All of one seed.
 """
 
@@ -25,6 +25,11 @@ COMMAND = {
     "sft": "python -m launch.sft",
     "ppo": "python -m launch.ppo",
 }
+
+
+def parent_of(config, stage: str) -> str:
+    """The stage that `stage` starts from; "init" is config.initial_checkpoint, or random parameters without one."""
+    return "init" if stage == config.first_stage else PARENT[stage]
 
 
 def stage_dir(config, seed: int, stage: str) -> Path:
@@ -111,7 +116,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
 
 def start_of(config, stage: str, model: qwen2.Qwen2Config, shardings: dict | None = None) -> dict:
     """Parameters that a training stage starts from."""
-    parent = PARENT[stage]
+    parent = parent_of(config, stage)
     if parent == "init":
         return _start(config, model, config.seed, shardings)
     return load_params(config, config.seed, parent, shardings)
