@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.eval.update(dict(every_tokens=5_000_000_000, inline=False))  # paper: every 5B tokens
     config.log.tensorboard = True
 
+    config.midtrain1.mixture.copying = 0.0  # the model can copy already
     config.midtrain1.update(
         dict(
             context=32768,  # paper
@@ -81,7 +82,7 @@ def get_config() -> ConfigDict:
                 warmup_steps=200,
                 weight_decay=0.1,  # as Qwen2.5 and most pre-training
                 loss_chunk=512,  # tokens whose logits exist at a time: 0.29 GiB in float32
-                opening="",  # the model can copy already
+                opening="",
                 opening_steps=0,
                 keep_checkpoints=3,
                 heldout_every=500,  # steps
