@@ -94,7 +94,7 @@ class Fetcher:
     async def _follow(self, url: str) -> Fetched:
         cookies = aiohttp.CookieJar()  # of this page alone: sites set one and redirect to see it come back
         for _ in range(self._max_redirects + 1):
-            url = canonical_url(url)
+            url = self._reach.served(canonical_url(url))
             target = self._reach.url(url)
             sent = {name: morsel.value for name, morsel in cookies.filter_cookies(target).items()}
             async with self._client.get(target, allow_redirects=False, cookies=sent) as response:

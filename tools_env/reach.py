@@ -10,6 +10,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from urllib.parse import urlsplit, urlunsplit
 
 import yarl
 
@@ -39,6 +40,13 @@ class Reach:
         self._web_port = web_port
         self._allow_internet = allow_internet
         self._lookup = lookup or _system_lookup
+
+    def served(self, address: str) -> str:
+        """Returns the address under which a page is served here: the world's hosts have no TLS, and links to real ones do."""
+        parts = urlsplit(address)
+        if parts.scheme == "https" and parts.netloc in self._hosts:
+            return urlunsplit(("http", *parts[1:]))
+        return address
 
     def url(self, address: str) -> yarl.URL:
         """Returns an address in the spelling that is checked and connected to. Raises ToolError if it may not be.

@@ -220,8 +220,12 @@ def test_a_picture_bomb_and_what_is_no_picture_are_refused(room):
     (room / "workspace" / "bomb.png").write_bytes(png(30_000, 30_000))
     (room / "workspace" / "wide.png").write_bytes(png(10_000, 5_000))
     (room / "workspace" / "text.png").write_bytes(b"text")
-    for name in ("bomb.png", "wide.png", "text.png"):
-        with pytest.raises(ToolError, match="pixels, at most|no picture"):
+    for name, reason in (
+        ("bomb.png", "pixels, at most|no picture"),
+        ("wide.png", "pixels, at most"),
+        ("text.png", "no picture"),
+    ):
+        with pytest.raises(ToolError, match=reason):
             asyncio.run(use(tool, room, path=name))
 
 

@@ -180,7 +180,7 @@ async def proxied(where: Reach, connect, **limits):
         "http://127.0.0.1\t/",
         "http://atlas.test:22/",
         "http://atlas.test:0/",
-        "https://atlas.test/",
+        "https://atlas.test:8443/",
         "http://good.example:22/",
         "http://good.example:25/",
         "http://1.2.3.4.5/",

@@ -36,6 +36,18 @@ def test_opened_passages_have_the_ids_that_search_gave_them(running):
     asyncio.run(main())
 
 
+def test_a_link_with_tls_to_a_host_that_is_served_here_is_the_same_page(running):
+    async def main():
+        async with running() as it:
+            plain = await opened(it, "http://atlas.test/en/austria")
+            secure = await opened(it, "https://atlas.test/en/austria")
+            port = await opened(it, "https://atlas.test:444/en/austria")
+            assert secure.outcome == "ok" and [s.id for s in secure.sources] == [s.id for s in plain.sources]
+            assert port.outcome == "tool_error"
+
+    asyncio.run(main())
+
+
 def test_citation_id_opens_its_page_only_after_it_was_shown(running):
     async def main():
         async with running() as it:

@@ -115,6 +115,16 @@ def test_calls_of_one_tool_have_a_budget_of_their_own(running):
     asyncio.run(main())
 
 
+def test_session_ids_cannot_be_guessed_from_others(tmp_path):
+    sessions = Sessions(tmp_path, lease=60.0, durable=False)
+    secrets = [sessions.open(Opening(str(i), "e", Budget())).id.rsplit("_", 1)[1] for i in range(200)]
+    bits = [int(secret, 16) for secret in secrets]
+    assert all(len(secret) == 16 for secret in secrets) and len(set(bits)) == 200
+    ones = [sum(b >> place & 1 for b in bits) for place in range(64)]
+    assert all(60 < n < 140 for n in ones)  # every bit is drawn: 100, give or take 5.7 deviations
+    assert len({b - a for a, b in zip(bits, bits[1:], strict=False)}) == 199
+
+
 def test_session_ids_name_their_worker_and_nothing_else_does():
     assert [owner(f"session_{i}_ab", 3) for i in range(4)] == [0, 1, 2, 0]
     assert {owner(name, 3) for name in ("", "x", "session_1", "session_-1_a", "session_9999999_a", "a_b_c")} == {None}
