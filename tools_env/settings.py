@@ -74,7 +74,9 @@ class Settings:
     lease: float = _field(900.0, "seconds after which a session without calls is removed")
     max_file_chars: int = _field(200_000, "characters of one workspace file")
     max_files: int = _field(200, "files of one workspace")
-    tools: str = _field("", "optional tools to serve, with commas between: shell, browser, file_parser, asr, analyze_image")
+    tools: str = _field(
+        "", "optional tools to serve, with commas between: shell, browser, file_parser, asr, analyze_image"
+    )
     tool_options: str = _field("", "JSON object of optional tool to its options")
     drain: float = _field(5.0, "seconds that calls in flight get when the host stops")
 

@@ -96,7 +96,9 @@ def describe(status: int) -> str:
         return "killed (signal 9); if nobody did it, the machine ran out of memory"
     if status < 0:
         return f"ended by signal {-status} ({signal.Signals(-status).name})"
-    return {1: "failed", 2: "stopped", 130: "interrupted", 143: "terminated", 75: "told to end; saved"}.get(status, f"exit status {status}")
+    return {1: "failed", 2: "stopped", 130: "interrupted", 143: "terminated", 75: "told to end; saved"}.get(
+        status, f"exit status {status}"
+    )
 
 
 def _stop(child: subprocess.Popen) -> None:
