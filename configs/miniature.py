@@ -280,6 +280,17 @@ def get_config() -> ConfigDict:
             attention="auto",  # reference, or ragged: the Pallas kernel, for TPUs
         )
     )
+    config.roles = ConfigDict(
+        dict(
+            # shared: the sampler takes turns with the learner on the first replicas * tensor devices of the process;
+            # separate: it has the last ones for itself, and config.mesh the others
+            sampler="shared",
+            # idle: weights and moments of the network that is not at work, and all of the learner's while the sampler
+            # works, lie in pinned host memory; none: what fits on the devices stays there
+            offload="none",
+            transfer_gb=1.0,  # GiB, most of the weights on their way from learner to sampler at once; ours
+        )
+    )
     config.judge = ConfigDict(
         dict(
             kind="programmatic",  # rubrics by their checks; endpoint: by a language model

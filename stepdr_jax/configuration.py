@@ -43,6 +43,8 @@ CHOICES = {
     "parallel.remat": REMAT,
     "ppo.remat": REMAT,
     "sampler.attention": ("auto", "reference", "ragged"),
+    "roles.sampler": ("shared", "separate"),
+    "roles.offload": ("none", "idle"),
     "judge.kind": ("programmatic", "endpoint"),
     "judge.mapping": ("strict", "ternary"),
     "model.dtype": ("float32", "bfloat16"),
