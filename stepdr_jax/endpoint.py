@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import aiohttp
@@ -19,10 +20,12 @@ class Endpoint:
     Args:
         base_url: what paths are appended to.
         key: API key; empty sends no Authorization header.
-        timeout: seconds for one request.
+        timeout: seconds for one try, counted from when it is sent; all tries together have twice as many.
         retries: further tries after a timeout, a connection error or one of RETRIED_STATUS.
         backoff: seconds before the first retry; doubles each time. A Retry-After header is obeyed, up to 60 s.
-        concurrency: requests in flight at once.
+        concurrency: requests in flight at once; others wait their turn, which costs them no time of their own.
+
+    Usable from one event loop after another.
     """
 
     def __init__(
@@ -38,14 +41,23 @@ class Endpoint:
         self.base_url, self.key = base_url.rstrip("/"), key
         self.timeout, self.retries, self.backoff, self.concurrency = timeout, retries, backoff, concurrency
         self._http: aiohttp.ClientSession | None = None
+        self._gate: asyncio.Semaphore | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         """Returns the reply's JSON object. Raises EndpointError after the last retry, at once when that cannot help."""
-        url, wait, problem = self.base_url + path, self.backoff, ""
-        for attempt in range(self.retries + 1):
+        http = self._session()
+        async with self._gate:
+            return await self._post(http, self.base_url + path, body, headers)
+
+    async def _post(self, http: aiohttp.ClientSession, url: str, body: dict[str, Any], headers) -> dict[str, Any]:
+        wait, problem, tries, end = self.backoff, "", 0, time.monotonic() + 2 * self.timeout
+        while True:
+            tries += 1
+            limit = aiohttp.ClientTimeout(total=min(self.timeout, end - time.monotonic()))
             try:
-                async with self._session().post(url, json=body, headers=headers) as reply:
-                    text = await reply.text()
+                async with http.post(url, json=body, headers=headers, timeout=limit) as reply:
+                    text = await reply.text(errors="replace")
                     if reply.status == 200:
                         return _json_object(text, url)
                     problem = f"HTTP {reply.status}: {_error_text(text)}"
@@ -56,21 +68,20 @@ class Endpoint:
                     wait = max(wait, min(float(after), 60.0)) if after.replace(".", "", 1).isdigit() else wait
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = f"{type(error).__name__} {error}".strip()
-            if attempt < self.retries:
-                await asyncio.sleep(wait)
-                wait *= 2
+            if tries > self.retries or time.monotonic() + wait >= end:
+                break
+            await asyncio.sleep(wait)
+            wait *= 2
         raise EndpointError(
-            f"{url} failed {self.retries + 1} times, last with {problem}; check that the endpoint is up and reachable"
+            f"{url} failed {tries} times, last with {problem}; check that the endpoint is up and reachable"
         )
 
     def _session(self) -> aiohttp.ClientSession:
-        if self._http is None or self._http.closed:
+        loop = asyncio.get_running_loop()
+        if self._http is None or self._http.closed or self._loop is not loop:
             headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-            self._http = aiohttp.ClientSession(
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=self.timeout),
-                connector=aiohttp.TCPConnector(limit=self.concurrency),
-            )
+            self._http = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
+            self._gate, self._loop = asyncio.Semaphore(self.concurrency), loop
         return self._http
 
     async def close(self) -> None:

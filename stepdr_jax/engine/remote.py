@@ -2,10 +2,13 @@
 
 The server holds no session: each turn sends all of the session's ids and relies on the server's prefix cache, to which a
 header keeps a session's turns. `cache_salt` (vLLM) keeps K/V of one version of the weights from those of the next; SGLang
-empties its cache when its weights change. Both servers count their seed anew in every request, so a turn's seed is the
+empties its cache when its weights change. So a server that is killed loses nothing but time, as far as the endpoint's retries
+go, except weights that it was sent: SGLang says with every reply which version it sampled with, and one that has come back with
+its first weights is sent the current ones again before anything it samples is used. Both servers count their seed anew in every request, so a turn's seed is the
 session's and its length: equal requests ask for equal samples, as far as the server's numerics go.
 """
 
+import asyncio
 import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ class _Counts:
     requests: int = 0
     sampled_tokens: int = 0
     sent_tokens: int = 0
+    weights_sent_again: int = 0  # to a server that was started anew
 
 
 class RemoteEngine:
@@ -56,6 +60,8 @@ class RemoteEngine:
         self.stop_ids, self.version, self.publish = tuple(stop_ids), version, publish
         self._sessions: dict[str, list[int]] = {}
         self._counts = _Counts()
+        self._published: str | None = None  # where the current weights lie; None: those that the server started with
+        self._sending = asyncio.Lock()
 
     async def generate(self, session: str, new_ids: Sequence[int], params: SampleParams) -> Generation:
         """See `Engine`. Raises EndpointError when the server cannot be reached or breaks the contract."""
@@ -87,10 +93,15 @@ class RemoteEngine:
                 "expected an SGLang server and a publish function; restart a vLLM server with the new weights"
             )
         path = self.publish(params, version)
-        reply = await self.endpoint.post("/update_weights_from_disk", {"model_path": path, "flush_cache": True})
+        async with self._sending:
+            await self._send_weights(path, version)
+            self._published, self.version = path, version
+
+    async def _send_weights(self, path: str, version: int) -> None:
+        body = {"model_path": path, "flush_cache": True, "weight_version": str(version)}
+        reply = await self.endpoint.post("/update_weights_from_disk", body)
         if not reply.get("success"):
             raise EndpointError(f"{self.endpoint.base_url} did not take the weights in {path}: {reply.get('message')}")
-        self.version = version
 
     def stats(self) -> dict[str, float]:
         """Totals since the engine was made."""
@@ -114,7 +125,7 @@ class RemoteEngine:
         reply = await self.endpoint.post("/v1/completions", body, {ROUTE_HEADER: session})
         try:
             choice = reply["choices"][0]
-            return choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"] == "stop"
+            return choice["token_ids"], choice["logprobs"]["token_logprobs"], _stopped(choice["finish_reason"])
         except (KeyError, IndexError, TypeError):
             raise self._nonsense(reply, "choices[0] with token_ids (vLLM 0.10.2 and later) and logprobs") from None
 
@@ -129,13 +140,33 @@ class RemoteEngine:
             "ignore_eos": True,
         }
         body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True}
-        reply = await self.endpoint.post("/generate", body, {ROUTE_HEADER: session})
+        reply = await self._with_current_weights(body, session)
         try:
             meta = reply["meta_info"]
             pairs = meta["output_token_logprobs"]
-            return [pair[1] for pair in pairs], [pair[0] for pair in pairs], meta["finish_reason"]["type"] == "stop"
+            return [pair[1] for pair in pairs], [pair[0] for pair in pairs], _stopped(meta["finish_reason"]["type"])
         except (KeyError, IndexError, TypeError):
             raise self._nonsense(reply, "meta_info with output_token_logprobs and finish_reason") from None
+
+    async def _with_current_weights(self, body: dict, session: str) -> dict:
+        """The reply of a server that has the weights it was sent; one that has lost them gets them again."""
+        version = self.version
+        for last in (False, True):
+            sent = self._counts.weights_sent_again
+            reply = await self.endpoint.post("/generate", body, {ROUTE_HEADER: session})
+            meta = reply.get("meta_info")
+            has = meta.get("weight_version") if isinstance(meta, dict) else None
+            if self._published is None or has == str(version):
+                return reply
+            if last:
+                raise EndpointError(
+                    f"{self.endpoint.base_url} sampled with weights of version {has}, expected {version}; "
+                    "check that every server behind it takes new weights and says its weight_version"
+                )
+            async with self._sending:
+                if self._counts.weights_sent_again == sent:  # else another session has seen to it
+                    await self._send_weights(self._published, version)
+                    self._counts.weights_sent_again += 1
 
     def _check(self, sampled, logprobs, stopped, limit) -> None:
         """The contract of `Generation`: a trainer must not learn from ids that were not sampled as it thinks."""
@@ -151,6 +182,11 @@ class RemoteEngine:
 
     def _nonsense(self, reply: dict, wanted: str) -> EndpointError:
         return EndpointError(f"{self.endpoint.base_url}: expected {wanted} in the reply, got {repr(reply)[:300]}")
+
+
+def _stopped(reason: str) -> bool:
+    """Whether a turn ended by a stop id, not by its length. Raises KeyError for any other end, as of an aborted request."""
+    return {"stop": True, "length": False}[reason]
 
 
 def _seed(seed: int, length: int) -> int:

@@ -18,10 +18,11 @@ def vllm(ids, stopped, logprobs=None):
     return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": reason}]}
 
 
-def sglang(ids, stopped):
+def sglang(ids, stopped, weights="default"):
     pairs = [[-0.5 - i, id_, None] for i, id_ in enumerate(ids)]
     reason = {"type": "stop", "matched": ids[-1]} if stopped else {"type": "length", "length": len(ids)}
-    return {"output_ids": ids, "meta_info": {"output_token_logprobs": pairs, "finish_reason": reason}}
+    meta = {"output_token_logprobs": pairs, "finish_reason": reason, "weight_version": weights}
+    return {"output_ids": ids, "meta_info": meta}
 
 
 def served(dialect, replies, use, **settings):
@@ -93,6 +94,10 @@ def test_the_end_of_the_context_is_full():
         (vllm([9, 5], False, [-1.0]), "2 ids and 1 log-prob"),
         (vllm([9, 5], False, [-1.0, None]), "not numbers"),
         (vllm([], False), "0 ids"),
+        (
+            vllm([9, 5], False) | {"choices": [vllm([9], False)["choices"][0] | {"finish_reason": "abort"}]},
+            "expected ch",
+        ),
         ({"choices": [{"text": "hello"}]}, "expected choices"),
         ({}, "expected choices"),
     ],
@@ -123,7 +128,31 @@ def test_new_weights_are_read_from_where_they_were_published():
     replies = [{"success": True}, {"success": False, "message": "bad shape"}]
     version, requests = served("sglang", replies, use, publish=publish)
     assert version == 4 and published == [({"w": 1}, 4), ({"w": 2}, 5)]
-    assert requests[0][:2] == ("/update_weights_from_disk", {"model_path": "/weights/4", "flush_cache": True})
+    body = {"model_path": "/weights/4", "flush_cache": True, "weight_version": "4"}
+    assert requests[0][:2] == ("/update_weights_from_disk", body)
+
+
+def test_a_server_that_came_back_with_its_first_weights_is_sent_the_current_ones_again():
+    async def use(engine):
+        await engine.update_weights({"w": 1}, 4)
+        got = await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
+        return got, engine.stats()["weights_sent_again"]
+
+    replies = [{"success": True}, sglang([8, STOP], True), {"success": True}, sglang([9, STOP], True, "4")]
+    (got, again), requests = served("sglang", replies, use, publish=lambda params, version: f"/weights/{version}")
+    assert (got.ids, got.version, again) == ((9, STOP), 4, 1)  # what the first weights sampled is not used
+    assert [path.split("_")[0] for path, *_ in requests] == ["/update", "/generate", "/update", "/generate"]
+    assert requests[0] == requests[2] and requests[1] == requests[3]
+
+
+def test_a_server_that_keeps_other_weights_is_an_error():
+    async def use(engine):
+        await engine.update_weights({"w": 1}, 4)
+        with pytest.raises(EndpointError, match="weights of version default, expected 4"):
+            await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
+
+    replies = [{"success": True}, sglang([8, STOP], True)] * 2
+    served("sglang", replies, use, publish=lambda params, version: f"/weights/{version}")
 
 
 def test_what_cannot_be_done_is_said():
