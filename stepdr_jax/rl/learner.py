@@ -215,7 +215,9 @@ def _train(
     mask_ET = episodes.action_mask_ET
     sums: dict[str, float] = {}
     norms, skipped = [], 0.0
-    for members in ppo.minibatches(len(mask_ET), count, seed=config.seed, iteration=iteration, purpose=int(is_actor)):
+    kept_M = np.flatnonzero(episodes.kept_E)  # minibatches are those of the surviving episodes alone
+    for places in ppo.minibatches(len(kept_M), count, seed=config.seed, iteration=iteration, purpose=int(is_actor)):
+        members = kept_M[places]
         kept_ET = np.zeros_like(mask_ET)
         kept_ET[members] = mask_ET[members]
         if not kept_ET.any():

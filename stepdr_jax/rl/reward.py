@@ -44,9 +44,10 @@ def unfinished_reward(rubric_set: RubricSet | None, rule: str) -> float:
 async def score(
     judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, unfinished: str = "worst"
 ) -> Scored:
-    """Judges one episode. Never raises for a broken judge: that masks the episode."""
+    """Judges one episode. Never raises for a broken judge: that masks the episode, with the cause in its metadata."""
     if not trajectory.finish.is_policy_outcome:
         return Scored(None, None, str(trajectory.finish))
+    trajectory.metadata.pop("cause", None)  # of an earlier judge that failed
     if trajectory.answer is None:
         correct = None if task.answer is None else False
         value = unfinished_reward(rubric_set, unfinished)
@@ -54,8 +55,11 @@ async def score(
     try:
         verdict = await judge.judge(task, rubric_set, trajectory)
     except Exception as error:  # whatever a judge does wrong, it is ours and not the policy's
-        trajectory.metadata = trajectory.metadata | {"cause": f"judge: {type(error).__name__}: {error}"}
+        trajectory.metadata["cause"] = f"judge: {type(error).__name__}: {error}"
         return Scored(None, None, str(Finish.JUDGE_FAILED))
     if verdict.reward is None:
+        failed = [judgment for judgment in verdict.judgments if judgment.verdict == "error"]
+        why = f"{len(failed)} of {len(verdict.judgments)} rubrics without a verdict"
+        trajectory.metadata["cause"] = f"judge: {why}{f', first {failed[0].reason}' if failed else ''}"
         return Scored(None, verdict, str(Finish.JUDGE_FAILED))
     return Scored(float(verdict.reward), verdict)

@@ -93,6 +93,7 @@ async def collect(
     attempts: int = 2,
     unfinished: str = "worst",
     run_episode=react.run_episode,
+    before: Sequence[Episode] = (),
 ) -> list[Episode]:
     """Runs one episode per (task, seed) and returns them in that order.
 
@@ -107,24 +108,28 @@ async def collect(
         limits, prompt, as_of: of the episode loop.
         concurrency: episodes at once; not above the sampler's slots, or sessions push each other out of the cache.
         attempts: how often an episode that infrastructure broke is run, with the same seed: the second attempt samples
-            what the first would have.
+            what the first would have. A judge that fails has made its own attempts.
         unfinished: rule of `reward.unfinished_reward`.
         run_episode: the episode loop.
+        before: what came of the same tasks and seeds earlier; an episode that only lacks its verdict is not run again.
     """
     gate = asyncio.Semaphore(concurrency)
 
     async def one(index: int) -> Episode:
         task, seed = tasks[index], seeds[index]
-        async with gate:
-            for attempt in range(attempts):
-                done = await run_episode(task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=seed)
-                trajectory = done.trajectory
-                if trajectory.finish == Finish.CANCELLED:
-                    raise asyncio.CancelledError
-                scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, unfinished)
-                if scored.masked is None or attempt == attempts - 1:
-                    break
-        return Episode(index, task, seed, trajectory, done.log, scored)
+        if before and before[index].scored.masked == Finish.JUDGE_FAILED:
+            trajectory, log = before[index].trajectory, before[index].log
+        else:
+            async with gate:  # held while the sampler is needed, not while a judge thinks
+                for _ in range(attempts):
+                    done = await run_episode(task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=seed)
+                    trajectory, log = done.trajectory, done.log
+                    if trajectory.finish == Finish.CANCELLED:
+                        raise asyncio.CancelledError
+                    if trajectory.finish.is_policy_outcome:
+                        break
+        scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, unfinished)
+        return Episode(index, task, seed, trajectory, log, scored)
 
     running = [asyncio.create_task(one(index)) for index in range(len(tasks))]
     try:

@@ -133,12 +133,15 @@ class Live:
                 await (await self.tools.client()).wait_ready(READY_SECONDS)
             except ToolInfraError as error:
                 raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
-            again = await self._collect([tasks[index] for index in masked], [seeds[index] for index in masked])
+            again = await self._collect(
+                *([of[index] for index in masked] for of in (tasks, seeds)),
+                before=[episodes[index] for index in masked],
+            )
             for index, episode in zip(masked, again, strict=True):
                 episodes[index] = dataclasses.replace(episode, index=index)
         raise UserError(
-            f"{share}, more than ppo.max_masked_share = {self.config.ppo.max_masked_share} after {ROUNDS} rounds; see the tool "
-            "host's log, then run the same command: it continues from the last checkpoint"
+            f"{share}, more than ppo.max_masked_share = {self.config.ppo.max_masked_share} after {ROUNDS} rounds; mend "
+            "that, then run the same command: it continues from the last checkpoint"
         )
 
 
