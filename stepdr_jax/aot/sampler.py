@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from stepdr_jax.engine import programs
+from stepdr_jax.engine import programs, weights
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops import paged_attention
 
@@ -47,10 +47,10 @@ def _weights_and_pool(layout: programs.Layout):
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(layout.mesh, spec))
 
     params = qwen2.param_shapes(model)
-    weights = jax.eval_shape(functools.partial(programs.unstack, config=model), params)
+    unstacked = jax.eval_shape(functools.partial(weights.unstack, config=model), params)
     page = functools.partial(paged_attention.init_pages, layout.attention, layout.pages, layout.page)
     pool = jax.eval_shape(lambda: [page(model.num_kv_heads, model.head_dim, model.dtype)] * model.num_layers)
     return (
-        jax.tree.map(placed, weights, layout.weight_specs(weights)),
+        jax.tree.map(placed, unstacked, layout.weight_specs(unstacked)),
         jax.tree.map(lambda a: placed(a, layout.pool_spec()), pool),
     )

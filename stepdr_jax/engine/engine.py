@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from stepdr_jax.engine import programs
+from stepdr_jax.engine import programs, weights
 from stepdr_jax.engine.pages import Request, Session
 from stepdr_jax.engine.scheduler import Shard
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -89,6 +89,7 @@ class JaxEngine:
         prefill_calls: at most so many before each decode call; 0 for all that is pending.
         host_bytes: host memory for the K/V of sessions that lost their pages.
         attention: "auto" or one of `ops.paged_attention.BACKENDS`.
+        transfer_bytes: most bytes of new weights on their way at once, on one device.
         mesh: axes data and tensor: a replica of the engine on each position of data (shards then counts per replica), its
             heads and vocabulary split over tensor. Default the first device.
 
@@ -113,6 +114,7 @@ class JaxEngine:
         prefill_calls: int = 0,
         host_bytes: int = 2 << 30,
         attention: str = "auto",
+        transfer_bytes: int = weights.LIMIT,
         mesh: Mesh | None = None,
     ):
         replicas = _replicas(mesh)
@@ -125,7 +127,8 @@ class JaxEngine:
             for d in replicas
         ]
         self._layouts = list(zip(layouts, replicas, strict=True))
-        self._weights = self._place(params)
+        self._transfer_bytes = transfer_bytes
+        self._weights = self._place(params)  # of each replica; none between `release` and `update_weights`
         self._shards = [
             Shard(
                 layout,
@@ -163,6 +166,10 @@ class JaxEngine:
         """
         while self._update is not None:
             await asyncio.shield(self._update)
+        if self.released:
+            raise EngineError(
+                "the sampler has no weights: it was released, or did not get the last ones; update_weights first"
+            )
         entry, shard = self._entry(session)
         if entry.busy:
             raise ValueError(f"session {session!r} already has a request running")
@@ -220,16 +227,38 @@ class JaxEngine:
             await asyncio.shield(self._update)
         self._update = asyncio.get_running_loop().create_future()
         try:
-            while mode == "drain" and any(shard.has_work() for shard in self._shards):
-                await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
-            weights = jax.block_until_ready(self._place(params))
-            self._weights, self.version = weights, version  # what the next step of each shard begins with
+            if mode == "drain":
+                await self._drained()
+                self._weights = []  # nobody needs the old ones any more: they are never there beside the new ones
+            self._weights, self.version = self._place(params), version  # what the next step of each shard begins with
             self._updates += 1
             for shard in self._shards:
                 shard.outdated |= mode != "keep"
+                shard.reserve()
         finally:
             done, self._update = self._update, None
             done.set_result(None)
+
+    async def release(self) -> None:
+        """Gives the devices' memory back: waits for running requests to end, then forgets weights, K/V and pages.
+
+        Sessions stay open, `update_weights` makes the engine whole again, and requests until then raise EngineError.
+        """
+        while self._update is not None:
+            await asyncio.shield(self._update)
+        await self._drained()
+        self._weights = []
+        for shard in self._shards:
+            shard.release()
+
+    @property
+    def released(self) -> bool:
+        """Whether there are no weights to sample with."""
+        return not self._weights
+
+    async def _drained(self) -> None:
+        while any(shard.has_work() for shard in self._shards):
+            await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
 
     def stats(self) -> dict[str, float]:
         """Totals since the engine was made, and what is held now."""
@@ -245,7 +274,8 @@ class JaxEngine:
         }
 
     def _place(self, params: dict) -> list[dict]:
-        return [programs.prepare(params, layout, devices[0]) for layout, devices in self._layouts]
+        targets = [(layout, devices[0]) for layout, devices in self._layouts]
+        return jax.block_until_ready(weights.transfer(params, targets, limit=self._transfer_bytes))
 
     def _entry(self, name: str) -> tuple[Session, Shard]:
         if name not in self._sessions:
@@ -272,9 +302,9 @@ class JaxEngine:
             while self._paused is not None:
                 await asyncio.shield(self._paused)
             shard.collect()
-            weights = self._weights[self._replica_of[id(shard)]]
+            held = self._weights[self._replica_of[id(shard)]]
             try:
-                ended = await loop.run_in_executor(self._threads[id(shard)], shard.step, weights, self.version)
+                ended = await loop.run_in_executor(self._threads[id(shard)], shard.step, held, self.version)
             except Exception as error:
                 self._fail(shard, error)
             else:
@@ -323,7 +353,7 @@ class JaxEngine:
 def _replicas(mesh: Mesh | None) -> list[list[jax.Device]]:
     """The devices of each replica: a row of `tensor` for every position of `data`."""
     if mesh is None:
-        return [jax.devices()[:1]]
+        return [jax.local_devices()[:1]]
     others = {axis: size for axis, size in mesh.shape.items() if axis not in ("data", "tensor") and size > 1}
     if others:
         raise ValueError(f"expected a sampler's mesh of data and tensor alone, got {others} besides")

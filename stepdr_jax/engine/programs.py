@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from stepdr_jax.models import qwen2
-from stepdr_jax.models.qwen2 import Qwen2Config, unembedding
+from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.ops import paged_attention
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import Placement
@@ -55,52 +55,19 @@ class Layout:
         """Of every array of the pool: kv heads over tensor."""
         return PartitionSpec(None, None, "tensor") if self.attention == "ragged" else PartitionSpec(None, "tensor")
 
+    def weight_spec(self, name: str) -> PartitionSpec:
+        """Of the sampler's array `name`: split over tensor as the trainer splits it, without the layer axis."""
+        if name in ("embedding", "unembedding"):
+            return PartitionSpec(None, "tensor")  # V D; D V
+        axes = getattr(RULES, name)
+        axes = axes if name == "final_norm" else axes[1:]
+        return PartitionSpec(*("tensor" if "tensor" in (axis or ()) else None for axis in axes))
+
     def weight_specs(self, weights: dict) -> dict:
-        """PartitionSpec of each of `prepare`'s arrays."""
-
-        def split(name):  # as the trainer splits it over tensor, without the layer axis
-            return PartitionSpec(*("tensor" if "tensor" in (axis or ()) else None for axis in getattr(RULES, name)[1:]))
-
-        layer = {name: split(name) for name in weights["layers"][0]}
-        last = PartitionSpec(None, "tensor")
-        return {
-            "embedding": last,  # V D
-            "final_norm": PartitionSpec(None),
-            "layers": [layer] * len(weights["layers"]),
-            "unembedding": last,  # D V
-        }
-
-
-def prepare(params: dict, layout: Layout, device: jax.Device) -> dict:
-    """Copies a parameter tree into the sampler's layout and onto its devices: layers unstacked, matrices in the compute
-    dtype, unembedding [D, V].
-
-    A copy, because the trainer donates its own parameters to its step.
-    """
-    weights = unstack(params, config=layout.config)
-    if layout.mesh is None:
-        return jax.device_put(weights, device)
-    specs = layout.weight_specs(weights)
-    return jax.tree.map(lambda w, spec: jax.device_put(w, NamedSharding(layout.mesh, spec)), weights, specs)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def unstack(params: dict, *, config: Qwen2Config) -> dict:
-    """The sampler's layout of a parameter tree: see `prepare`."""
-    dtype = jnp.dtype(config.dtype)
-
-    def cast(name, w):
-        return w.astype(dtype) if name.endswith("kernel") else w
-
-    layers = [
-        {name: jnp.copy(cast(name, w[i])) for name, w in params["layers"].items()} for i in range(config.num_layers)
-    ]
-    return {
-        "embedding": jnp.copy(params["embedding"].astype(dtype)),
-        "final_norm": jnp.copy(params["final_norm"]),
-        "layers": layers,
-        "unembedding": jnp.copy(unembedding(params).T).astype(dtype),
-    }
+        """PartitionSpec of each of `weights.unstack`'s arrays."""
+        ends = {name: self.weight_spec(name) for name in weights if name != "layers"}
+        layer = {name: self.weight_spec(name) for name in weights["layers"][0]}
+        return ends | {"layers": [layer] * len(weights["layers"])}
 
 
 def init_pool(layout: Layout, device: jax.Device | None = None) -> list:
@@ -155,7 +122,7 @@ def prefill(weights, pool, table_RM, tokens_RC, start_R, count_R, *, layout: Lay
     """Writes the K/V of one chunk of up to C tokens for each of R sequences; returns the pool.
 
     Args:
-        weights: from `prepare`.
+        weights: of `weights.transfer`.
         pool: from `init_pool`; donated.
         table_RM: int32 pages of each row, enough for its chunk; what follows them is not read.
         tokens_RC: int32 ids.
@@ -178,7 +145,7 @@ def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, 
     """Samples up to `steps` tokens in every row that has `remaining` > 0; returns (pool, ids, logprobs).
 
     Args:
-        weights: from `prepare`.
+        weights: of `weights.transfer`.
         pool: donated.
         table_BM: int32 pages of each row, enough for `steps` more tokens; not read where a page holds a sequence.
         state: per row: token int32 (last known id), position int32 (its index in the sequence), remaining int32 (tokens

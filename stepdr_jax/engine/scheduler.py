@@ -83,6 +83,16 @@ class Shard:
         """Starts with empty pages."""
         self.pool = programs.init_pool(self.layout, self.device)
 
+    def release(self) -> None:
+        """Gives the pages' memory back and forgets all K/V. Only while nothing runs."""
+        self.forget()
+        self.pool = None
+
+    def reserve(self) -> None:
+        """Has pages again after `release`; they are empty."""
+        if self.pool is None:
+            self.new_pool()
+
     def submit(self, session: Session, new_ids: list[int], request: Request) -> None:
         """Hands in a request; it takes effect at the next `collect`, because a step may be running now."""
         self.inbox.append((session, new_ids, request))

@@ -1,0 +1,178 @@
+"""The weights' way from the trainer's layout and mesh to the sampler's: in cuts, so that no second copy is ever whole.
+
+A cut is made where the parameters are, by one program over all their devices: layers unstacked, matrices in the compute
+dtype, every array whole or, where the devices allow it, in as many parts as a replica of the sampler has devices. The
+sampler's devices take their parts from there (`sharding.memory.land`): nothing moves where a part was cut on the device
+that wants it. With several processes each lands its own replicas; the cuts are programs of all, in the same order.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from stepdr_jax.engine.programs import Layout
+from stepdr_jax.models.qwen2 import Qwen2Config, unembedding
+from stepdr_jax.sharding import memory
+
+LIMIT = 1 << 30  # bytes of a cut on one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What crosses together: parameters `names` of `count` layers from `start`, or, with count 0, of none of them."""
+
+    names: tuple[str, ...]
+    start: int = 0
+    count: int = 0
+
+
+def unstack(params: dict, *, config: Qwen2Config) -> dict:
+    """The sampler's layout of a parameter tree: layers unstacked, matrices in the compute dtype, unembedding [D, V]."""
+    names = tuple(params["layers"])
+    ends = _cut(params, 0, names=("embedding", "final_norm", "unembedding"), count=0, config=config)
+    return ends | {"layers": _cut(params, 0, names=names, count=config.num_layers, config=config)}
+
+
+def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limit: int = LIMIT) -> list[dict]:
+    """Copies a parameter tree to each of the sampler's replicas; `params` stay as they are.
+
+    Beside `params` and what has arrived, a device holds at most `limit` bytes of weights on their way.
+
+    Args:
+        params: tree of `qwen2.param_shapes(config)`, on one device or on a mesh, in device memory.
+        targets: layout of each replica, equal but for its devices, and its first device. All are of this process.
+        limit: bytes of a cut on one device.
+
+    Raises:
+        ValueError: one array alone is larger than the limit.
+    """
+    config = targets[0][0].config
+    placed = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
+    for cut, program, arguments in cuts(params, targets[0][0], limit):
+        arrived = land(program(*arguments), targets)
+        for weights, pieces in zip(placed, jax.block_until_ready(arrived), strict=True):
+            if cut.count:
+                for layer, piece in enumerate(pieces, cut.start):
+                    weights["layers"][layer] |= piece
+            else:
+                weights |= pieces
+    return placed
+
+
+def land(pieces: Any, targets: Sequence[tuple[Layout, jax.Device]]) -> list[Any]:
+    """What a cut's program returned, for each replica on its devices."""
+
+    def placing(layout: Layout, device: jax.Device):
+        if layout.mesh is None:
+            return lambda name: SingleDeviceSharding(device)
+        return lambda name: NamedSharding(layout.mesh, layout.weight_spec(name))
+
+    return [_by_name(pieces, placing(layout, device), memory.land) for layout, device in targets]
+
+
+def cuts(params: dict, layout: Layout, limit: int = LIMIT) -> Iterator[tuple[Cut, jax.stages.Wrapped, tuple]]:
+    """Yields (cut, jitted, arguments) in order; `params` may be jax.ShapeDtypeStruct with shardings.
+
+    Every program's results are split over all devices of the parameters, `layout.tensor` parts or one.
+
+    Raises:
+        ValueError: one array alone is larger than the limit.
+    """
+    mesh = _source_mesh(params, layout.tensor)
+    shapes = jax.eval_shape(functools.partial(unstack, config=layout.config), params)
+    parts = mesh.shape["part"] if mesh is not None else 1
+
+    def size(shape, name: str) -> int:
+        split = parts if "tensor" in layout.weight_spec(name) else 1
+        return shape.size * shape.dtype.itemsize // split
+
+    ends = {name: size(shape, name) for name, shape in shapes.items() if name != "layers"}
+    for names in _packed(ends, limit):
+        yield Cut(names), *_program_of(params, Cut(names), layout, mesh)
+    layer = {name: size(shape, name) for name, shape in shapes["layers"][0].items()}
+    for names in _packed(layer, limit):
+        many = min(layout.config.num_layers, limit // sum(layer[name] for name in names))
+        for start in range(0, layout.config.num_layers, many):
+            cut = Cut(names, start, min(many, layout.config.num_layers - start))
+            yield cut, *_program_of(params, cut, layout, mesh)
+
+
+def _program_of(params: dict, cut: Cut, layout: Layout, mesh: Mesh | None) -> tuple[jax.stages.Wrapped, tuple]:
+    """The program of a cut, one for all cuts that differ only in where they start, and its arguments."""
+    if cut.count:
+        needed = {"layers": {name: params["layers"][name] for name in cut.names}}
+    else:
+        needed = {name: leaf for name, leaf in params.items() if name in (*cut.names, "embedding") and name != "layers"}
+    specs = tuple((name, layout.weight_spec(name)) for name in cut.names)
+    return _program(cut.names, cut.count, layout.config, mesh, specs), (needed, np.int32(cut.start))
+
+
+@functools.lru_cache
+def _program(names, count, config, mesh, specs) -> jax.stages.Wrapped:
+    work = functools.partial(_cut, names=names, count=count, config=config)
+    if mesh is None:
+        return jax.jit(work)
+
+    def split(spec):
+        return NamedSharding(mesh, PartitionSpec(*("part" if axis == "tensor" else None for axis in spec)))
+
+    shardings = {name: split(spec) for name, spec in specs}
+    return jax.jit(work, out_shardings=[shardings] * count if count else shardings)
+
+
+def _cut(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwen2Config):
+    dtype = jnp.dtype(config.dtype)
+    if not count:
+        ends = {
+            "embedding": lambda: jnp.copy(params["embedding"].astype(dtype)),
+            "final_norm": lambda: jnp.copy(params["final_norm"]),
+            "unembedding": lambda: jnp.copy(unembedding(params).T).astype(dtype),
+        }
+        return {name: ends[name]() for name in names}
+
+    def one(name, layer):
+        w = jax.lax.dynamic_index_in_dim(params["layers"][name], start + layer, keepdims=False)
+        return w.astype(dtype) if name.endswith("kernel") else w
+
+    return [{name: one(name, layer) for name in names} for layer in range(count)]
+
+
+def _by_name(pieces, sharding_of, place):
+    if isinstance(pieces, list):
+        return [_by_name(layer, sharding_of, place) for layer in pieces]
+    return {name: place(a, sharding_of(name)) for name, a in pieces.items()}
+
+
+def _packed(sizes: dict[str, int], limit: int) -> list[tuple[str, ...]]:
+    """Names in order, in groups of at most `limit` bytes."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > limit:
+            raise ValueError(f"expected at least {size} bytes for the way of {name}, got a limit of {limit}")
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= size
+    return [tuple(group) for group in groups]
+
+
+def _source_mesh(params: dict, tensor: int) -> Mesh | None:
+    """The devices of the parameters, in their order, with an axis `part` as long as `tensor` if every process then holds
+    every part, else of 1; None when they are on one device."""
+    mesh = getattr(params["embedding"].sharding, "mesh", None)
+    if mesh is None or mesh.size == 1:
+        return None
+    devices = mesh.devices.flatten()
+    held: dict[int, set[int]] = {}
+    for place, device in enumerate(devices):
+        held.setdefault(device.process_index, set()).add(place % tensor)
+    everywhere = len(devices) % tensor == 0 and all(len(parts) == tensor for parts in held.values())
+    return Mesh(devices.reshape(-1, tensor if everywhere else 1), ("copy", "part"))
