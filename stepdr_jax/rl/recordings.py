@@ -55,33 +55,48 @@ def load(directory: Path, iteration: int, tasks: Mapping[str, Task], mark: str |
     rows, logs = paths(directory, iteration)
     if not logs.exists():
         return None
+    made_with, held = read(directory, iteration)
+    if mark is not None and made_with != mark:
+        return None
     try:
-        with np.load(logs, allow_pickle=False) as held:
-            if mark is not None and str(held["mark"]) != mark:
-                return None
-            arrays = {name: held[name] for name in (*_LOG, "lengths")}
-        read = files.read_jsonl(rows)
-        if len(read) != len(arrays["lengths"]):
-            raise ValueError(f"{len(read)} episodes, {len(arrays['lengths'])} token logs")
-        ends = np.cumsum(np.maximum(arrays["lengths"], 0))
-        return [
-            _episode(row, {name: arrays[name][end - max(length, 0) : end] for name in _LOG}, length, tasks)
-            for row, length, end in zip(read, arrays["lengths"], ends, strict=True)
-        ]
+        return [_episode(row, log, tasks) for row, log in held]
     except KeyError as error:
         raise UserError(f"{rows}: task or field {error} is not known here; delete the recording {logs}") from None
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except ValueError as error:
         raise UserError(f"the recording {logs} is damaged ({str(error)[:160]}); delete it") from None
 
 
-def _episode(row: dict, log: dict, length: int, tasks: Mapping[str, Task]) -> Episode:
+def read(directory: Path, iteration: int) -> tuple[str, list[tuple[dict, dict[str, np.ndarray] | None]]]:
+    """Reads an iteration's files as they are: the mark, and every episode's row with its token log.
+
+    The arrays of a log are those of `TokenLog.arrays`; None where an episode has no log. Raises UserError when a file is
+    damaged or absent.
+    """
+    rows, logs = paths(directory, iteration)
+    try:
+        with np.load(logs, allow_pickle=False) as held:
+            mark, arrays = str(held["mark"]), {name: held[name] for name in (*_LOG, "lengths")}
+        found, lengths = files.read_jsonl(rows), arrays["lengths"]
+        if len(found) != len(lengths):
+            raise ValueError(f"{len(found)} episodes, {len(lengths)} token logs")
+        ends = np.cumsum(np.maximum(lengths, 0))
+        cut = [
+            None if length < 0 else {name: arrays[name][end - length : end] for name in _LOG}
+            for length, end in zip(lengths, ends, strict=True)
+        ]
+        return mark, list(zip(found, cut, strict=True))
+    except (KeyError, ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"the recording {logs} is damaged ({str(error)[:160]}); delete it") from None
+
+
+def _episode(row: dict, log: dict | None, tasks: Mapping[str, Task]) -> Episode:
     verdict = None if row["verdict"] is None else Verdict.model_validate(row["verdict"])
     return Episode(
         row["index"],
         tasks[row["task_id"]],
         row["seed"],
         Trajectory.model_validate(row["trajectory"]),
-        None if length < 0 else TokenLog.of_arrays(**log),
+        None if log is None else TokenLog.of_arrays(**log),
         Scored(row["reward"], verdict, row["masked"]),
     )
 
@@ -132,4 +147,5 @@ def _row(iteration: int, episode: Episode) -> dict:
 
 
 def _short(values_T: np.ndarray) -> list[float]:
-    return [round(float(value), 5) for value in values_T]
+    """Seven decimals: float32 log-probabilities of sampler and trainer differ in the sixth."""
+    return [round(float(value), 7) for value in values_T]
