@@ -231,16 +231,16 @@ def test_log_probabilities_and_padding_at_given_tokens_do_not_matter(updated):
 
 
 def test_masked_episodes_leave_the_update_of_the_surviving_subset():
-    """Not a reward of 0, not part of whitening, not shown to the critic: as if they had never been sampled."""
-    config = dataclasses.replace(CONFIG, critic_minibatches=1)
+    """Not a reward of 0, not part of whitening or of a minibatch, not shown to the critic: as if never sampled."""
+    config = dataclasses.replace(CONFIG, actor_minibatches=2, critic_minibatches=3)
     masked = make_episodes(masked=(1, 4))
     keep = [0, 2, 3, 5]
     subset = EpisodeArrays(*(getattr(masked, field.name)[keep] for field in dataclasses.fields(EpisodeArrays)))
     a, metrics_a, _ = learner.update(make_state(), masked, config, 0)
     b, metrics_b, _ = learner.update(make_state(), subset, config, 0)
-    leaves_close(a["params"], b["params"], atol=1e-6)
-    leaves_close(a["critic"], b["critic"], atol=1e-6)
-    assert metrics_a == pytest.approx(metrics_b, abs=1e-5)
+    leaves_close(a["params"], b["params"], atol=0)
+    leaves_close(a["critic"], b["critic"], atol=0)
+    assert metrics_a == metrics_b
     unmasked, _, _ = learner.update(make_state(), make_episodes(), config, 0)
     assert any(
         not np.allclose(x, y, atol=1e-4)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import miniature
 from stepdr_jax.agent.react import Episode
+from stepdr_jax.engine.engine import EngineError
 from stepdr_jax.models import qwen2
 from stepdr_jax.records import Finish, Judgment, Message, RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.rl import loop
@@ -75,8 +76,8 @@ async def run_episode(task, policy, tools, limits, *, prompt, as_of, seed):
         turns.append(await session.act(limits.max_turn_tokens))
         await session.observe([await tools.look(seed)])
         turns.append(await session.act(limits.max_turn_tokens))
-    except ToolInfraError as error:
-        finish, metadata = Finish.INFRA_FAILED, {"cause": f"tools: {error}"}
+    except (ToolInfraError, EngineError) as error:
+        finish, metadata = Finish.INFRA_FAILED, {"cause": f"{type(error).__name__}: {error}"}
     await session.close()
     trajectory = Trajectory(
         id=f"{task.id}.{seed}",
