@@ -97,7 +97,7 @@ def _one(writer: store.Writer, candidate, sites: dict[str, int], count: dict[str
     except ToolHostError as error:
         count["unreadable"] += 1
         if count["unreadable"] <= SHOWN_FAILURES:
-            console.print(f"left out: {error}", markup=False, highlight=False)
+            console.print(f"left out: {error}", markup=False, highlight=False, soft_wrap=True)
         return
     host = urlsplit(row["url"]).hostname
     sites[host] = max(sites.get(host, 0), row["authority"])
