@@ -7,74 +7,34 @@ right fingerprint, means that the corpus is complete.
 
 import asyncio
 import collections
-import dataclasses
 import hashlib
 import json
 import random
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import prompts, react
-from stepdr_jax.agent.budget import Limits
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.judges import ProgrammaticJudge
-from stepdr_jax.progress import Progress
-from stepdr_jax.records import RubricSet, Task, Trajectory, Triple, Verdict
+from stepdr_jax.records import Task, Trajectory, Triple, Verdict
 from stepdr_jax.synthesis import (
     cleaning,
     corpora,
     deep_search,
+    experts,
     knowledge,
     reading,
-    reflection,
     sentences,
     tasks,
-    teacher,
 )
 from stepdr_jax.synthesis.renaming import Renamer
 from tools_env.client import ToolInfraError, ToolsClient
 
 VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones are made again
-SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keeps the exact share
-INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
-UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
-TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
-TEACHER_EPISODE_TOKENS = 32_768
 VERIFY_BATCH = 2  # edges checked by one tool call: what fits into one observation
-MAX_LOST_SHARE = 0.05  # of episodes that may be lost to infrastructure
-COMPONENTS = {
-    "fact": ("deep_search_tools", "sft_deep_search"),
-    "deep_search": ("deep_search_tools", "sft_deep_search"),
-    "doc_walk": ("deep_search_tools", "sft_deep_search"),
-    "verification": ("reflection_tools", "sft_deep_search"),
-    "report": ("planning_tools", "sft_deep_research"),
-}
-CAPABILITY = {
-    "fact": "deep_search",
-    "deep_search": "deep_search",
-    "doc_walk": "deep_search",
-    "verification": "reflection",
-    "report": "report",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One expert episode to run: a task with a style."""
-
-    task: Task
-    rubric_set: RubricSet
-    style: teacher.Style
-
-    @property
-    def key(self) -> str:
-        return f"{self.task.id} {self.style.slip or 'clean'}"
 
 
 def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
@@ -156,8 +116,8 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
         usable = [item for item in drawn if item.rubric_set.kept]
         records.write(corpus / "tasks.jsonl", [item.task for item in usable])
         records.write(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
-        jobs = _jobs(usable, config.data_seed)
-        episodes = await _episodes(config, client, known, world_dir, corpus, fingerprint, jobs)
+        jobs = experts.jobs_of(usable, config.data_seed)
+        episodes = await experts.run(config, client, known, world_dir, corpus, fingerprint, jobs)
     except ToolInfraError as error:
         raise UserError(
             f"the tool host at {address} failed ({error}); start it again and run the same command"
@@ -256,7 +216,7 @@ async def _verified(
             shown = {_stated(source.text) for source in result.sources if source.authority == 2}
             supported.update(edge for edge in batch if wanted[edge][1] in shown)
 
-        await _all(lambda item: verify(*item), list(enumerate(batches)), 16)
+        await experts.run_all(lambda item: verify(*item), list(enumerate(batches)), 16)
     finally:
         await session.close()
     kept = {
@@ -269,174 +229,6 @@ async def _verified(
 def _stated(text: str) -> tuple | None:
     statement = sentences.parse(text)
     return statement.fact if statement else None
-
-
-# ---------------------------------------------------------------------------------------------------------- episodes
-
-
-def _jobs(usable: list[tasks.Drawn], seed: int) -> list[Job]:
-    """A clean episode for every training task, and for some a second one with a mistake to recover from."""
-    jobs = []
-    for item in usable:
-        if item.task.split != "train":
-            continue
-        rng = random.Random(f"style {seed} {item.task.id}")
-        style = teacher.draw_style(item.task, rng, slip_share=SLIP_SHARE)
-        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, slip="")))
-        if style.slip:
-            jobs.append(Job(item.task, item.rubric_set, style))
-    return jobs
-
-
-async def _episodes(
-    config: ConfigDict,
-    client: ToolsClient,
-    known: knowledge.Knowledge,
-    world_dir: Path,
-    corpus: Path,
-    fingerprint: str,
-    jobs: list[Job],
-) -> list[tuple[Trajectory, Verdict]]:
-    """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
-    journal = corpus / "episodes.journal.jsonl"
-    done = _read_journal(journal, fingerprint)
-    open_jobs = [job for job in jobs if job.key not in done]
-    progress = Progress("expert episodes", len(jobs), "episodes", start=len(jobs) - len(open_jobs))
-    teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
-    judge = ProgrammaticJudge(known.kinds)
-    limits = Limits.from_config(config.agent)
-    prompt = config.agent.prompt
-    if config.teacher.endpoint:  # a large model is told its tools at length and may think at length
-        prompt = "full"
-        limits = dataclasses.replace(
-            limits,
-            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
-            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
-        )
-    specs = await client.list_tools()
-    lost: list[str] = []
-
-    async def one(job: Job) -> None:
-        seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
-
-        async def episode(policy, attempt: int) -> Trajectory:
-            for again in range(INFRA_TRIES):
-                result = await react.run_episode(
-                    job.task,
-                    policy,
-                    client,
-                    limits,
-                    prompt=prompt,
-                    as_of=config.world.as_of,
-                    seed=seed + attempt,
-                )
-                if result.trajectory.finish.is_policy_outcome:
-                    break
-                await asyncio.sleep(0.2 * 2**again)
-            if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
-                told = prompts.system_prompt(config.agent.prompt, config.world.as_of, specs, job.task.lang)
-                result.trajectory.messages[0].content = told
-            return _annotated(result.trajectory, job, policy)
-
-        def policy_for(attempt: int):
-            style = job.style
-            if attempt:  # a second try compares its sources
-                style = dataclasses.replace(style, slip="", open_page=False, check_again=True)
-            return teach(job.task, style, seed + attempt)
-
-        trajectory, verdict = await reflection.solve(
-            job.task.lang,
-            policy_for,
-            episode,
-            lambda t: judge.judge(job.task, job.rubric_set, t),
-            lambda v: bool(v.correct) if v.correct is not None else (v.reward or 0) >= cleaning.MIN_REPORT_REWARD,
-            config.synthesis.max_reflections,
-        )
-        if trajectory.finish.is_policy_outcome:
-            row = {
-                "key": job.key,
-                "trajectory": trajectory.model_dump(mode="json", exclude_defaults=True),
-                "verdict": verdict.model_dump(mode="json"),
-            }
-            files.append_jsonl(journal, row)
-            done[job.key] = trajectory, verdict
-        else:
-            lost.append(f"{job.key}: {trajectory.metadata.get('cause', trajectory.finish)}")
-            if len(lost) > max(10, MAX_LOST_SHARE * len(jobs)):
-                raise UserError(
-                    f"{len(lost)} expert episodes were lost, the last one by {lost[-1]}; "
-                    "check the tool host (and the teacher's endpoint) and run the same command again"
-                )
-        progress.update(1, lost=len(lost))
-
-    try:
-        await _all(one, open_jobs, config.synthesis.episode_concurrency)
-    finally:
-        await teach.close()
-    return [done[job.key] for job in jobs if job.key in done]
-
-
-async def _all(work, items: list, concurrency: int) -> None:
-    """Runs `work(item)` for all items, `concurrency` at a time; the first exception stops the rest and is raised."""
-    queue = iter(items)
-
-    async def worker() -> None:
-        for item in queue:
-            await work(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(items))):
-                group.create_task(worker())
-    except* Exception as errors:
-        raise errors.exceptions[0] from None
-
-
-def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, Verdict]]:
-    """Finished episodes of the same inputs; a journal of other inputs is started anew."""
-    rows = files.read_jsonl(path) if path.exists() else []
-    if not rows or rows[0].get("fingerprint") != fingerprint:
-        files.write_jsonl(path, [{"fingerprint": fingerprint}])
-        return {}
-    # A torn last line was dropped by the reader: write the file whole again, or the next append would join it.
-    files.write_jsonl(path, rows)
-    return {
-        row["key"]: (Trajectory.model_validate(row["trajectory"]), Verdict.model_validate(row["verdict"]))
-        for row in rows[1:]
-    }
-
-
-def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
-    """Adds what training needs to know; turns that are deliberate slips are taken out of the loss."""
-    acting = policy.policy if isinstance(policy, reflection.Continued) else policy
-    mistakes = getattr(acting, "mistakes", set())
-    turns = [message for message in trajectory.messages if message.role == "assistant"]
-    for number in mistakes:
-        if number < len(turns):
-            turns[number].train = False
-    trajectory.id = records.content_id("trajectory_", job.key, trajectory.policy)
-    trajectory.capability = CAPABILITY[job.task.kind]
-    trajectory.stats.pop("wall_seconds", None)  # the only thing that differs between equal runs
-    trajectory.metadata |= {
-        "kind": job.task.kind,
-        "lang": job.task.lang,
-        "style": {k: v for k, v in dataclasses.asdict(job.style).items() if v},
-        "components": list(COMPONENTS[job.task.kind]),
-    }
-    if misspelt := getattr(acting, "misspelt", None):
-        trajectory.metadata["misspelt"] = dict(misspelt)
-    return trajectory
-
-
-def _authority(world_dir: Path) -> dict[str, int]:
-    hosts = files.read_json(world_dir / "sites.json")["hosts"]
-    return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
-
-
-def _bad_urls(known: knowledge.Knowledge, task: Task) -> dict[str, str]:
-    """Addresses that look right for a task and cannot be read: a page that does not exist, a host that does not answer."""
-    url = known.pages[task.entity, task.lang][0].url
-    return {"dead_link": url.rstrip("/") + "/history", "unavailable": f"http://{UNAVAILABLE_HOST}{urlsplit(url).path}"}
 
 
 # ---------------------------------------------------------------------------------------------------------- cleaning
