@@ -11,20 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import markupsafe
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
 from stepdr_jax.evaluation import results
 from stepdr_jax.progress import clock
-from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.records import RubricSet, Task, Trajectory
 from stepdr_jax.reporting import collect, viewer
 from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
 from stepdr_jax.reporting.sections import data, evaluation, headline, ppo, training, wording
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
-TEMPLATES = Path(__file__).parent / "templates"
 CONTENTS = (
     ("result", "Result"),
     ("data", "The data"),
@@ -102,6 +99,7 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
             count=len(episodes),
             first=_first(episodes),
             json=viewer.embed(episodes),
+            vocabulary=viewer.embed(_vocabulary(run, episodes)),
             sentence=_viewer_sentence(run, episodes),
         ),
         limits=evaluation.LIMITS,
@@ -110,17 +108,8 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         config_text=json.dumps(_plain(config), indent=1, ensure_ascii=False),
         versions=wording.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
         command=command,
-        css=_asset("style.css") + _asset("viewer.css"),
-        script=_asset("page.js") + _asset("viewer.js"),
     )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(context).lstrip()
+    page = viewer.render("report.html.j2", context)
     numbers = dict(
         name=config.name,
         written=written,
@@ -144,10 +133,6 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         config=_plain(config),
     )
     return page, _json_safe(numbers)
-
-
-def _asset(name: str) -> markupsafe.Markup:
-    return markupsafe.Markup((TEMPLATES / name).read_text())
 
 
 def _plain(config: ConfigDict) -> dict[str, Any]:
@@ -301,8 +286,6 @@ def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
 
 def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
     """PPO episodes of some iterations, with values and advantages per token."""
-    path = run.path / "tokenizer" / "tokenizer.json"
-    tokenizer = Tokenizer.load(path) if path.exists() else None
     groups = []
     for seed in run.seeds:
         paths = run.iterations.get(seed, [])
@@ -311,10 +294,8 @@ def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
         for file in dict.fromkeys(reversed(picked)):
             rows = viewer.spread(files.read_jsonl(file), _practice_stratum)
             rows.sort(key=lambda row: "tokens" not in row)  # few rows have token detail; those come first
-            where = f"PPO, iteration {int(file.stem)}"
-            groups.append(
-                [_practice(row, where, seed, tasks, rubrics, tokenizer) for row in rows[:EPISODES_PER_ITERATION]]
-            )
+            rows = [{"iteration": int(file.stem)} | row for row in rows[:EPISODES_PER_ITERATION]]
+            groups.append([viewer.practised(row, None, seed=seed, tasks=tasks, rubrics=rubrics) for row in rows])
     return groups
 
 
@@ -328,32 +309,6 @@ def _practice_stratum(row: Mapping[str, Any]) -> tuple:
     )
 
 
-def _practice(row: Mapping[str, Any], where: str, seed: int, tasks, rubrics, tokenizer) -> dict[str, Any]:
-    trajectory = Trajectory.model_validate(row["trajectory"])
-    verdict = Verdict.model_validate(row["verdict"]) if row.get("verdict") else None
-    detail = None
-    if tokenizer is not None and row.get("tokens"):
-        detail = viewer.token_detail(
-            row["tokens"],
-            row["sampled"],
-            lambda ids: tokenizer.decode(ids, special=True),
-            {"advantage": row.get("advantages"), "value": row.get("values"), "logprob": row.get("logprobs")},
-        )
-    missing = None
-    if row.get("masked"):
-        missing = f"{row['masked']}: {trajectory.metadata.get('cause', 'no cause given')}"
-    return viewer.episode(
-        trajectory,
-        verdict,
-        where=where,
-        seed=seed,
-        task=tasks.get(trajectory.task_id),
-        rubric_set=rubrics.get(trajectory.task_id),
-        tokens=detail,
-        missing=missing,
-    )
-
-
 def _taught(run: Run, tasks) -> list[dict[str, Any]]:
     rows = viewer.spread(
         run.taught, lambda row: (row.get("capability"), row.get("kept", True), str(row.get("drop_reason"))[:24])
@@ -362,6 +317,12 @@ def _taught(run: Run, tasks) -> list[dict[str, Any]]:
         viewer.episode(Trajectory.model_validate(row), None, where="teacher", seed=None, task=tasks.get(row["task_id"]))
         for row in rows[:TEACHER_EPISODES]
     ]
+
+
+def _vocabulary(run: Run, episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    ids = {id_ for row in episodes if "tokens" in row for id_ in row["tokens"]["ids"]}
+    path = run.path / "tokenizer" / "tokenizer.json"
+    return viewer.vocabulary(ids, Tokenizer.load(path).piece) if ids and path.exists() else {}
 
 
 def _first(episodes: list[dict[str, Any]]) -> int:
@@ -384,7 +345,7 @@ def _viewer_sentence(run: Run, episodes: list[dict[str, Any]]) -> str:
     )
     if detailed:
         sentence += (
-            " Episodes of PPO iterations also show, for every sampled token, the critic's value, the advantage and the "
-            "log-probability; choose one under “where”."
+            " Episodes of PPO iterations also show, for every sampled token, the critic's value, the advantage and both "
+            "log-probabilities; choose one under “where”. All of them: python -m launch.trajectories."
         )
     return sentence

@@ -13,7 +13,7 @@ import jinja2
 import markupsafe
 
 from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.report import TEMPLATES
+from stepdr_jax.reporting.viewer import TEMPLATES
 from stepdr_jax.reporting.viewer import CITATION, cited, segments
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}

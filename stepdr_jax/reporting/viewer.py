@@ -4,18 +4,28 @@ Text in episodes comes from web pages and models and is untrusted: it travels as
 and the page's script puts it on screen with textContent only.
 """
 
+import base64
 import json
 import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import jinja2
+import markupsafe
 
 from stepdr_jax.evaluation.results import Result
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 
+TEMPLATES = Path(__file__).parent / "templates"
+
 MAX_BYTES = 3_000_000  # of embedded JSON
 CITATION = re.compile(r"\\cite\{([^{}]*)\}")
 TAGS = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
+SCRIPTS = ("page.js", "viewer_tokens.js", "viewer_episode.js", "viewer.js")
+STYLES = ("style.css", "viewer.css")
 KINDS = {"think": "thought", "tool_call": "call", "answer": "answer"}
 
 
@@ -47,7 +57,7 @@ def episode(
     missing: str | None = None,
 ) -> dict[str, Any]:
     """One episode for the page. `where` is the stage or iteration as a person would say it."""
-    criteria = {rubric.rid: rubric.criterion for rubric in rubric_set.rubrics} if rubric_set else {}
+    rubrics = {rubric.rid: rubric for rubric in rubric_set.rubrics} if rubric_set else {}
     steps = []
     for message in trajectory.messages:
         step: dict[str, Any] = {"role": message.role}
@@ -84,7 +94,9 @@ def episode(
     if verdict is not None:
         out |= {"reward": _short(verdict.reward), "correct": verdict.correct, "cited": verdict.cited}
         out["rubrics"] = [
-            [j.rid, criteria.get(j.rid, ""), j.weight, j.role, j.verdict, j.score, j.reason] for j in verdict.judgments
+            [j.rid, getattr(rubrics.get(j.rid), "criterion", ""), j.weight, j.role, j.verdict, j.score, j.reason]
+            + [getattr(rubrics.get(j.rid), "fatal", False)]
+            for j in verdict.judgments
         ]
     if not trajectory.kept:
         out["dropped"] = trajectory.drop_reason or "no reason given"
@@ -123,38 +135,88 @@ def from_result(result: Result, task: Task | None, rubric_set: RubricSet | None,
     )
 
 
-def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
-    """Text of each token; a character that spans several tokens stands at the last of them, the others are empty."""
-    out, start = [], 0
-    for end in range(1, len(ids) + 1):
-        text = decode(ids[start:end])
-        if text.endswith("\ufffd") and end - start < 4 and end < len(ids):
-            out.append("")
-            continue
-        out.append(text)
-        start = end
+def practised(
+    row: Mapping[str, Any], log: Mapping[str, Any] | None, *, seed: int | None, tasks: Mapping, rubrics: Mapping
+) -> dict[str, Any]:
+    """A recorded PPO episode.
+
+    Args:
+        row: of an iteration's .jsonl (rl/recordings.py).
+        log: the arrays of its token log; None where only the row's own lists, which few episodes have, are at hand.
+        tasks, rubrics: by task id; they may lack this one.
+    """
+    trajectory = Trajectory.model_validate(row["trajectory"])
+    missing = None
+    if row.get("masked"):
+        missing = f"{row['masked']}: {trajectory.metadata.get('cause', 'no cause given')}"
+    series = {name: row.get(field) for name, field in SERIES.items()}
+    if log is not None and series["sampler"] is None:
+        series["sampler"] = log["logprobs"]
+    ids, sampled, version = (
+        row[name] if row.get(name) is not None else None if log is None else log[name]
+        for name in ("tokens", "sampled", "version")
+    )
+    out = episode(
+        trajectory,
+        Verdict.model_validate(row["verdict"]) if row.get("verdict") else None,
+        where=f"PPO, iteration {row['iteration']}",
+        seed=seed,
+        task=tasks.get(trajectory.task_id),
+        rubric_set=rubrics.get(trajectory.task_id),
+        tokens=None if ids is None else token_detail(ids, sampled, series, version),
+        missing=missing,
+    )
+    place = (seed, row["iteration"], row["index"])
+    out |= {"link": "-".join(str(part) for part in place if part is not None), "iteration": row["iteration"]}
+    if row.get("masked"):
+        out["masked"] = row["masked"]
     return out
+
+
+SERIES = {"advantage": "advantages", "value": "values", "trainer": "logprobs", "sampler": "sampler_logprobs"}
 
 
 def token_detail(
     ids: Sequence[int],
     sampled: Sequence[bool],
-    decode: Callable[[Sequence[int]], str],
     series: Mapping[str, Sequence[float] | None],
+    version: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Token texts with per-token numbers, short enough to embed.
+    """An episode's ids with per-token numbers, short enough to embed: {"ids", "runs", "version", <name of a series>...}.
+
+    `runs` are lengths of what was given and sampled in turn, given first. Numbers of given tokens are not kept: nothing was
+    decided there.
 
     Args:
-        series: name ("value", "advantage", "logprob") -> numbers [T]; None or a wrong length leaves it out. Numbers of given
-            tokens are not kept: nothing was decided there.
+        series: name -> numbers [T]; None or a wrong length leaves it out.
+        version: of the weights that sampled, per token.
     """
-    out: dict[str, Any] = {
-        "text": token_texts(ids, decode),
-        "sampled": "".join("1" if flag else "0" for flag in sampled),
-    }
+    flags = [bool(flag) for flag in sampled]
+    runs, now = [0], False
+    for flag in flags:
+        if flag != now:
+            runs.append(0)
+            now = flag
+        runs[-1] += 1
+    out: dict[str, Any] = {"ids": [int(id_) for id_ in ids], "runs": runs}
     for name, numbers in series.items():
-        if numbers is not None and len(numbers) == len(ids):
-            out[name] = [_short(v) for v, flag in zip(numbers, sampled, strict=True) if flag]
+        if numbers is not None and len(numbers) == len(flags):
+            digits = 7 if name in ("trainer", "sampler") else 4  # gaps between those two are small differences
+            out[name] = [_short(v, digits) for v, flag in zip(numbers, flags, strict=True) if flag]
+    if version is not None and len(version) == len(flags):
+        out["version"] = [int(v) for v, flag in zip(version, flags, strict=True) if flag]
+    return out
+
+
+def vocabulary(ids: Iterable[int], piece: Callable[[int], bytes]) -> dict[str, str | list[int]]:
+    """What the ids stand for: text, or bytes where a token is not whole characters (Chinese ones often are not)."""
+    out: dict[str, str | list[int]] = {}
+    for id_ in sorted(set(ids)):
+        raw = piece(id_)
+        try:
+            out[str(id_)] = raw.decode()
+        except UnicodeDecodeError:
+            out[str(id_)] = list(raw)
     return out
 
 
@@ -201,7 +263,30 @@ def embed(value: Any) -> str:
     return text
 
 
-def _short(value: float | None) -> float | None:
+def pack(value: Any) -> str:
+    """JSON, deflated, in base64: text for <script type="text/plain"> that the page unpacks when it is looked at."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    squeezed = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)  # without zlib's header: "deflate-raw" of browsers
+    return base64.b64encode(squeezed.compress(text.encode()) + squeezed.flush()).decode()
+
+
+def render(template: str, context: Mapping[str, Any]) -> str:
+    """A page of `templates`, with the styles and scripts of the viewer as `css` and `script`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    assets = {
+        name: markupsafe.Markup("".join((TEMPLATES / file).read_text() for file in parts))
+        for name, parts in (("css", STYLES), ("script", SCRIPTS))
+    }
+    return environment.get_template(template).render({**context, **assets}).lstrip()
+
+
+def _short(value: float | None, digits: int = 4) -> float | None:
     if value is None or not math.isfinite(value):
         return None
-    return float(f"{float(value):.4g}")
+    return float(f"{float(value):.{digits}g}")

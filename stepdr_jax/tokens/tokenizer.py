@@ -179,6 +179,14 @@ class Tokenizer:
         byte_of |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
         return {id_: bytes(byte_of[c] for c in text) for text, id_ in self._bpe.get_vocab().items()}
 
+    def piece(self, id_: int) -> bytes:
+        """Returns the bytes that one id stands for: of a token, which need not be whole characters, or a control token's text.
+
+        Ids outside the vocabulary are U+FFFD, as in `decode`.
+        """
+        piece = self._bytes_of.get(id_)
+        return self._control_text.get(id_, "\ufffd").encode() if piece is None else piece
+
     @cached_property
     def _control_text(self) -> dict[int, str]:
         return {id_: text for text, id_ in self.control.items()}

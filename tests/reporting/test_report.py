@@ -23,9 +23,10 @@ def config(run: Path):
 class Page(HTMLParser):
     """Collects what a browser would load and run."""
 
-    def __init__(self, text):
+    def __init__(self, text, script="episode-data"):
         super().__init__()
         self.external, self.handlers, self.tags, self.data, self._script = [], [], [], "", None
+        self.wanted = script
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -37,7 +38,7 @@ class Page(HTMLParser):
         self._script = given.get("id") if tag == "script" else None
 
     def handle_data(self, data):
-        if self._script == "episode-data":
+        if self._script == self.wanted:
             self.data += data
 
     def handle_endtag(self, tag):
@@ -142,8 +143,10 @@ def test_ppo_episodes_carry_values_and_advantages_per_token(finished):
     detailed = [row for row in episodes if "tokens" in row]
     assert {row["where"] for row in detailed} == {f"PPO, iteration {i}" for i in (0, 20, 39)}
     tokens = detailed[0]["tokens"]
-    assert len(tokens["text"]) == len(tokens["sampled"])
-    assert len(tokens["value"]) == len(tokens["advantage"]) == tokens["sampled"].count("1")
+    assert sum(tokens["runs"]) == len(tokens["ids"])
+    assert len(tokens["value"]) == len(tokens["advantage"]) == len(tokens["trainer"]) == sum(tokens["runs"][1::2])
+    known = json.loads(Page(finished[1], "vocabulary").data)
+    assert {str(id_) for row in detailed for id_ in row["tokens"]["ids"]} == known.keys()
 
 
 def test_the_same_tasks_are_shown_at_every_stage(finished):

@@ -1,6 +1,8 @@
 """What the viewer embeds: segments, citations, tokens, bounds, and text that cannot break out."""
 
+import base64
 import json
+import zlib
 
 import pytest
 
@@ -30,28 +32,33 @@ def test_embedded_json_cannot_end_its_element_and_reads_back(text):
     assert json.loads(embedded) == {"text": text}
 
 
-def test_token_texts_put_a_split_character_at_its_last_token():
+def test_vocabulary_is_text_where_tokens_are_whole_characters_and_bytes_where_not():
     tokenizer = Tokenizer.train(["plain words only"], 300)
-    ids = tokenizer.encode("a 奥 b")
-    texts = viewer.token_texts(ids, tokenizer.decode)
-    assert "".join(texts) == "a 奥 b" and "\ufffd" not in "".join(texts)
-    assert texts.count("") == 2
-
-
-def test_token_texts_of_bytes_that_never_become_text():
-    tokenizer = Tokenizer.train(["plain words only"], 300)
-    ids = tokenizer.encode("奥")[:1] * 6
-    assert len(viewer.token_texts(ids, tokenizer.decode)) == 6
+    ids = [*tokenizer.encode("a 奥"), tokenizer.im_end, 9999]
+    known = viewer.vocabulary(ids, tokenizer.piece)
+    assert known[str(tokenizer.im_end)] == "<|im_end|>" and known["9999"] == "\ufffd"
+    assert [known[str(id_)] for id_ in ids[-5:-2]] == [[0xE5], [0xA5], [0xA5]]
+    assert b"".join(map(tokenizer.piece, ids[:-2])).decode() == "a 奥"
 
 
 def test_token_detail_keeps_numbers_of_sampled_tokens_only():
     detail = viewer.token_detail(
-        [97, 98, 99],
-        [False, True, True],
-        lambda ids: "x" * len(ids),
-        {"value": [9.0, 1.0, float("nan")], "logprob": [1.0]},
+        [97, 98, 99, 100],
+        [False, True, True, False],
+        {"value": [9.0, 1.0, float("nan"), 9.0], "trainer": [1.0]},
+        [0, 3, 3, 0],
     )
-    assert detail == {"text": ["x", "x", "x"], "sampled": "011", "value": [1.0, None]}
+    assert detail == {"ids": [97, 98, 99, 100], "runs": [1, 2, 1], "value": [1.0, None], "version": [3, 3]}
+
+
+def test_runs_begin_with_given_tokens_also_where_there_are_none():
+    assert viewer.token_detail([1, 2], [True, False], {})["runs"] == [0, 1, 1]
+    assert viewer.token_detail([], [], {})["runs"] == [0]
+
+
+def test_packed_json_reads_back():
+    raw = base64.b64decode(viewer.pack({"a": "奥</script>"}))
+    assert json.loads(zlib.decompress(raw, -zlib.MAX_WBITS)) == {"a": "奥</script>"}
 
 
 def test_episode_outcomes():
@@ -73,6 +80,7 @@ def test_rubric_criteria_stand_beside_their_verdicts():
         rubric_set=synthetic_run.rubric_set(task),
     )
     assert row["rubrics"][0][:5] == ["a", "States the capital.", 3.0, "explicit", "satisfied"]
+    assert [rubric[7] for rubric in row["rubrics"]] == [False, False, False]
 
 
 def test_choose_is_fair_between_groups_and_bounded():

@@ -1,0 +1,187 @@
+"""The trajectory page: the recorded episodes of PPO iterations in one HTML file, token by token.
+
+What a list needs of an episode is unpacked when the page opens; everything else lies deflated in blocks that are unpacked when
+one of their episodes is looked at. Nothing is fetched, so the file can be copied off a cluster and opened anywhere.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stepdr_jax import files
+from stepdr_jax.errors import UserError
+from stepdr_jax.reporting import viewer
+from stepdr_jax.reporting.collect import now
+from stepdr_jax.reporting.sections import wording
+from stepdr_jax.rl import recordings
+from stepdr_jax.tokens.tokenizer import Tokenizer
+
+BLOCK_BYTES = 400_000  # of JSON: small enough to unpack at a key press, large enough to pack well
+LISTED = (
+    "link",
+    "iteration",
+    "where",
+    "seed",
+    "task",
+    "kind",
+    "lang",
+    "finish",
+    "outcome",
+    "masked",
+    "reward",
+    "correct",
+)
+QUERY_CHARACTERS = 200  # of the question, in the list
+
+
+def iterations_of(directory: Path, wanted: str = "") -> list[int]:
+    """The recorded iterations of a folder, in order.
+
+    Args:
+        wanted: "" all of them, "12" one, "0,10-19,59" some.
+
+    Raises UserError when there are none, or `wanted` names one that is not there.
+    """
+    there = sorted(int(path.stem) for path in directory.glob("*.jsonl") if path.stem.isdigit())
+    if not there:
+        raise UserError(f"{directory}: expected recorded iterations (0000.jsonl, 0000.npz, ...), found none")
+    if not wanted:
+        return there
+    chosen: set[int] = set()
+    for part in wanted.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match:
+            raise UserError(f"--only: expected iterations such as 12 or 0,10-19,59, got {wanted!r}")
+        chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    missing = sorted(chosen - set(there))
+    if missing:
+        raise UserError(f"--only: iteration {missing[0]} is not in {directory}, which has {there[0]} to {there[-1]}")
+    return sorted(chosen)
+
+
+def write(
+    directory: Path,
+    out: Path,
+    *,
+    iterations: Sequence[int],
+    tokenizer: Tokenizer,
+    tasks: Mapping[str, Any],
+    rubrics: Mapping[str, Any],
+    title: str,
+    seed: int | None = None,
+    max_bytes: int = 40_000_000,
+) -> dict[str, int]:
+    """Writes the page; returns counts: episodes, shown, bytes.
+
+    Args:
+        directory: of recordings.
+        tasks, rubrics: by task id; where they lack one, the page shows the trajectory's own question and no criteria.
+        max_bytes: of packed episodes. Every iteration gets an even share, episodes with values first; the page says what was
+            left out.
+
+    Raises UserError when a recording is damaged.
+    """
+    packed, rows, ids, seen = [], [], set(), 0
+    sizes: dict[str, list[np.ndarray]] = {}
+    for number, iteration in enumerate(iterations):
+        held = _recorded(directory, iteration)
+        seen += len(held)
+        held.sort(key=lambda pair: "values" not in pair[0])  # stable
+        left = max_bytes * (number + 1) / len(iterations) - sum(map(len, packed))
+        for block in _blocks(held, seed, tasks, rubrics):
+            text = viewer.pack([_body(row) for row in block])
+            if len(text) > left and packed:
+                break
+            left -= len(text)
+            for at, row in enumerate(block):
+                rows.append(_listed(row, len(packed), at))
+                tokens = row.get("tokens", {})
+                ids.update(tokens.get("ids", ()))
+                for name, values in _numbers(tokens).items():
+                    sizes.setdefault(name, []).append(np.abs(values))
+            packed.append(text)
+    rows.sort(key=lambda row: (row["iteration"], row["index"]))
+    detailed = sum(row.get("detailed", False) for row in rows)
+    page = viewer.render(
+        "trajectories.html.j2",
+        dict(
+            title=title,
+            sentence=_sentence(iterations, rows, seen, detailed),
+            written=f"{directory}, {now()}",
+            rows=viewer.pack(rows),
+            vocabulary=viewer.pack(viewer.vocabulary(ids, tokenizer.piece)),
+            scales=viewer.embed({name: _scale(values) for name, values in sizes.items()}),
+            blocks=packed,
+            first=max(range(len(rows)), key=lambda i: _interest(rows[i]), default=0),
+        ),
+    )
+    files.write_atomic(out, page)
+    return {"episodes": seen, "shown": len(rows), "bytes": len(page.encode())}
+
+
+def _interest(row: Mapping[str, Any]) -> tuple:
+    """What to open with: values to see, late in training, much done."""
+    return (row.get("detailed", False), row["iteration"], row.get("turns") or 0, row.get("reward") or 0)
+
+
+def _recorded(directory: Path, iteration: int) -> list[tuple[dict, dict | None]]:
+    rows, logs = recordings.paths(directory, iteration)
+    if logs.exists():
+        return recordings.read(directory, iteration)[1]
+    return [(row, None) for row in files.read_jsonl(rows)]  # an iteration whose token logs were not copied
+
+
+def _blocks(held, seed, tasks, rubrics) -> Iterator[list[dict]]:
+    block, size = [], 0
+    for row, log in held:
+        block.append(viewer.practised(row, log, seed=seed, tasks=tasks, rubrics=rubrics) | {"index": row["index"]})
+        size += len(json.dumps(block[-1], ensure_ascii=False))
+        if size >= BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _listed(row: dict[str, Any], block: int, at: int) -> dict[str, Any]:
+    """What the list shows, filters and sorts by, and where the rest is."""
+    out = {name: row[name] for name in (*LISTED, "index") if row.get(name) is not None}
+    out |= {"query": row["query"][:QUERY_CHARACTERS], "seed": row["seed"], "block": block, "at": at}
+    out |= {name: row["stats"].get(field) for name, field in (("sampled", "sampled_tokens"), ("turns", "turns"))}
+    numbers = _numbers(row.get("tokens", {}))
+    if "value" in numbers:
+        out["detailed"] = True
+    if "gap" in numbers and numbers["gap"].size:
+        out["gap"] = float(f"{np.abs(numbers['gap']).max():.4g}")
+    return out
+
+
+def _body(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in LISTED}
+
+
+def _numbers(tokens: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Series that the page colours by, where the episode has them."""
+    out = {name: np.asarray(tokens[name], float) for name in ("advantage", "value", "sampler") if name in tokens}
+    if "trainer" in tokens and "sampler" in tokens:
+        out["gap"] = np.asarray(tokens["trainer"], float) - out["sampler"]
+    return {name: values[np.isfinite(values)] for name, values in out.items()}
+
+
+def _scale(values: list[np.ndarray]) -> float:
+    """What the strongest colour stands for in all episodes: few tokens are beyond it."""
+    joined = np.concatenate(values)
+    return float(f"{np.quantile(joined, 0.99):.2g}") if joined.size else 0.0
+
+
+def _sentence(iterations: Sequence[int], rows: Sequence[dict], seen: int, detailed: int) -> str:
+    several = len(iterations) > 1
+    where = f"iterations {iterations[0]} to {iterations[-1]}" if several else f"iteration {iterations[0]}"
+    said = f"{wording.counted(len(rows), 'episode')} of {where}, {detailed:,} with values and advantages."
+    if len(rows) < seen:
+        said += f" {seen - len(rows):,} more were left out to keep this file small; --only=ITERATION shows one iteration alone."
+    return said
