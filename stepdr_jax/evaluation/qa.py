@@ -279,14 +279,14 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     run_dir = Path(config.run_dir)
     engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools = Tools.of(config, host)
+    tools, judge = Tools.of(config, host), judge_of(config, entity_names(run_dir))
     try:
         return await run_tasks(
             tasks,
             rubric_sets,
             policy,
             tools.client,
-            judge_of(config, entity_names(run_dir)),
+            judge,
             Limits.from_config(config.agent),
             stage=stage,
             seed=config.seed,
@@ -301,6 +301,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
         )
     finally:
         await tools.close()
+        await judge.close()
 
 
 def entity_names(run_dir: Path) -> list[str]:

@@ -36,6 +36,10 @@ class Judge(Protocol):
         """Returns verdicts and their reward; reward None means the judge failed, which is never a score of 0."""
         ...
 
+    async def close(self) -> None:
+        """Lets go of connections; a later judgment opens new ones."""
+        ...
+
 
 class ProgrammaticJudge:
     """Decides rubrics by their `check`, without a model.
@@ -66,6 +70,9 @@ class ProgrammaticJudge:
             return infrastructure(rubric_set, trajectory)
         view = self.view(trajectory)
         return self.verdict(task, rubric_set, view, [self.decide(rubric, view) for rubric in rubric_set.rubrics])
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
     def view(self, trajectory: Trajectory) -> "View":
         """The episode's answer as checks see it."""

@@ -62,6 +62,11 @@ class ModelJudge:
             found |= judged
         return self._programmatic.verdict(task, rubric_set, view, [found[r.rid] for r in rubric_set.rubrics])
 
+    async def close(self) -> None:
+        """Closes the connections of a policy that has some."""
+        if close := getattr(self.policy, "close", None):
+            await close()
+
     async def _ask(self, task: Task, rubrics: Sequence[Rubric], view: judges.View) -> dict[str, Judgment]:
         found: dict[str, Judgment] = {}
         reason = ""

@@ -113,6 +113,7 @@ class Live:
 
     async def close(self) -> None:
         await self.tools.close()
+        await self.parts.judge.close()
 
     async def _enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Episode]:
         """Collects an iteration; while too large a share is masked, the masked episodes are sampled again, with their seeds.

@@ -100,6 +100,9 @@ class LetterJudge:
         judgment = Judgment(rid="a", weight=1, role="explicit", verdict="satisfied", score=1.0)
         return Verdict(reward=share, judgments=[judgment], correct=share > 0.5)
 
+    async def close(self):
+        pass
+
 
 def parts(config, *, tools=None, run_episode=run_episode, judge=None, tasks=8) -> loop.Parts:
     model = qwen2.Qwen2Config.from_config(config.model, TOKENIZER.vocab_size)
