@@ -13,8 +13,7 @@ import jinja2
 import markupsafe
 
 from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.viewer import TEMPLATES
-from stepdr_jax.reporting.viewer import CITATION, cited, segments
+from stepdr_jax.reporting.viewer import CITATION, TEMPLATES, cited, segments
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}
 ENDINGS = {

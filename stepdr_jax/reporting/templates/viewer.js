@@ -44,7 +44,7 @@
     const select = el("select");
     select.append(new Option("all", ""), ...values.map((v) => new Option(said(v).replace("PPO, ", ""), String(v))));
     select.addEventListener("change", () => refresh());
-    selects[name] = select;
+    selects[name] = select; select.name = name;
     if (values.length > 1) control(fields[name], select);
   }
   const order = el("select"), search = el("input");

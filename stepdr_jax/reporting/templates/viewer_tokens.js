@@ -23,6 +23,9 @@ const tokenTexts = (ids, vocabulary) => {
   return texts;
 };
 
+// Characters that reorder what stands around them are named, so that no text can pose as other text.
+const unmasked = (text) => text.replace(/[\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (c) => `⟨U+${c.charCodeAt(0).toString(16).toUpperCase()}⟩`);
+
 const MODES = {
   advantage: { title: "Advantage", unit: "of reward, before whitening; blue raises the token's probability, orange lowers it" },
   value: { title: "Value", unit: "reward that the critic expected here, before its update" },
@@ -49,14 +52,14 @@ const tokenView = (episode, vocabulary, scales) => {
     const end = at + length;
     if (length && run % 2 === 0) {
       const label = `${turn ? "Observation" : "Prompt"} · ${length} tokens given`;
-      box.append(el("div", "given", el("div", "who", label), texts.slice(at, end).join("")));
+      box.append(el("div", "given", el("div", "who", label), unmasked(texts.slice(at, end).join(""))));
     } else if (length) {
       turn += 1; turns.push(spans.length);
       const version = data.version ? ` · weights of version ${[...new Set(data.version.slice(spans.length, spans.length + length))].join(", ")}` : "";
       const block = el("div", "turn", el("div", "who", `Turn ${turn} · ${length} tokens sampled${version}`));
       for (let i = at; i < end; i += 1) {
         const whole = texts[i] !== "" && !/^\s+$/.test(texts[i]);
-        const span = el("span", whole ? "" : "part", texts[i] === "" ? "·" : texts[i].replace(/\n/g, "↵\n"));
+        const span = el("span", whole ? "" : "part", texts[i] === "" ? "·" : unmasked(texts[i]).replace(/\n/g, "↵\n"));
         span.dataset.k = spans.length;
         where.push([i, turn]); spans.push(span); block.append(span);
       }
@@ -74,7 +77,7 @@ const tokenView = (episode, vocabulary, scales) => {
     if (chosen >= 0) spans[chosen].classList.remove("chosen");
     chosen = k; spans[k].classList.add("chosen");
     const [i, of] = where[k], bytes = bytesOf(i), number = (name) => series[name] ? series[name][k] : undefined;
-    const rows = [[JSON.stringify(texts[i]) + (bytes ? ` bytes ${bytes}` : ""), `id ${data.ids[i]}`], ["turn", `${of}, token ${k + 1} of ${spans.length}`]];
+    const rows = [[JSON.stringify(unmasked(texts[i])) + (bytes ? ` bytes ${bytes}` : ""), `id ${data.ids[i]}`], ["turn", `${of}, token ${k + 1} of ${spans.length}`]];
     if (number("advantage") !== undefined) rows.push(["advantage", shown(number("advantage"))]);
     if (number("value") !== undefined) rows.push(["value", shown(number("value"))]);
     for (const name of ["sampler", "trainer"]) if (data[name]) rows.push([`log-prob, ${name}`, shown(data[name][k]) + (data[name][k] === null ? "" : ` (p ${shown(Math.exp(data[name][k]))})`)]);
