@@ -1,4 +1,8 @@
-"""One PPO iteration on finished episodes: values, advantages, critic updates, actor updates, and what they did."""
+"""One PPO iteration on finished episodes: values, advantages, critic updates, actor updates, and what they did.
+
+With `PPOConfig.offload` a part of the state is in device memory only while a program of its network runs; between calls all
+of it waits in pinned host memory. Numbers do not depend on it.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -16,6 +20,8 @@ from stepdr_jax.models import value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import advantages, ppo
 from stepdr_jax.rl.rollouts import EpisodeArrays
+from stepdr_jax.sharding import memory
+from stepdr_jax.training import distributed
 from stepdr_jax.training.program import order_of, parallel_of
 from stepdr_jax.training.step import Parallel
 
@@ -39,6 +45,7 @@ class PPOConfig:
     context: int
     seed: int
     order: np.ndarray | None = None  # of a row's tokens on a mesh; None gathers actions instead
+    offload: bool = False  # what is not at work waits in pinned host memory
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
@@ -74,6 +81,7 @@ class PPOConfig:
             context=context,
             seed=config.seed,
             order=order,
+            offload=config.roles.offload == "idle",
         )
 
 
@@ -123,10 +131,11 @@ def update(
     Returns:
         (state, metrics, details).
     """
-    mask_ET = episodes.action_mask_ET
+    state, mask_ET = dict(state), episodes.action_mask_ET
     (old_ET, entropy_ET, reference_ET), values_ET = _at_once(
-        lambda: _old_logprobs(state["params"], reference, episodes, config),
-        lambda: _old_values(state["critic"], episodes, config),
+        lambda: _old_logprobs(*_for_reading(state["params"], reference), episodes, config),
+        lambda: _old_values(*_for_reading(state["critic"]), episodes, config),
+        config=config,
     )
     rewards_ET = advantages.place_rewards(episodes.rewards_E, mask_ET)
     raw_ET, returns_ET = map(
@@ -151,11 +160,11 @@ def update(
     )
     networks = [_Network.CRITIC] if iteration < config.critic_only_iterations else list(_Network)
     trained = _at_once(
-        *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks)
+        *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks), config=config
     )
     skipped = 0.0
-    for new_state, new_metrics, bad in trained:
-        state, metrics, skipped = state | new_state, metrics | new_metrics, skipped + bad
+    for new_metrics, bad in trained:
+        metrics, skipped = metrics | new_metrics, skipped + bad
     return state, metrics | {"skipped_updates": skipped}, details
 
 
@@ -166,15 +175,21 @@ class _Network(enum.StrEnum):
     ACTOR = "params"
 
 
-def _at_once(*works: Callable[[], Any]) -> list[Any]:
+def _at_once(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
     """Results of independent works. On a CPU in threads: their small programs leave cores idle. Same results either way.
 
-    Elsewhere one after the other: programs with collectives must start in the same order on every host.
+    Elsewhere one after the other: programs with collectives must start in the same order on every device and host, and
+    what is to wait on the host must make room first.
     """
-    if len(works) == 1 or jax.default_backend() != "cpu":
+    if len(works) == 1 or jax.default_backend() != "cpu" or config.settings.sharded or config.offload:
         return [work() for work in works]
     with concurrent.futures.ThreadPoolExecutor(len(works)) as threads:
         return [running.result() for running in [threads.submit(work) for work in works]]
+
+
+def _for_reading(*trees: Any) -> list[Any]:
+    """The trees in device memory; what waits on the host stays there, too."""
+    return [None if tree is None else memory.copied(tree, memory.DEVICE) for tree in trees]
 
 
 def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
@@ -182,10 +197,11 @@ def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
     old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
     for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context, order=config.order):
         logprob_N, entropy_N = ppo.logprobs(actor, micro.rows, settings=config.settings)
-        micro.scatter(logprob_N, old_ET)
-        micro.scatter(entropy_N, entropy_ET)
+        micro.scatter(distributed.whole(logprob_N), old_ET)
+        micro.scatter(distributed.whole(entropy_N), entropy_ET)
         if config.settings.kl_coefficient:
-            micro.scatter(ppo.logprobs(reference, micro.rows, settings=config.settings)[0], reference_ET)
+            expected_N = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
+            micro.scatter(distributed.whole(expected_N), reference_ET)
     return old_ET, entropy_ET, reference_ET
 
 
@@ -194,7 +210,7 @@ def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarra
     for micro in ppo.pack(
         episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False, order=config.order
     ):
-        micro.scatter(ppo.values(critic, micro.rows, settings=config.settings), values_ET)
+        micro.scatter(distributed.whole(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
     return values_ET
 
 
@@ -205,13 +221,14 @@ def _train(
     per_action: dict[str, np.ndarray],
     config: PPOConfig,
     iteration: int,
-) -> tuple[dict[str, Any], dict[str, float], float]:
-    """One optimizer step a minibatch: (new state of this network, mean metrics, steps skipped as not finite)."""
+) -> tuple[dict[str, float], float]:
+    """One optimizer step a minibatch, on this network's part of `state`: (mean metrics, steps skipped as not finite)."""
     is_actor = network == _Network.ACTOR
     gradients = ppo.actor_gradients if is_actor else ppo.critic_gradients
     optimizer = config.actor_optimizer if is_actor else config.critic_optimizer
     count = config.actor_minibatches if is_actor else config.critic_minibatches
-    params, moments = state[network], state[f"{network}_moments"]
+    parts = (network, f"{network}_moments")
+    params, moments = (memory.moved(state[part], memory.DEVICE) for part in parts)
     mask_ET = episodes.action_mask_ET
     sums: dict[str, float] = {}
     norms, skipped = [], 0.0
@@ -239,7 +256,9 @@ def _train(
         skipped += float(bad)
     metrics = {key: value / max(len(norms), 1) for key, value in sums.items()}
     metrics["actor_grad_norm" if is_actor else "critic_grad_norm"] = float(np.mean(norms))
-    return {str(network): params, f"{network}_moments": moments}, metrics, skipped
+    rest = memory.HOST if config.offload else memory.DEVICE
+    state |= {part: memory.moved(tree, rest) for part, tree in zip(parts, (params, moments), strict=True)}
+    return metrics, skipped
 
 
 def _importance(old_ET, episodes: EpisodeArrays, cap: float) -> tuple[np.ndarray, dict[str, float]]:

@@ -357,7 +357,15 @@ def apply(params, moments, gradient, *, optimizer: optax.GradientTransformation)
     return jax.tree.map(keep, changed, params), jax.tree.map(keep, after, moments), norm, ~finite
 
 
-@jax.jit
 def zeros_like(params):
-    """A gradient to add to."""
-    return jax.tree.map(jnp.zeros_like, params)
+    """A gradient to add to, split over devices as the parameters are."""
+    leaves, structure = jax.tree.flatten(params)
+    program = _zeros(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
+    return jax.tree.unflatten(structure, program())
+
+
+@functools.lru_cache
+def _zeros(leaves):
+    return jax.jit(
+        lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in leaves], out_shardings=[s for *_, s in leaves]
+    )

@@ -185,6 +185,11 @@ def host_pieces(array: jax.Array, size: int = 2**28) -> Iterator[np.ndarray]:
             yield np.asarray(piece.addressable_data(0))
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """All of a small array that may be spread over processes, in each of them. Every process must call it."""
+    return np.concatenate([np.atleast_1d(piece) for piece in host_pieces(array)]).reshape(array.shape)
+
+
 # ------------------------------------------------------------------------------------------------------------ endings
 
 
