@@ -15,6 +15,8 @@ HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _SEAM = re.compile(r"(?<=[\u3400-\u4dbf\u4e00-\u9fff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u3400-\u4dbf\u4e00-\u9fff])")
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
+# Zero-width characters, soft hyphens and marks of direction: nobody sees them, so they must not hide a value
+_INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
 
 
 def cited_ids(text: str) -> list[str]:
@@ -29,8 +31,8 @@ def strip_citations(text: str) -> str:
 
 @functools.lru_cache(maxsize=65536)
 def normalise(text: str) -> str:
-    """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes."""
-    text = unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold()
+    """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes, nothing invisible."""
+    text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).translate(_QUOTES).casefold()
     text = _GROUPED.sub("", text)
     return " ".join(text.split())
 

@@ -94,9 +94,12 @@ class ModelJudge:
             return kept
         session = self.policy.start(messages, episode_id=f"judge {next(self._names)}", seed=seed)
         try:
-            text = (await session.act(self.max_tokens)).text
+            turn = await session.act(self.max_tokens)
         finally:
             await session.close()
+        if turn.finish != "stop":  # what a cut reply quotes could pass for its verdict
+            raise ValueError(f"the reply was cut after judge.max_tokens = {self.max_tokens}; raise it")
+        text = turn.text
         if self._replies and len(prompts.read_verdicts(text, rubrics)) == len(rubrics):
             self._replies.put(key, text)
         return text

@@ -30,7 +30,7 @@ def reply(**verdicts) -> str:
 class Scripted:
     """A policy that answers requests in the order in which they come; an exception is raised."""
 
-    name = "scripted"
+    name, finish = "scripted", "stop"
 
     def __init__(self, *replies):
         self.replies, self.requests, self.open = list(replies), [], 0
@@ -44,7 +44,7 @@ class Scripted:
         item = self.replies.pop(0)
         if isinstance(item, Exception):
             raise item
-        return Turn(item, "stop")
+        return Turn(item, self.finish)
 
     async def close(self):
         self.open -= 1

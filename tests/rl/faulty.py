@@ -56,7 +56,7 @@ class FaultyClient(ToolsClient):
 
     async def open_session(self, episode_id, *, seed=0, **budgets):
         session = await super().open_session(episode_id, seed=seed, faults=self.visible, **budgets)
-        return BrokenSession(session) if struck(self.broken, "broken", seed) else session
+        return BrokenSession(session, calls=seed % 2) if struck(self.broken, "broken", seed) else session
 
     def _connected(self, address="", place=0):
         return _Wire(super()._connected(address, place), self)
@@ -87,14 +87,14 @@ class _Wire:
 
 
 class BrokenSession:
-    """A session whose second call, and all later ones, find no host."""
+    """A session whose calls find no host, from the first one (`calls` = 0) or a later one on."""
 
-    def __init__(self, session: ToolSession):
-        self._session, self._calls = session, 0
+    def __init__(self, session: ToolSession, calls: int = 0):
+        self._session, self._left = session, calls
 
     async def call(self, *arguments, **settings):
-        self._calls += 1
-        if self._calls > 1:
+        self._left -= 1
+        if self._left < 0:
             raise ToolInfraError("UNAVAILABLE: injected", "UNAVAILABLE")
         return await self._session.call(*arguments, **settings)
 
@@ -107,7 +107,7 @@ class FaultyTools(Tools):
 
     def __init__(self, address: str, *, call_timeout: float = 15.0, host=None, **faults):
         super().__init__(address, call_timeout=call_timeout, host=host)
-        self._client = FaultyClient(address, call_timeout=call_timeout, **faults)
+        self._client = self.faulty = FaultyClient(address, call_timeout=call_timeout, **faults)
 
 
 class FaultyJudge(judges.ProgrammaticJudge):

@@ -88,7 +88,7 @@ async def collected(tools, judge, tasks=TASKS, **keywords):
 def run_with(world, judge, **faults):
     async def main():
         async with hosted(world, **faults) as tools:
-            return await collected(tools, judge), (await tools.client()).replies_lost
+            return await collected(tools, judge), tools.faulty.replies_lost
 
     return asyncio.run(main())
 
