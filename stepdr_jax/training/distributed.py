@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from stepdr_jax.errors import UserError
 
@@ -126,6 +127,28 @@ def gather(values) -> np.ndarray:
         return values[None]
     with jax.transfer_guard("allow"):
         return np.asarray(multihost_utils.process_allgather(values))
+
+
+def gather_bytes(data: bytes, *, patience: float = 86400.0, piece: int = 1 << 22) -> list[bytes]:
+    """What every process gave, in their order. Every process must call it; they may come as late as `patience` seconds.
+
+    They meet at a barrier of the coordination service first, so that no device waits. Of each process so many bytes (a
+    `piece`) are then in device memory at a time.
+    """
+    if jax.process_count() == 1:
+        return [data]
+    multihost.get_barrier_sync_fn()(key=f"gather {next(_meetings)}", timeout_ms=int(patience * 1000))
+    lengths = gather(np.int32(len(data)))[:, 0]
+    found = [bytearray() for _ in lengths]
+    for start in range(0, int(lengths.max()), piece):
+        size = min(piece, int(lengths.max()) - start)
+        rows = gather(np.frombuffer(data[start : start + size].ljust(size, b"\0"), np.uint8))
+        for held, row, length in zip(found, rows, lengths, strict=True):
+            held += row.tobytes()[: max(int(length) - start, 0)]
+    return [bytes(held) for held in found]
+
+
+_meetings = itertools.count()
 
 
 # ------------------------------------------------------------------------------------------------------------- arrays

@@ -1,11 +1,13 @@
 """The sampler as the config describes it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from stepdr_jax.engine import weights
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -14,21 +16,35 @@ from stepdr_jax.training import state
 from stepdr_jax.training.compilation import keep_compiled
 
 
-def engine_of(config, params: dict, model: Qwen2Config, tokenizer: Tokenizer, *, version: int = 0) -> JaxEngine:
+def engine_of(
+    config,
+    params: dict,
+    model: Qwen2Config,
+    tokenizer: Tokenizer,
+    *,
+    version: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    transfer_bytes: int = weights.LIMIT,
+) -> JaxEngine:
     """The engine of `config.sampler`, stopping at the end of a turn.
+
+    Args:
+        config: the run's config.
+        params: tree of `qwen2.param_shapes(model)`, wherever it is.
+        model: its shape.
+        tokenizer: whose control tokens end a turn.
+        version: of the weights.
+        devices: replicas * tensor of this process; default the first ones.
+        transfer_bytes: of `JaxEngine`.
 
     Raises UserError for sizes that do not fit each other or the devices.
     """
     section = config.sampler
     wanted = section.replicas * section.tensor
-    mesh = None
-    if wanted > 1:
-        if wanted > len(jax.devices()):
-            raise UserError(
-                f"sampler.replicas * sampler.tensor: expected at most the {len(jax.devices())} devices, got {wanted}"
-            )
-        devices = np.array(jax.devices()[:wanted]).reshape(section.replicas, section.tensor)
-        mesh = Mesh(devices, ("data", "tensor"))
+    devices = list(jax.local_devices()[:wanted] if devices is None else devices)
+    if wanted > len(devices):
+        raise UserError(f"sampler.replicas * sampler.tensor: expected at most the {len(devices)} devices, got {wanted}")
+    mesh = Mesh(np.array(devices).reshape(section.replicas, section.tensor), ("data", "tensor"))
     try:
         return JaxEngine(
             params,
@@ -46,10 +62,11 @@ def engine_of(config, params: dict, model: Qwen2Config, tokenizer: Tokenizer, *,
             max_len=config.agent.max_episode_tokens,
             stop_ids=(tokenizer.im_end, tokenizer.endoftext),
             version=version,
+            transfer_bytes=transfer_bytes,
             mesh=mesh,
         )
     except ValueError as error:
-        raise UserError(f"sampler: {error}; change the config's sampler section") from None
+        raise UserError(f"sampler: {error}; change the config's sampler or roles section") from None
 
 
 def of_stage(config, stage: str) -> tuple[JaxEngine, Tokenizer]:
