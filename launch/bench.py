@@ -10,32 +10,60 @@ in turns, so that a busy machine slows both; the medians are compared.
 --what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
 writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
 
+--what=staggered: tokens sampled per second by 32 slots that 128 requests with prompts and answers of many lengths go through,
+ours against Tunix's sampler and `generate` of transformers; and the same with all lengths equal.
+
+--what=episode: eight episodes of twelve turns, our parked sessions against a new session each turn, and Tunix's sampler.
+
+--what=ppo: one PPO iteration (log-probabilities, values, advantages, updates of critic and actor) against Tunix's PPO learner,
+with --rows episodes in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
+its own (docs/benchmarks.md).
+
+--what=decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
+
 --what=attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
 devices; sizes are its own, not the config's.
 """
 
 import json
 import os
-import statistics
 import sys
-import time
 
 from absl import flags
 
-from launch import bench_attention, bench_convert, bench_saving, entry
+from launch import bench_attention, bench_convert, bench_engine, bench_peers, bench_ppo, bench_saving, entry
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import process
 
-_WHAT = flags.DEFINE_string("what", "train", "train, sample, convert, attention or saving")
-_SIZE = flags.DEFINE_string("size", "0.5B", "of Qwen2.5, for --what=convert")
+_WHAT = flags.DEFINE_string("what", "train", "what is measured; see above")
+_SIZE = flags.DEFINE_string(
+    "size", "", "of Qwen2.5, for convert (default 0.5B) and decode (default the config's model)"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after one that is not counted")
 
 
+_TEN_MILLION = flags.DEFINE_bool("ten_million", False, "a model of 10M parameters instead of the config's")
+_ROWS = flags.DEFINE_integer("rows", 4, "episodes in one pass, for ppo")
+_SLOTS = flags.DEFINE_integer("slots", 64, "sequences decoded together, for decode")
+_CONTEXT = flags.DEFINE_integer("context", 4096, "tokens that each has, for decode")
+_BANDWIDTH = flags.DEFINE_float(
+    "bandwidth", 0, "of the accelerator's memory, bytes a second, where it is not known, for decode"
+)
+
+
 def main(config) -> None:
+    if _TEN_MILLION.value:
+        config = bench_peers.ten_million(config)
     benches = {
         "train": train,
         "sample": sample,
-        "convert": lambda *_: bench_convert.measure(_SIZE.value),
+        "staggered": bench_engine.staggered,
+        "episode": bench_engine.episode,
+        "ppo": lambda config, rounds: bench_ppo.step(config, rounds, rows=_ROWS.value),
+        "decode": lambda config, rounds: bench_engine.decode(
+            config, _SIZE.value, rounds, slots=_SLOTS.value, context=_CONTEXT.value, bandwidth=_BANDWIDTH.value
+        ),
+        "convert": lambda *_: bench_convert.measure(_SIZE.value or "0.5B"),
         "attention": lambda _, rounds: bench_attention.measure(rounds),
         "saving": lambda *_: [bench_saving.measure(gigabytes) for gigabytes in (0.01, 0.4)],
     }
@@ -50,17 +78,16 @@ def train(config, rounds: int) -> dict:
     """Interleaved training steps of both sides on random packed rows of one segment."""
     batch = _random_batch(config.midtrain1.batch, config.midtrain1.context, config.tokenizer.vocab_size)
     sides = {"ours": _our_step(config, batch), "transformers": _their_step(config, batch)}
-    seconds = _in_turns(sides, rounds)
+    seconds = bench_peers.in_turns(sides, rounds)
     return {
         "what": "train",
         "unit": "tokens per second",
-        **_comparison(batch["tokens"].size, seconds),
+        **bench_peers.comparison(batch["tokens"].size, seconds),
         "rows": config.midtrain1.batch,
         "context": config.midtrain1.context,
         "vocabulary": config.tokenizer.vocab_size,
         "model": dict(config.model),
-        "threads": _threads(),
-        "rounds": rounds,
+        **bench_peers.conditions(rounds),
     }
 
 
@@ -69,49 +96,19 @@ def sample(config, rounds: int) -> dict:
     slots, prompt, new = config.sampler.slots, 96, 128
     prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
-    seconds = _in_turns(sides, rounds)
+    seconds = bench_peers.in_turns(sides, rounds)
     return {
         "what": "sample",
         "unit": "sampled tokens per second, prompts' prefill included",
-        **_comparison(slots * new, seconds),
+        **bench_peers.comparison(slots * new, seconds),
         "sequences": slots,
         "prompt_tokens": prompt,
         "sampled_tokens": new,
         "cache_tokens": config.agent.max_episode_tokens,
         "shards": config.sampler.shards,
         "model": dict(config.model),
-        "threads": _threads(),
-        "rounds": rounds,
+        **bench_peers.conditions(rounds),
     }
-
-
-def _in_turns(sides: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, after one round that compiles."""
-    seconds = {name: [] for name in sides}
-    for work in sides.values():
-        work()
-    for _ in range(rounds):
-        for name, work in sides.items():
-            began = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _comparison(tokens: int, seconds: dict[str, list[float]]) -> dict:
-    speed = {name: tokens / statistics.median(times) for name, times in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
-    return {
-        "ours": round(speed["ours"]),
-        "transformers": round(speed["transformers"]),
-        "ratio": round(speed["ours"] / speed["transformers"], 2),
-        "ratio_of_rounds": [round(min(ratios), 2), round(statistics.median(ratios), 2), round(max(ratios), 2)],
-        "best": {name: round(tokens / min(times)) for name, times in seconds.items()},
-    }
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _random_batch(rows: int, context: int, vocabulary: int) -> dict:
@@ -153,7 +150,7 @@ def _our_step(config, batch: dict):
 
 
 def _their_step(config, batch: dict):
-    torch, model = _their_model(config, use_cache=False)
+    torch, model = bench_peers.transformers_model(config, use_cache=False)
     model.train()
     settings = config.midtrain1
     optimizer = torch.optim.AdamW(
@@ -205,15 +202,11 @@ def _our_sampler(config, prompts, new: int):
 
 def _their_sampler(config, prompts, new: int):
     """`generate` with the same weights; its static cache needs compilation, so its default dynamic one is used."""
-    from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.training import state
 
     ours = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
-    tensors = dict(hf.tensors(ours, state.initial_params(ours, config.seed)))
-    torch, model = _their_model(config, use_cache=True)
-    model.eval()
-    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()}, strict=False)
+    torch, model = bench_peers.transformers_sampler(config, state.initial_params(ours, config.seed))
     ids = torch.from_numpy(prompts.astype("int64"))
     settings = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, min_new_tokens=new)
 
@@ -223,32 +216,6 @@ def _their_sampler(config, prompts, new: int):
         assert out.shape[1] == ids.shape[1] + new
 
     return run
-
-
-def _their_model(config, *, use_cache: bool):
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(f"the comparison needs {error.name}; pip install torch transformers") from None
-    torch.set_num_threads(_threads())
-    m = config.model
-    settings = transformers.Qwen2Config(
-        vocab_size=config.tokenizer.vocab_size,
-        hidden_size=m.hidden_size,
-        num_hidden_layers=m.num_layers,
-        num_attention_heads=m.num_heads,
-        num_key_value_heads=m.num_kv_heads,
-        head_dim=m.head_dim,
-        intermediate_size=m.intermediate_size,
-        rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
-        rms_norm_eps=m.rms_norm_eps,
-        tie_word_embeddings=m.tie_embeddings,
-        use_cache=use_cache,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return torch, transformers.Qwen2ForCausalLM(settings)
 
 
 if __name__ == "__main__":
