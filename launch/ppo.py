@@ -3,6 +3,9 @@
 Writes run_dir/seed<k>/ppo: checkpoints, metrics.jsonl, iterations/NNNN.jsonl and done.json. The same command continues an
 interrupted run. With --config.tools.address the tool host there is used; otherwise one is started for the time of the run.
 
+Several processes, those of config.distributed, are one run: each samples its share of an iteration's episodes on its own
+devices, and all learn together. Processes on several machines need a tool host that all reach (--config.tools.address).
+
 --train_only learns anew from the episodes that the run recorded, without sampler and tools, into seed<k>/ppo_replay:
 
     python -m launch.ppo --train_only --config.ppo.gae_lambda=0.95
@@ -12,6 +15,7 @@ from absl import flags
 
 from launch import entry, tool_host
 from stepdr_jax.rl import loop
+from stepdr_jax.training import distributed
 
 TRAIN_ONLY = flags.DEFINE_boolean("train_only", False, "learn anew from the recorded episodes, into seed<k>/ppo_replay")
 
@@ -22,8 +26,9 @@ def main(config) -> None:
         print(loop.replay_home_of(config))
         return
     loop.run(config, lambda: tool_host.of(config, f"seed{config.seed}.ppo"))
-    print(loop.home_of(config))
+    if distributed.is_lead():
+        print(loop.home_of(config))
 
 
 if __name__ == "__main__":
-    entry.run(main, __doc__)
+    entry.run(main, __doc__, many_processes=True)

@@ -12,32 +12,31 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent.tools import Host, Tools
+from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.choose import judge_of, settings_of
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import Finish, RubricSet, Task
-from stepdr_jax.rl import learner, recordings, rollouts, sampling
+from stepdr_jax.rl import hosts, learner, recordings, roles, rollouts, sampling
+from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.rl.sampling import Parts
-from stepdr_jax.sharding import rules
-from stepdr_jax.sharding.mesh import make_mesh
+from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import checkpoint, metrics, state
+from stepdr_jax.training import checkpoint, distributed, metrics, state
 from stepdr_jax.training.compilation import keep_compiled
+from stepdr_jax.training.distributed import say as _say
 
 # These change when a run ends, saves and how it computes, not what it computes.
 FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat")
@@ -74,14 +73,15 @@ def run(config: ConfigDict, start_host: Callable[[], contextlib.AbstractContextM
     if done is not None:
         return done
     parts = prepare(config)
-    with start_host() as host:
-        return train(config, dataclasses.replace(parts, tools=lambda: Tools.of(config, host)))
+    with hosts.tools_of(config, start_host) as tools:
+        return train(config, dataclasses.replace(parts, tools=tools))
 
 
 def prepare(config: ConfigDict) -> Parts:
     """Reads the parts of a run from its directory; raises UserError naming what is missing and the command that makes it."""
     run_dir = Path(config.run_dir)
-    actor = state.load_params(config, config.seed, "sft")
+    model, who = Qwen2Config.from_config(config.model, state.vocab_size(config)), Roles.of(config)
+    actor = state.load_params(config, config.seed, "sft", who.param_shardings(model) if who.mesh.size > 1 else None)
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
     corpus = run_dir / "corpus"
     rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
@@ -103,7 +103,7 @@ def prepare(config: ConfigDict) -> Parts:
     names = {row[lang] for row in files.read_jsonl(entities) for lang in ("en", "zh") if row.get(lang)}
     return Parts(
         tokenizer=tokenizer,
-        model=Qwen2Config.from_config(config.model, state.vocab_size(config)),
+        model=model,
         actor=actor,
         tasks=tasks,
         rubric_sets=rubric_sets,
@@ -140,28 +140,28 @@ async def _train(
     keep_compiled(Path(config.run_dir) / ".jax_cache")
     asked = _settings(config, parts)
     _require_same(home, asked)
-    files.write_json(home / "settings.json", asked)
+    distributed.lead_first("ppo settings", lambda: files.write_json(home / "settings.json", asked), lambda: None)
 
     # ---------------------------------------------------------------- state: new or continued
-    mesh = make_mesh(**config.mesh)
-    learning = learner.PPOConfig.from_config(config, parts.model, mesh)
-    fresh = learner.init_state(parts.actor, learning, jax.random.key(config.seed))
-    fresh = jax.device_put(fresh, rules.param_shardings(fresh, mesh))
-    restored = checkpoint.restore(home / "checkpoints", fresh)
-    now, start, seconds = fresh, 0, 0.0
+    who = Roles.of(config)
+    learning = learner.PPOConfig.from_config(config, parts.model, who.mesh)
+    now, restored = roles.begin(parts.actor, parts.model, learning, who, home / "checkpoints", config.seed)
+    reference = roles.on_mesh(parts.actor, who.param_shardings(parts.model)) if settings.kl_coefficient else None
+    start, seconds = 0, 0.0
     if restored is not None:
-        now, start, seconds = restored.tree, restored.step, restored.metadata["seconds"]
+        start, seconds = restored.step, restored.metadata["seconds"]
         _say(f"ppo  continuing from iteration {start}")
-    metrics.rewind(home / "metrics.jsonl", start - 1, key="iteration")
+    if distributed.is_lead():
+        metrics.rewind(home / "metrics.jsonl", start - 1, key="iteration")
 
     # ---------------------------------------------------------------- where episodes come from
     mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     if source is None:
         directory = home / "iterations"
-        source = sampling.Live(config, parts, now["params"], version=start, directory=directory, mark=mark)
+        source = sampling.Live(config, parts, now["params"], version=start, directory=directory, mark=mark, roles=who)
 
     # ---------------------------------------------------------------- loop
-    progress = Progress("ppo", iterations, "iterations", start=start)
+    progress = Progress("ppo", iterations, "iterations", start=start) if distributed.is_lead() else None
     if start < iterations:
         _say("ppo  compiling")
     try:
@@ -171,29 +171,29 @@ async def _train(
             sampled = time.monotonic()
 
             batch = rollouts.arrays(episodes, config.agent.max_episode_tokens)
+            await source.rest()
             # In a thread: the event loop goes on answering the tool host's pings.
-            now, learnt, details = await asyncio.to_thread(
-                learner.update, now, batch, learning, iteration, parts.actor if settings.kl_coefficient else None
-            )
+            now, learnt, details = await asyncio.to_thread(learner.update, now, batch, learning, iteration, reference)
             if learnt["skipped_updates"]:
                 _say(
                     f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
                 )
-            if iteration >= settings.critic_only_iterations:
-                await source.learnt(now["params"], iteration + 1)
+            trained = iteration >= settings.critic_only_iterations
+            await source.learnt(now["params"], iteration + 1 if trained else None)
 
             row = _row(iteration, episodes) | learnt
             row |= source.stats() | {
                 "seconds_sampling": round(sampled - clock, 3),
                 "seconds_training": round(time.monotonic() - sampled, 3),
             }
-            recordings.add_details(home / "iterations", iteration, episodes, batch, details)
-            files.append_jsonl(home / "metrics.jsonl", row)
-            progress.update(
-                1,
-                **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
-                masked=sum(episode.masked is not None for episode in episodes),
-            )
+            if distributed.is_lead():
+                recordings.add_details(home / "iterations", iteration, episodes, batch, details)
+                files.append_jsonl(home / "metrics.jsonl", row)
+                progress.update(
+                    1,
+                    **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
+                    masked=sum(episode.masked is not None for episode in episodes),
+                )
             if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
                 metadata = {
                     "stage": "ppo",
@@ -213,10 +213,10 @@ async def _train(
     done = {
         "iterations": max(start, iterations),
         "iteration": max(start, iterations),
-        "params_sha256": checkpoint.params_sha256(now["params"]),
+        "params_sha256": checkpoint.params_sha256(memory.copied(now["params"], memory.DEVICE)),
         "seconds": round(seconds + time.monotonic() - began, 2),
     }
-    files.write_json(home / "done.json", done)
+    distributed.lead_first("ppo done", lambda: files.write_json(home / "done.json", done), lambda: None)
     return done
 
 
@@ -289,7 +289,3 @@ def _require_same(home: Path, asked: dict[str, Any]) -> None:
             raise UserError(
                 f"{home} {what}; choose another --config.run_dir, or delete {home} to train this stage again"
             )
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.records import RubricSet, Task
-from stepdr_jax.rl import recordings, rollouts
+from stepdr_jax.rl import hosts, recordings, rollouts
+from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import sampler
+from stepdr_jax.training import distributed, sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
@@ -51,7 +52,9 @@ class Source(Protocol):
 
     async def episodes(self, iteration: int) -> list[Episode]: ...
 
-    async def learnt(self, params: dict, version: int) -> None: ...
+    async def rest(self) -> None: ...
+
+    async def learnt(self, params: dict, version: int | None) -> None: ...
 
     def stats(self) -> dict[str, float]: ...
 
@@ -65,16 +68,28 @@ class Live:
     again: everything an iteration does is a function of the settings, so it would be the same.
 
     Args:
-        params: the actor's.
+        params: the actor's, in whatever memory.
         version: of these weights.
         directory: of the recordings.
         mark: names all settings that episodes are a function of.
+        roles: who works where.
     """
 
-    def __init__(self, config: ConfigDict, parts: Parts, params: dict, *, version: int, directory: Path, mark: str):
+    def __init__(
+        self, config: ConfigDict, parts: Parts, params: dict, *, version: int, directory: Path, mark: str, roles: Roles
+    ):
         settings = config.ppo
         self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
-        self.engine = sampler.engine_of(config, params, parts.model, parts.tokenizer, version=version)
+        self.roles = roles
+        self.engine = sampler.engine_of(
+            config,
+            memory.copied(params, memory.DEVICE),
+            parts.model,
+            parts.tokenizer,
+            version=version,
+            devices=roles.sampler,
+            transfer_bytes=roles.transfer_bytes,
+        )
         self.tools = parts.tools()
         self._collect = functools.partial(
             rollouts.collect,
@@ -94,19 +109,27 @@ class Live:
         """The episodes of one iteration. Raises UserError when too many of them stay broken."""
         config, parts = self.config, self.parts
         known = {task.id: task for task in parts.tasks}
-        recorded = recordings.load(self.directory, iteration, known, self.mark)
+        recorded = hosts.of_lead(lambda: recordings.load(self.directory, iteration, known, self.mark), known)
         if recorded is not None:
             return recorded
         chosen = rollouts.choose_tasks(len(parts.tasks), config.ppo.prompts, seed=config.seed, iteration=iteration)
         tasks = [parts.tasks[index] for index in chosen for _ in range(config.ppo.samples)]
         seeds = [rollouts.episode_seed(config.seed, iteration, index) for index in range(len(tasks))]
         episodes = await self._enough(tasks, seeds, iteration)
-        recordings.save(self.directory, iteration, episodes, self.mark)
+        if distributed.is_lead():
+            recordings.save(self.directory, iteration, episodes, self.mark)
         return episodes
 
-    async def learnt(self, params: dict, version: int) -> None:
-        """Takes the new weights."""
-        await self.engine.update_weights(params, version)
+    async def rest(self) -> None:
+        """The learner works next: where it does so by turns with the sampler, that gives its memory back."""
+        if self.roles.by_turns:
+            await self.engine.release()
+
+    async def learnt(self, params: dict, version: int | None) -> None:
+        """Takes the new weights; `version` None says that they are the ones it had."""
+        if version is not None or self.engine.released:
+            version = self.engine.version if version is None else version
+            await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
     def stats(self) -> dict[str, float]:
         return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": self.engine.stats()["evictions"]}
@@ -120,7 +143,7 @@ class Live:
 
         Raises UserError after ROUNDS rounds: a batch of what happened to survive is a biased one.
         """
-        episodes = await self._collect(tasks, seeds)
+        episodes = await hosts.collect(self._collect, tasks, seeds)
         for tried in range(1, ROUNDS + 1):
             masked = [episode.index for episode in episodes if episode.masked is not None]
             if len(masked) <= self.config.ppo.max_masked_share * len(episodes):
@@ -129,12 +152,13 @@ class Live:
             share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
             if tried == ROUNDS:
                 break
-            _say(f"ppo  {share}; sampling them again")
+            distributed.say(f"ppo  {share}; sampling them again")
             try:
                 await (await self.tools.client()).wait_ready(READY_SECONDS)
             except ToolInfraError as error:
                 raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
-            again = await self._collect(
+            again = await hosts.collect(
+                self._collect,
                 *([of[index] for index in masked] for of in (tasks, seeds)),
                 before=[episodes[index] for index in masked],
             )
@@ -168,7 +192,10 @@ class Recorded:
     async def episodes(self, iteration: int) -> list[Episode]:
         return recordings.load(self.directory, iteration, self._tasks)
 
-    async def learnt(self, params: dict, version: int) -> None:
+    async def rest(self) -> None:
+        pass
+
+    async def learnt(self, params: dict, version: int | None) -> None:
         pass
 
     def stats(self) -> dict[str, float]:
@@ -176,7 +203,3 @@ class Recorded:
 
     async def close(self) -> None:
         pass
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
