@@ -213,6 +213,10 @@ def sample(logits_BV, keys_B, index_B, temperature_B):
     The draw inverts the cumulative distribution in two stages, a block of words and then a word in it, with one uniform
     number each: two random numbers a row instead of V, and float32 sums stay short enough not to lose rare words.
 
+    Every row of the unembedding takes part, also those that pad Qwen2.5's 151,665 ids to 151,936 or 152,064: the trainer's
+    log-probabilities count them too, as pretraining did, which made them improbable. Leaving them out here alone would make
+    sampler and trainer disagree. One that is drawn all the same reads as U+FFFD and is trained like any other id.
+
     Args:
         logits_BV: float32.
         keys_B: one key a row; the token's index is folded in, so the draw does not depend on the batch or its history.
