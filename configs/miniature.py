@@ -241,6 +241,7 @@ def get_config() -> ConfigDict:
             gamma=1.0,  # paper
             gae_lambda=1.0,  # paper
             clip=0.2,  # Open-Reasoner-Zero
+            dual_clip=0.0,  # above 1 an action of negative advantage loses at most so many times its advantage; verl: 3; 0 = off
             value_clip=0.2,  # Open-Reasoner-Zero
             actor_learning_rate=3e-4,  # ours; Open-Reasoner-Zero: 1e-6 at 32B
             critic_learning_rate=1e-3,  # ours; Open-Reasoner-Zero: 5e-6

@@ -62,6 +62,7 @@ class PPOConfig:
                 model=model,
                 temperature=c.temperature,
                 clip=c.clip,
+                dual_clip=c.dual_clip,
                 value_clip=c.value_clip,
                 kl_coefficient=c.kl_coefficient,
                 entropy_coefficient=c.entropy_coefficient,

@@ -33,12 +33,20 @@ AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
 # ----------------------------------------------------------------------------------------------------------- losses
 
 
-def policy_loss(logprob_N, old_logprob_N, advantage_N, weight_N, clip: float):
-    """Clipped surrogate, weighted sum over actions: (loss, clipped_N bool). Where clipped, no gradient flows."""
+def policy_loss(logprob_N, old_logprob_N, advantage_N, weight_N, clip: float, dual_clip: float = 0.0):
+    """Clipped surrogate, weighted sum over actions: (loss, clipped_N bool). Where clipped, no gradient flows.
+
+    With dual_clip above 1 an action of negative advantage loses at most dual_clip times its advantage, however much more
+    probable it has become (Ye et al. 2020, section 3.2); 0 is off.
+    """
     ratio_N = jnp.exp(logprob_N - old_logprob_N)
     free_N = ratio_N * advantage_N
     bound_N = jnp.clip(ratio_N, 1 - clip, 1 + clip) * advantage_N
-    return -jnp.sum(weight_N * jnp.minimum(free_N, bound_N)), bound_N < free_N
+    surrogate_N, clipped_N = jnp.minimum(free_N, bound_N), bound_N < free_N
+    if dual_clip:
+        floor_N = jnp.where(advantage_N < 0, dual_clip * advantage_N, -jnp.inf)
+        surrogate_N, clipped_N = jnp.maximum(surrogate_N, floor_N), clipped_N | (surrogate_N < floor_N)
+    return -jnp.sum(weight_N * surrogate_N), clipped_N
 
 
 def value_loss(value_N, old_value_N, return_N, weight_N, clip: float):
@@ -189,6 +197,7 @@ class Settings:
     entropy_coefficient: float
     parallel: Parallel = Parallel()  # how rows of microbatches are split
     loss_chunk: int = 2048  # actions per slice of the vocabulary
+    dual_clip: float = 0.0  # see policy_loss
 
     @property
     def sharded(self) -> bool:
@@ -306,7 +315,7 @@ def actor_gradients(params, total, rows, actions, *, settings: Settings):
         # States without an action have a meaningless log-probability, which must not meet an exponential.
         logprob_N = jnp.where(weight_N > 0, logprob_N, actions["old_logprob"])
         surrogate, clipped_N = policy_loss(
-            logprob_N, actions["old_logprob"], actions["advantage"], weight_N, settings.clip
+            logprob_N, actions["old_logprob"], actions["advantage"], weight_N, settings.clip, settings.dual_clip
         )
         objective = surrogate - settings.entropy_coefficient * jnp.sum(weight_N * entropy_N)
         log_ratio_N = logprob_N - actions["old_logprob"]
