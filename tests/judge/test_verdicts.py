@@ -68,6 +68,12 @@ def test_a_fatal_flaw_zeroes_the_reward():
     assert verdicts.aggregate(rows, fatal={"f"}) == 1.0
 
 
+def test_a_fatal_rubric_without_a_verdict_leaves_the_report_without_a_reward():
+    rows = [judgment(str(i), 1, "satisfied") for i in range(19)] + [judgment("f", -1, "error")]
+    assert verdicts.aggregate(rows) == 1.0
+    assert verdicts.aggregate(rows, fatal={"f"}) is None
+
+
 @given(
     st.lists(
         st.tuples(st.integers(-5, 5).filter(bool), st.sampled_from(["satisfied", "partial", "not"])),

@@ -43,7 +43,7 @@ class FaultyClient(ToolsClient):
 
     Args:
         lost: share of calls that the host makes and whose reply does not arrive; the client sends them again.
-        broken: share of episodes, by seed, in which a call fails for good.
+        broken: share of episodes, by seed, whose calls fail for good.
         visible: profile of faults that sessions ask the host for.
     """
 
@@ -56,7 +56,7 @@ class FaultyClient(ToolsClient):
 
     async def open_session(self, episode_id, *, seed=0, **budgets):
         session = await super().open_session(episode_id, seed=seed, faults=self.visible, **budgets)
-        return BrokenSession(session, calls=seed % 2) if struck(self.broken, "broken", seed) else session
+        return BrokenSession(session) if struck(self.broken, "broken", seed) else session
 
     def _connected(self, address="", place=0):
         return _Wire(super()._connected(address, place), self)
@@ -87,16 +87,13 @@ class _Wire:
 
 
 class BrokenSession:
-    """A session whose calls find no host, from the first one (`calls` = 0) or a later one on."""
+    """A session whose calls find no host."""
 
-    def __init__(self, session: ToolSession, calls: int = 0):
-        self._session, self._left = session, calls
+    def __init__(self, session: ToolSession):
+        self._session = session
 
     async def call(self, *arguments, **settings):
-        self._left -= 1
-        if self._left < 0:
-            raise ToolInfraError("UNAVAILABLE: injected", "UNAVAILABLE")
-        return await self._session.call(*arguments, **settings)
+        raise ToolInfraError("UNAVAILABLE: injected", "UNAVAILABLE")
 
     async def close(self):
         await self._session.close()

@@ -15,7 +15,7 @@ def test_calls_that_race_for_the_last_of_a_budget_get_it_once(running):
     """A call is counted before it first waits, so that none slips past the limit while another one works."""
 
     async def main():
-        async with running() as it:
+        async with asyncio.timeout(30.0), running() as it:
             it.site.gate = asyncio.Event()
             session = await it.client.open_session("e", max_tool_calls=3)
             page = [{"urls": [f"http://slow.test/{number}"]} for number in range(12)]
@@ -36,7 +36,7 @@ def test_calls_that_race_for_the_last_of_a_budget_get_it_once(running):
 
 def test_health_is_serving_until_the_host_drains_and_then_not(running):
     async def main():
-        async with running(drain=5.0) as it, grpc.aio.insecure_channel(it.address) as channel:
+        async with asyncio.timeout(30.0), running(drain=5.0) as it, grpc.aio.insecure_channel(it.address) as channel:
             it.site.gate = asyncio.Event()
             stub = health_pb2_grpc.HealthStub(channel)
             seen = {name: [] for name in ("", SERVICE)}
