@@ -21,7 +21,7 @@ MAY_BE_ZERO = frozenset(
     "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
     "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
-    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap max_missing".split()
+    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap dual_clip max_missing".split()
 )
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing".split()
