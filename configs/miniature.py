@@ -260,6 +260,7 @@ def get_config() -> ConfigDict:
             max_masked_share=0.3,  # above it the iteration is sampled again, then the run stops
             checkpoint_every=5,  # iterations
             keep_checkpoints=2,
+            staleness=0,  # 1: an iteration is sampled while the one before is learned from, with the weights before that
             importance_cap=0.0,  # above 0 actions weigh min(trainer's / sampler's probability, this); 0: all alike
             microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
             remat="none",  # as parallel.remat

@@ -21,7 +21,8 @@ MAY_BE_ZERO = frozenset(
     "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
     "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
-    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap dual_clip max_missing".split()
+    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap max_missing "
+    "staleness dual_clip".split()
 )
 SHARES = frozenset(
     "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing".split()
@@ -37,6 +38,7 @@ CHOICES = {
     "data.contaminated": ("count", "drop"),
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
+    "ppo.staleness": (0, 1),
     "ppo.unfinished": ("worst", "zero"),
     "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),
     "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
@@ -107,13 +109,18 @@ def check_values(config: ConfigDict) -> None:
             if leaf in SHARES and value > 1:
                 raise UserError(f"{name}: expected a share between 0 and 1, got {value}")
         if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{name}: expected one of {', '.join(CHOICES[name])}, got {value!r}")
+            raise UserError(f"{name}: expected one of {', '.join(map(str, CHOICES[name]))}, got {value!r}")
     if not config.run_dir:
         raise UserError("run_dir: expected a folder, got ''; for example --config.run_dir=runs/mine")
     for section in ("seed_degree", "subgraph_nodes"):
         low_high = tuple(config.synthesis[section])
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise UserError(f"synthesis.{section}: expected (low, high) with 0 < low <= high, got {low_high}")
+    if config.ppo.staleness and not config.ppo.importance_cap:
+        raise UserError(
+            "ppo.importance_cap: expected a number above 0 where ppo.staleness is 1 (episodes of older weights are weighed "
+            "by what the present ones make of them), got 0; for example --config.ppo.importance_cap=2"
+        )
     first, last = (*config.profile.steps, 0, 0)[:2]
     if len(config.profile.steps) != 2 or not 0 <= first <= last:
         raise UserError(f"profile.steps: expected (first, last), or (0, 0) for none, got {tuple(config.profile.steps)}")

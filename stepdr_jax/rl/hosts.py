@@ -25,10 +25,13 @@ from stepdr_jax.training import distributed
 _LENGTH = 8  # bytes of the length before the rows
 
 
-async def collect(run, tasks: Sequence[Task], seeds: Sequence[int], *, before: Sequence[Episode] = ()) -> list[Episode]:
+async def collect(
+    run, devices: asyncio.Lock, tasks: Sequence[Task], seeds: Sequence[int], *, before: Sequence[Episode] = ()
+) -> list[Episode]:
     """`run(tasks, seeds, before=...)`, which is `rollouts.collect`, shared out: every process gets all episodes, in order.
 
-    Every process must call it with the same arguments. An error in one ends that one, and with it the run.
+    Every process must call it with the same arguments. An error in one ends that one, and with it the run. `devices` is
+    held while episodes travel.
     """
     if jax.process_count() == 1:
         return await run(tasks, seeds, before=before)
@@ -38,7 +41,8 @@ async def collect(run, tasks: Sequence[Task], seeds: Sequence[int], *, before: S
     )
     own = [dataclasses.replace(episode, index=place) for place, episode in zip(mine, own, strict=True)]
     # In a thread: the event loop goes on answering the tool host's pings.
-    gathered = await asyncio.to_thread(distributed.gather_bytes, encode(own))
+    async with devices:
+        gathered = await asyncio.to_thread(distributed.gather_bytes, encode(own))
     known = {task.id: task for task in tasks}
     found = [episode for data in gathered for episode in decode(data, known)]
     return sorted(found, key=lambda episode: episode.index)

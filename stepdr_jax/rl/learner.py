@@ -46,6 +46,7 @@ class PPOConfig:
     seed: int
     order: np.ndarray | None = None  # of a row's tokens on a mesh; None gathers actions instead
     offload: bool = False  # what is not at work waits in pinned host memory
+    staleness: int = 0  # iterations that the sampler's weights are behind; above 0 the state keeps those weights
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
@@ -83,17 +84,20 @@ class PPOConfig:
             seed=config.seed,
             order=order,
             offload=config.roles.offload == "idle",
+            staleness=c.staleness,
         )
 
 
 def init_state(actor: dict, config: PPOConfig, key: jax.Array) -> dict[str, Any]:
     """{"params", "critic", "params_moments", "critic_moments"}: the actor is "params", as in every stage's checkpoint.
 
-    The critic's decoder starts as the actor's, its head at zero.
+    The critic's decoder starts as the actor's, its head at zero. With staleness there is "behaviour", too: the weights that
+    the next iteration's episodes are sampled with.
     """
     actor = jax.tree.map(jax.numpy.copy, actor)  # steps donate their parameters; the caller's stay alive
     critic = value_head.init_value_params(actor, config.settings.model, key)
-    return {
+    behaviour = {"behaviour": jax.tree.map(jax.numpy.copy, actor)} if config.staleness else {}
+    return behaviour | {
         "params": actor,
         "critic": critic,
         "params_moments": config.actor_optimizer.init(actor),
@@ -133,6 +137,9 @@ def update(
         (state, metrics, details).
     """
     state, mask_ET = dict(state), episodes.action_mask_ET
+    if config.staleness:
+        kept = _copied(*_for_reading(state["params"]))
+        state["behaviour"] = memory.moved(kept, memory.HOST) if config.offload else kept
     (old_ET, entropy_ET, reference_ET), values_ET = _at_once(
         lambda: _old_logprobs(*_for_reading(state["params"], reference), episodes, config),
         lambda: _old_values(*_for_reading(state["critic"]), episodes, config),
@@ -186,6 +193,9 @@ def _at_once(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
         return [work() for work in works]
     with concurrent.futures.ThreadPoolExecutor(len(works)) as threads:
         return [running.result() for running in [threads.submit(work) for work in works]]
+
+
+_copied = jax.jit(lambda params: jax.tree.map(jax.numpy.copy, params))
 
 
 def _for_reading(*trees: Any) -> list[Any]:

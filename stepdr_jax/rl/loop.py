@@ -5,6 +5,10 @@
 Everything an iteration does is a function of the state before it and of (seed, iteration), so a run that is killed at any
 moment and started again ends with the same parameters as one that was not. Episodes are recorded before they are learned
 from; a resumed run takes the recorded ones that are past its checkpoint, and rows of metrics.jsonl replace the old ones.
+
+With ppo.staleness = 1 the episodes of iteration i + 1 are sampled while the learner works on those of iteration i, with the
+weights that iteration i began with. Both end before anything else begins, so nothing depends on which was faster; those
+weights are part of the state, so a resumed run samples with them, too.
 """
 
 import asyncio
@@ -13,33 +17,35 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.judge.choose import judge_of
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
-from stepdr_jax.records import Finish, RubricSet, Task
-from stepdr_jax.rl import hosts, learner, recordings, roles, rollouts, sampling
+from stepdr_jax.records import RubricSet, Task
+from stepdr_jax.rl import hosts, learner, recordings, roles, rollouts, rows, sampling
+from stepdr_jax.rl import settings as stage_settings
 from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.rl.sampling import Parts
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import checkpoint, distributed, metrics, state
+from stepdr_jax.training import checkpoint, distributed, state
 from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.distributed import say as _say
+from stepdr_jax.training.profiling import Profiler
+from stepdr_jax.training.watchdog import Watchdog
+from stepdr_jax.training.writers import Journal
 
-# These change when a run ends, saves and how it computes, not what it computes.
-FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat")
+HEARD = 0.2  # seconds after which a notice to end is heard while episodes are sampled
 
 
 def home_of(config: ConfigDict) -> Path:
@@ -113,8 +119,8 @@ def prepare(config: ConfigDict) -> Parts:
 
 
 def train(config: ConfigDict, parts: Parts) -> dict:
-    """Runs the iterations that are left and returns done.json."""
-    return asyncio.run(_train(config, parts, home_of(config), config.ppo.iterations))
+    """Runs the iterations that are left and returns done.json. Raises `distributed.Preempted` when told to end before."""
+    return _whole(_train(config, parts, home_of(config), config.ppo.iterations))
 
 
 def replay(config: ConfigDict, parts: Parts) -> dict:
@@ -125,12 +131,20 @@ def replay(config: ConfigDict, parts: Parts) -> dict:
     """
     home = replay_home_of(config)
     recorded = sampling.Recorded(parts, home_of(config) / "iterations")
-    return asyncio.run(_train(config, parts, home, min(recorded.count, config.ppo.iterations), recorded))
+    return _whole(_train(config, parts, home, min(recorded.count, config.ppo.iterations), recorded))
+
+
+def _whole(work: Coroutine[Any, Any, dict | None]) -> dict:
+    done = asyncio.run(work)
+    if done is None:
+        raise distributed.Preempted
+    return done
 
 
 async def _train(
     config: ConfigDict, parts: Parts, home: Path, iterations: int, source: sampling.Source | None = None
-) -> dict:
+) -> dict | None:
+    """done.json; None when the process was told to end before that."""
     began, settings = time.monotonic(), config.ppo
     if settings.prompts > len(parts.tasks):
         raise UserError(
@@ -138,8 +152,8 @@ async def _train(
             "lower it in the config"
         )
     keep_compiled(Path(config.run_dir) / ".jax_cache")
-    asked = _settings(config, parts)
-    _require_same(home, asked)
+    asked = stage_settings.of(config, parts)
+    stage_settings.require_same(home, asked)
     distributed.lead_first("ppo settings", lambda: files.write_json(home / "settings.json", asked), lambda: None)
 
     # ---------------------------------------------------------------- state: new or continued
@@ -151,63 +165,104 @@ async def _train(
     if restored is not None:
         start, seconds = restored.step, restored.metadata["seconds"]
         _say(f"ppo  continuing from iteration {start}")
-    if distributed.is_lead():
-        metrics.rewind(home / "metrics.jsonl", start - 1, key="iteration")
 
     # ---------------------------------------------------------------- where episodes come from
     mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     if source is None:
-        directory = home / "iterations"
-        source = sampling.Live(config, parts, now["params"], version=start, directory=directory, mark=mark, roles=who)
+        # Iteration i is sampled with the weights of version i - staleness, whatever the timing.
+        weights, version = now.get("behaviour", now["params"]), max(start - settings.staleness, 0)
+        source = sampling.Live(
+            config, parts, weights, version=version, directory=home / "iterations", mark=mark, roles=who
+        )
 
     # ---------------------------------------------------------------- loop
+    async def save(done: int, *, emergency: bool = False) -> None:
+        metadata = {
+            "stage": "ppo",
+            "seed": config.seed,
+            "model": dataclasses.asdict(parts.model),
+            "settings": asked,
+            "iteration": done,
+            "prompt_cursor": done * settings.prompts,
+            "seconds": seconds + time.monotonic() - began,
+        }
+        keep = dict(keep=settings.keep_checkpoints, keep_every=config.saving.keep_every)
+        await asyncio.to_thread(saver.save, done, now, metadata, **keep, emergency=emergency)
+
+    journal = Journal(home, config, "ppo", start - 1, key="iteration")
+    profiler = Profiler(home, config.profile, journal.event)
+    watchdog, notice = Watchdog(home / "hangs", config.watchdog), distributed.Notice()
     progress = Progress("ppo", iterations, "iterations", start=start) if distributed.is_lead() else None
     if start < iterations:
         _say("ppo  compiling")
-    try:
-        for iteration in range(start, iterations):
-            clock = time.monotonic()
-            episodes = await source.episodes(iteration)
-            sampled = time.monotonic()
-
-            batch = rollouts.arrays(episodes, config.agent.max_episode_tokens)
-            await source.rest()
-            # In a thread: the event loop goes on answering the tool host's pings.
-            now, learnt, details = await asyncio.to_thread(learner.update, now, batch, learning, iteration, reference)
-            if learnt["skipped_updates"]:
-                _say(
-                    f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
-                )
-            trained = iteration >= settings.critic_only_iterations
-            await source.learnt(now["params"], iteration + 1 if trained else None)
-
-            row = _row(iteration, episodes) | learnt
-            row |= source.stats() | {
-                "seconds_sampling": round(sampled - clock, 3),
-                "seconds_training": round(time.monotonic() - sampled, 3),
-            }
-            if distributed.is_lead():
-                recordings.add_details(home / "iterations", iteration, episodes, batch, details)
-                files.append_jsonl(home / "metrics.jsonl", row)
-                progress.update(
-                    1,
-                    **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
-                    masked=sum(episode.masked is not None for episode in episodes),
-                )
-            if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
-                metadata = {
-                    "stage": "ppo",
-                    "seed": config.seed,
-                    "model": dataclasses.asdict(parts.model),
-                    "settings": asked,
-                    "iteration": iteration + 1,
-                    "prompt_cursor": (iteration + 1) * settings.prompts,
-                    "seconds": seconds + time.monotonic() - began,
+    saved, sampling_now = start, None
+    with checkpoint.Saver(home / "checkpoints", background=config.saving.background) as saver, notice, watchdog:
+        try:
+            for iteration in range(start, iterations):
+                profiler.before(iteration + 1)
+                clock = time.monotonic()
+                if not settings.staleness:
+                    await source.take(now["params"], iteration)
+                sampling_now = sampling_now or _start(source, iteration)
+                sampled = await _unless_told(sampling_now, notice)
+                if sampled is None:
+                    if iteration > saved:
+                        await save(iteration, emergency=True)
+                    await asyncio.to_thread(saver.wait)
+                    journal.event("preempted", step=iteration)
+                    distributed.barrier(f"ppo saved {iteration}")
+                    _say(f"ppo  told to end: iteration {iteration} is saved; run the same command to continue")
+                    return None
+                (episodes, seconds_sampling), sampling_now = sampled, None
+                batch = rollouts.arrays(episodes, config.agent.max_episode_tokens)
+                row = rows.of(iteration, episodes)
+                await source.rest()
+                if settings.staleness:
+                    await source.take(now["params"], iteration)
+                    if iteration + 1 < iterations:
+                        sampling_now = _start(source, iteration + 1)
+                        await asyncio.sleep(
+                            0
+                        )  # it looks for a recording, with all processes, before the learner begins
+                learning_began = time.monotonic()
+                # In a thread: the event loop goes on answering the tool host's pings, and drives the sampler.
+                async with source.devices:
+                    now, learnt, details = await asyncio.to_thread(
+                        learner.update, now, batch, learning, iteration, reference
+                    )
+                if learnt["skipped_updates"]:
+                    journal.event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
+                    _say(
+                        f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
+                    )
+                row |= learnt | source.stats()
+                row |= {
+                    "seconds_sampling": round(seconds_sampling, 3),
+                    "seconds_training": round(time.monotonic() - learning_began, 3),
+                    "seconds": round(time.monotonic() - clock, 3),
                 }
-                directory = home / "checkpoints"
-                checkpoint.save(directory, iteration + 1, now, metadata, keep=settings.keep_checkpoints)
-    finally:
-        await source.close()
+                if distributed.is_lead():
+                    recordings.add_details(home / "iterations", iteration, episodes, batch, details)
+                    progress.update(
+                        1,
+                        **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
+                        masked=sum(episode.masked is not None for episode in episodes),
+                    )
+                journal.row(row)
+                watchdog.step(time.monotonic() - clock)
+                profiler.after(iteration + 1)
+                if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
+                    await save(iteration + 1)  # after its row: a restored run must find its rows up to the checkpoint
+                    saved = iteration + 1
+                saver.check()
+            journal.event("end", step=max(start, iterations))
+        finally:
+            if sampling_now is not None:
+                sampling_now.cancel()
+                await asyncio.wait([sampling_now])
+            profiler.close(max(start, iterations))
+            journal.close()
+            await source.close()
 
     # ---------------------------------------------------------------- done
     done = {
@@ -220,72 +275,26 @@ async def _train(
     return done
 
 
-def _row(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
-    """What the episodes were, before any learning. Rewards are of unmasked episodes; None when there is none."""
-    kept = [episode for episode in episodes if episode.masked is None]
-    rewards = [episode.scored.reward for episode in kept]
+def _start(source: sampling.Source, iteration: int) -> asyncio.Task:
+    """Begins to sample an iteration: (episodes, seconds that it took)."""
 
-    def mean(values) -> float | None:
-        values = list(values)
-        return float(np.mean(values)) if values else None
+    async def timed() -> tuple[list[Episode], float]:
+        began = time.monotonic()
+        return await source.episodes(iteration), time.monotonic() - began
 
-    def stat(name: str, among=kept) -> float | None:
-        return mean(episode.trajectory.stats[name] for episode in among if name in episode.trajectory.stats)
-
-    verdicts = [episode.scored.verdict for episode in kept if episode.scored.verdict is not None]
-    row: dict[str, Any] = {
-        "iteration": iteration,
-        "episodes": len(episodes),
-        "reward": mean(rewards),
-        "reward_std": float(np.std(rewards)) if rewards else None,
-        "success": mean(float(verdict.correct) for verdict in verdicts if verdict.correct is not None),
-        "cited": mean(float(verdict.cited) for verdict in verdicts if verdict.cited is not None),
-    }
-    for kind in sorted({episode.task.kind for episode in kept}):
-        row[f"reward/{kind}"] = mean(episode.scored.reward for episode in kept if episode.task.kind == kind)
-    finishes = Counter(str(episode.trajectory.finish) for episode in episodes)
-    for finish in Finish:
-        if finish.is_policy_outcome:
-            row[f"finish/{finish}"] = finishes[str(finish)] / len(episodes)
-            with_finish = [episode for episode in kept if episode.trajectory.finish == finish]
-            if with_finish:
-                row[f"tokens_by_finish/{finish}"] = stat("sampled_tokens", with_finish)
-    masked = Counter(episode.masked for episode in episodes if episode.masked is not None)
-    causes = [str(finish) for finish in Finish if not finish.is_policy_outcome and finish != Finish.CANCELLED]
-    for cause in [*causes, *sorted(set(masked) - set(causes))]:
-        row[f"masked/{cause}"] = masked[cause]
-    row["masked_share"] = sum(masked.values()) / len(episodes)
-    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "given_tokens"):
-        row[name] = stat(name)
-    return row
+    return asyncio.create_task(timed())
 
 
-def _settings(config: ConfigDict, parts: Parts) -> dict[str, Any]:
-    """All that decides the numbers of the stage; kept beside it and compared on every start."""
+async def _unless_told(sampling_now: asyncio.Task, notice: distributed.Notice):
+    """What the task gives; None when this process is told to end, and then an iteration in the middle is given up.
 
-    def flat(section: str) -> dict[str, Any]:
-        return {f"{section}.{name}": value for name, value in json.loads(config[section].to_json_best_effort()).items()}
-
-    settings = {name: value for name, value in flat("ppo").items() if name.removeprefix("ppo.") not in FREE}
-    settings |= (
-        flat("agent")
-        | settings_of(config)
-        | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
-    )
-    return settings | {"seed": config.seed, "world.as_of": config.world.as_of, "origin": parts.origin}
-
-
-def _require_same(home: Path, asked: dict[str, Any]) -> None:
-    if not checkpoint.steps(home / "checkpoints") or not (home / "settings.json").exists():
-        return
-    before = files.read_json(home / "settings.json")
-    for name in sorted(before.keys() | asked.keys()):
-        if before.get(name) != asked.get(name):
-            what = (
-                "started from another SFT checkpoint or other tasks than the run directory has now"
-                if name == "origin"
-                else f"was made with {name} = {before.get(name)}, this config has {asked.get(name)}"
-            )
-            raise UserError(
-                f"{home} {what}; choose another --config.run_dir, or delete {home} to train this stage again"
-            )
+    Several processes look only when all have their episodes: they have to stop at the same place.
+    """
+    while jax.process_count() == 1 and not sampling_now.done() and not notice.reached():
+        await asyncio.wait([sampling_now], timeout=HEARD)
+    if jax.process_count() == 1 and not sampling_now.done():
+        sampling_now.cancel()
+        await asyncio.wait([sampling_now])
+        return None
+    sampled = await sampling_now
+    return None if notice.reached() else sampled

@@ -1,5 +1,6 @@
 """Where PPO's episodes come from: live, sampled against tools and judged, or recorded by an earlier run."""
 
+import asyncio
 import dataclasses
 import functools
 from collections import Counter
@@ -48,13 +49,15 @@ class Parts:
 
 
 class Source(Protocol):
-    """What the loop asks for episodes."""
+    """What the loop asks for episodes. devices: held by whoever runs programs of all processes, in the same order in all."""
+
+    devices: asyncio.Lock
 
     async def episodes(self, iteration: int) -> list[Episode]: ...
 
     async def rest(self) -> None: ...
 
-    async def learnt(self, params: dict, version: int | None) -> None: ...
+    async def take(self, params: dict, version: int) -> None: ...
 
     def stats(self) -> dict[str, float]: ...
 
@@ -62,7 +65,7 @@ class Source(Protocol):
 
 
 class Live:
-    """Samples an iteration's episodes with the current weights, and records them before they are used.
+    """Samples an iteration's episodes with the weights it has, and records them before they are used.
 
     What is recorded already, by a run of the same settings that was killed before its next checkpoint, is not sampled
     again: everything an iteration does is a function of the settings, so it would be the same.
@@ -80,7 +83,7 @@ class Live:
     ):
         settings = config.ppo
         self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
-        self.roles = roles
+        self.roles, self.devices = roles, asyncio.Lock()
         self.engine = sampler.engine_of(
             config,
             memory.copied(params, memory.DEVICE),
@@ -125,10 +128,9 @@ class Live:
         if self.roles.by_turns:
             await self.engine.release()
 
-    async def learnt(self, params: dict, version: int | None) -> None:
-        """Takes the new weights; `version` None says that they are the ones it had."""
-        if version is not None or self.engine.released:
-            version = self.engine.version if version is None else version
+    async def take(self, params: dict, version: int) -> None:
+        """Takes the weights that `version` iterations of learning made, for what is sampled from now on."""
+        if version != self.engine.version or self.engine.released:
             await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
     def stats(self) -> dict[str, float]:
@@ -143,7 +145,7 @@ class Live:
 
         Raises UserError after ROUNDS rounds: a batch of what happened to survive is a biased one.
         """
-        episodes = await hosts.collect(self._collect, tasks, seeds)
+        episodes = await hosts.collect(self._collect, self.devices, tasks, seeds)
         for tried in range(1, ROUNDS + 1):
             masked = [episode.index for episode in episodes if episode.masked is not None]
             if len(masked) <= self.config.ppo.max_masked_share * len(episodes):
@@ -159,6 +161,7 @@ class Live:
                 raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
             again = await hosts.collect(
                 self._collect,
+                self.devices,
                 *([of[index] for index in masked] for of in (tasks, seeds)),
                 before=[episodes[index] for index in masked],
             )
@@ -175,7 +178,7 @@ def _cause(episode: Episode) -> str:
 
 
 class Recorded:
-    """Episodes that an earlier run recorded; weights that are learnt change nothing in them.
+    """Episodes that an earlier run recorded; weights change nothing in them.
 
     Args:
         directory: the recordings, of any run over the same tasks.
@@ -183,7 +186,7 @@ class Recorded:
 
     def __init__(self, parts: Parts, directory: Path):
         self.directory, self._tasks = directory, {task.id: task for task in parts.tasks}
-        self.count = 0
+        self.count, self.devices = 0, asyncio.Lock()
         while recordings.paths(directory, self.count)[1].exists():
             self.count += 1
         if not self.count:
@@ -195,7 +198,7 @@ class Recorded:
     async def rest(self) -> None:
         pass
 
-    async def learnt(self, params: dict, version: int | None) -> None:
+    async def take(self, params: dict, version: int) -> None:
         pass
 
     def stats(self) -> dict[str, float]:

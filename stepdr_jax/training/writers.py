@@ -28,15 +28,22 @@ def flat(row: dict, prefix: str = "") -> dict[str, float]:
 
 
 class Journal:
-    """The writers of one stage, from where a checkpoint of `step` left off.
+    """The writers of one stage, from where a checkpoint left off.
+
+    Args:
+        home: folder of the stage.
+        config: the run's config.
+        stage: its name.
+        step: of the last row that is kept.
+        key: field of a row that numbers the rows.
 
     Attributes:
         rows: of metrics.jsonl, those of earlier processes included (empty in processes other than the first).
         first_start: unix time at which the stage first began.
     """
 
-    def __init__(self, home: str | os.PathLike, config, stage: str, step: int):
-        self.home, self.rows = Path(home), []
+    def __init__(self, home: str | os.PathLike, config, stage: str, step: int, *, key: str = "step"):
+        self.home, self.rows, self.key = Path(home), [], key
         self.first_start = time.time()
         self._board = self._wandb = None
         self._writes = jax.process_index() == 0
@@ -44,13 +51,13 @@ class Journal:
             return
         events = read_events(self.home)
         self.first_start = events[0]["time"] if events else self.first_start
-        self.rows = metrics.rewind(self.home / "metrics.jsonl", step)
+        self.rows = metrics.rewind(self.home / "metrics.jsonl", step, key=key)
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # here: protobuf takes half a second to import
 
-            self._board = SummaryWriter(str(self.home / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(self.home / "tensorboard"), purge_step=step + 1 if self.rows else None)
         if config.log.wandb_project:
-            self._wandb = _wandb_run(config, stage, self.home)
+            self._wandb = _wandb_run(config, stage, self.home, key)
         devices = jax.devices()
         self.event(
             "start", step=step, device=devices[0].device_kind, devices=len(devices), processes=jax.process_count()
@@ -62,7 +69,7 @@ class Journal:
             return
         files.append_jsonl(self.home / "metrics.jsonl", row)
         self.rows.append(row)
-        self._plot(row["step"], flat(row))
+        self._plot(row[self.key], flat(row))
 
     def measured(self, row: dict) -> None:
         """Takes note of the evaluation of a milestone; its row is in qa.jsonl already."""
@@ -96,7 +103,7 @@ def read_events(home: str | os.PathLike) -> list[dict]:
     return files.read_jsonl(path) if path.exists() else []
 
 
-def _wandb_run(config, stage: str, home: Path):
+def _wandb_run(config, stage: str, home: Path, key: str):
     """A run of Weights & Biases that a resumed process continues. WANDB_MODE=offline needs no account."""
     try:
         import wandb
@@ -114,5 +121,5 @@ def _wandb_run(config, stage: str, home: Path):
         dir=str(home),
         config=config.to_dict(),
     )
-    run.define_metric("*", step_metric="step")  # a run that goes back writes smaller steps again
+    run.define_metric("*", step_metric=key)  # a run that goes back writes smaller steps again
     return run

@@ -7,16 +7,14 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl import loop, recordings, sampling
+from stepdr_jax.rl import loop, recordings, rows, sampling, settings
 from stepdr_jax.training import state
 from tests.rl import toy
 
-TIMES = ("seconds_sampling", "seconds_training")
 
-
-def rows(config):
+def table(config):
     found = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
+    return [{name: value for name, value in row.items() if name not in rows.TIMINGS} for row in found]
 
 
 def episodes(config, iteration):
@@ -48,12 +46,12 @@ def test_a_killed_run_continues_to_the_same_bits(uninterrupted, tmp_path):
 
     with pytest.raises(Killed):
         loop.train(config, toy.parts(config, run_episode=dies_in_iteration_3))
-    assert [row["iteration"] for row in rows(config)] == [0, 1, 2]  # 2 is past the checkpoint and will be made again
+    assert [row["iteration"] for row in table(config)] == [0, 1, 2]  # 2 is past the checkpoint and will be made again
     calls, sampled = -10_000, -10_000
     again = loop.train(config, toy.parts(config, run_episode=dies_in_iteration_3))
     assert calls - sampled == 8  # iteration 3; 2 was recorded
     assert again["params_sha256"] == done["params_sha256"]
-    assert rows(config) == rows(before)
+    assert table(config) == table(before)
     assert [episodes(config, i) for i in range(4)] == [episodes(before, i) for i in range(4)]
 
 
@@ -61,7 +59,7 @@ def test_recorded_episodes_make_the_same_weights_again_and_others_with_other_set
     config, done = uninterrupted
     assert loop.replay(config, toy.parts(config))["params_sha256"] == done["params_sha256"]
     kept = files.read_jsonl(loop.replay_home_of(config) / "metrics.jsonl")
-    assert [row["reward"] for row in kept] == [row["reward"] for row in rows(config)]
+    assert [row["reward"] for row in kept] == [row["reward"] for row in table(config)]
     shutil.rmtree(loop.replay_home_of(config))
     other = config.copy_and_resolve_references()
     other.ppo.gae_lambda = 0.5
@@ -96,7 +94,7 @@ def test_what_a_run_leaves(uninterrupted):
     config, done = uninterrupted
     assert loop.finished(config) == done and done["iterations"] == 4
     assert loop.run(config, start_host=None) == done  # finished: nothing is loaded, no tool host is started
-    row = rows(config)[-1]
+    row = table(config)[-1]
     assert row["masked_share"] == 0 and row["masked/infra_failed"] == 0 and row["finish/answered"] == 1
     assert row["logprob_gap/max"] < 1e-3
     assert row["kl"] == pytest.approx(0, abs=1e-6)
@@ -134,7 +132,7 @@ def test_episodes_that_stay_broken_are_masked_and_counted(tmp_path):
     masked = [one for one in saved if one["masked"]]
     assert 0 < len(masked) < 8
     assert all(one["reward"] is None and one["masked"] == "infra_failed" for one in masked)
-    row = rows(config)[0]
+    row = table(config)[0]
     kept = [one["reward"] for one in saved if not one["masked"]]
     assert row["masked/infra_failed"] == len(masked)
     assert row["reward"] == pytest.approx(sum(kept) / len(kept))
@@ -173,7 +171,7 @@ def test_reward_rises_on_a_toy_task(tmp_path):
         checkpoint_every=60,
     )
     loop.train(config, toy.parts(config))
-    rewards = [row["reward"] for row in rows(config)]
+    rewards = [row["reward"] for row in table(config)]
     assert sum(rewards[:3]) / 3 < 0.25
     assert sum(rewards[-3:]) / 3 > 0.6
 
@@ -181,6 +179,8 @@ def test_reward_rises_on_a_toy_task(tmp_path):
 def test_every_setting_decides_or_is_free(tmp_path):
     """A new field of the config is compared between runs unless it is declared free."""
     config = toy.config(tmp_path)
-    named = loop._settings(config, toy.parts(config))
-    assert {name.removeprefix("ppo.") for name in named if name.startswith("ppo.")} | set(loop.FREE) == set(config.ppo)
+    named = settings.of(config, toy.parts(config))
+    assert {name.removeprefix("ppo.") for name in named if name.startswith("ppo.")} | set(settings.FREE) == set(
+        config.ppo
+    )
     assert not dataclasses.is_dataclass(named)

@@ -1,0 +1,49 @@
+"""All that decides the numbers of PPO, kept beside it and compared when it is continued."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from stepdr_jax import files
+from stepdr_jax.errors import UserError
+from stepdr_jax.judge.choose import settings_of
+from stepdr_jax.rl.sampling import Parts
+from stepdr_jax.training import checkpoint
+
+# These change when a run ends, saves and how it computes, not what it computes.
+FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat")
+
+
+def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
+    """All that decides the numbers of the stage; kept beside it and compared on every start."""
+
+    def flat(section: str) -> dict[str, Any]:
+        return {f"{section}.{name}": value for name, value in json.loads(config[section].to_json_best_effort()).items()}
+
+    settings = {name: value for name, value in flat("ppo").items() if name.removeprefix("ppo.") not in FREE}
+    settings |= (
+        flat("agent")
+        | settings_of(config)
+        | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
+    )
+    return settings | {"seed": config.seed, "world.as_of": config.world.as_of, "origin": parts.origin}
+
+
+def require_same(home: Path, asked: dict[str, Any]) -> None:
+    """Raises UserError, naming the field, when the stage at `home` was begun with other settings."""
+    if not checkpoint.steps(home / "checkpoints") or not (home / "settings.json").exists():
+        return
+    before = files.read_json(home / "settings.json")
+    for name in sorted(before.keys() | asked.keys()):
+        if before.get(name) != asked.get(name):
+            what = (
+                "started from another SFT checkpoint or other tasks than the run directory has now"
+                if name == "origin"
+                else f"was made with {name} = {before.get(name)}, this config has {asked.get(name)}"
+            )
+            raise UserError(
+                f"{home} {what}; choose another --config.run_dir, or delete {home} to train this stage again"
+            )
