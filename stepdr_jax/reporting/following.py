@@ -1,0 +1,155 @@
+"""Follows the metrics of a run that may be on another machine: files only, read where they grew.
+
+A row counts when its line is whole. A file that was replaced or cut (a resumed stage drops rows past its checkpoint) is read
+again from its start.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from stepdr_jax import files
+from stepdr_jax.errors import UserError
+from stepdr_jax.reporting.measures import derived
+
+STAGES = ("midtrain1", "midtrain2", "sft", "ppo", "ppo_replay")
+QUIET_SECONDS = 120.0  # without a row, and five times as long as rows usually take: worth saying
+KEYS = ("iteration", "step")
+
+
+def flat(row: dict, prefix: str = "") -> dict[str, float]:
+    """Numbers of a row under slash-joined names; null is NaN; anything else is left out."""
+    out: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{name}/")
+        elif isinstance(value, bool | int | float):
+            out[prefix + name] = float(value)
+        elif value is None:
+            out[prefix + name] = math.nan
+    return out
+
+
+@dataclasses.dataclass
+class Followed:
+    """One stage of one seed. `rows`: x -> flat numbers; `poll` brings it up to date."""
+
+    home: Path
+    seed: int
+    stage: str
+    rows: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    unreadable: int = 0  # lines that are no JSON objects
+    written: float = 0.0  # when the file last changed, seconds since 1970 by its file system's clock
+    done: bool = False
+    events: list[dict] = dataclasses.field(default_factory=list)
+    _identity: tuple[int, int] = (0, 0)
+    _offset: int = 0
+
+    def poll(self) -> bool:
+        """Reads what is new; returns whether there was anything. A file that is away for a moment changes nothing."""
+        path = self.home / "metrics.jsonl"
+        try:
+            with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                identity = (status.st_dev, status.st_ino)
+                if identity != self._identity or status.st_size < self._offset:
+                    self.rows, self.unreadable, self._offset, self._identity = {}, 0, 0, identity
+                file.seek(self._offset)
+                new = file.read()
+        except OSError:
+            return False
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self.written = status.st_mtime
+        for line in whole.split(b"\n")[:-1]:
+            self._take(line)
+        done, self.done = self.done, (self.home / "done.json").exists()
+        self.events = self._events()
+        return bool(whole) or done != self.done
+
+    def _take(self, line: bytes) -> None:
+        try:
+            row = flat(json.loads(line))
+            x = next(int(row[key]) for key in KEYS if key in row)
+        except (ValueError, AttributeError, StopIteration):
+            self.unreadable += 1
+            return
+        for later in [old for old in self.rows if old > x]:  # a resumed stage does these again
+            del self.rows[later]
+        self.rows[x] = row | derived(row)
+
+    def _events(self) -> list[dict]:
+        try:
+            return files.read_jsonl(self.home / "events.jsonl")
+        except (OSError, UserError):
+            return []
+
+    @property
+    def last(self) -> dict[str, float]:
+        return self.rows[max(self.rows)] if self.rows else {}
+
+    @property
+    def made(self) -> int:
+        """Iterations or steps behind it; iterations are numbered from 0."""
+        return max(self.rows) + (self.stage.startswith("ppo")) if self.rows else 0
+
+    def series(self, name: str) -> list[float]:
+        return [self.rows[x].get(name, math.nan) for x in sorted(self.rows)]
+
+    def row_seconds(self) -> float | None:
+        """How long a row usually takes to come, by what the last rows say; None when they do not."""
+        xs = sorted(self.rows)[-10:]
+        taken = []
+        for before, x in zip([None, *xs], xs, strict=False):
+            row = self.rows[x]
+            seconds = row.get("seconds_sampling", math.nan) + row.get("seconds_training", math.nan)
+            if math.isnan(seconds) and before is not None:
+                seconds = row.get("step_seconds/median", math.nan) * (x - before)
+            if math.isfinite(seconds):
+                taken.append(seconds)
+        return sum(taken) / len(taken) if taken else None
+
+    def age(self, now: float | None = None) -> float:
+        """Seconds since the last row; 0 where the other machine's clock is ahead."""
+        return max(0.0, (time.time() if now is None else now) - self.written)
+
+    def silent(self, now: float | None = None) -> bool:
+        """Whether rows stopped coming though the stage is not finished."""
+        return not self.done and self.age(now) > max(QUIET_SECONDS, 5 * (self.row_seconds() or 0.0))
+
+
+class Watched:
+    """All stages of all seeds of a run directory that have rows so far."""
+
+    def __init__(self, run_dir: str | os.PathLike):
+        self.run_dir = Path(run_dir)
+        self.stages: dict[tuple[int, str], Followed] = {}
+
+    def poll(self) -> bool:
+        """Finds new stages and reads what is new in all; returns whether there was anything."""
+        for home in sorted(self.run_dir.glob("seed*")):
+            for stage in STAGES if home.name[4:].isdigit() else ():
+                key = (int(home.name[4:]), stage)
+                if key not in self.stages and (home / stage / "metrics.jsonl").exists():
+                    self.stages[key] = Followed(home / stage, *key)
+        return any([followed.poll() for followed in self.stages.values()])
+
+    @property
+    def seeds(self) -> list[int]:
+        return sorted({seed for seed, _ in self.stages})
+
+    def latest(self) -> str | None:
+        """The stage to look at: of those that run the one whose rows came last, else the last of the recipe."""
+        running = [one for one in self.stages.values() if not one.done]
+        if running:
+            return max(running, key=lambda one: (one.written, STAGES.index(one.stage))).stage
+        return max(
+            (stage for _, stage in self.stages), key=lambda stage: (stage == "ppo", STAGES.index(stage)), default=None
+        )
+
+    def of(self, stage: str) -> list[Followed]:
+        """One per seed that has this stage."""
+        return [self.stages[seed, stage] for seed in self.seeds if (seed, stage) in self.stages]
