@@ -16,7 +16,7 @@ ours against Tunix's sampler and `generate` of transformers; and the same with a
 --what=episode: eight episodes of twelve turns, our parked sessions against a new session each turn, and Tunix's sampler.
 
 --what=ppo: one PPO iteration (log-probabilities, values, advantages, updates of critic and actor) against Tunix's PPO learner,
-with --rows episodes in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
+with --episodes, --rows of them in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
 its own (docs/benchmarks.md).
 
 --what=decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
@@ -43,6 +43,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after on
 
 
 _TEN_MILLION = flags.DEFINE_bool("ten_million", False, "a model of 10M parameters instead of the config's")
+_EPISODES = flags.DEFINE_integer("episodes", 64, "of an iteration, for ppo")
 _ROWS = flags.DEFINE_integer("rows", 4, "episodes in one pass, for ppo")
 _SLOTS = flags.DEFINE_integer("slots", 64, "sequences decoded together, for decode")
 _CONTEXT = flags.DEFINE_integer("context", 4096, "tokens that each has, for decode")
@@ -59,7 +60,7 @@ def main(config) -> None:
         "sample": sample,
         "staggered": bench_engine.staggered,
         "episode": bench_engine.episode,
-        "ppo": lambda config, rounds: bench_ppo.step(config, rounds, rows=_ROWS.value),
+        "ppo": lambda config, rounds: bench_ppo.step(config, rounds, episodes=_EPISODES.value, rows=_ROWS.value),
         "decode": lambda config, rounds: bench_engine.decode(
             config, _SIZE.value, rounds, slots=_SLOTS.value, context=_CONTEXT.value, bandwidth=_BANDWIDTH.value
         ),

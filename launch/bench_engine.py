@@ -332,7 +332,8 @@ def decode(config, name: str, rounds: int, *, slots: int, context: int, bandwidt
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[1:]) / steps
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - held["embedding"].nbytes
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * 2 * (context + steps / 2) * slots
+    width = np.dtype(model.dtype).itemsize if model.dtype != "bfloat16" else 2
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width * (context + steps / 2) * slots
     return {
         "what": "decode",
         "device": kind,

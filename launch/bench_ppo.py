@@ -3,10 +3,10 @@
 The same work on both sides, in float32, on single-turn episodes of one length: old log-probabilities and values of all
 episodes, advantages, and for every minibatch one update of the critic and one of the actor, with the same optimizer.
 
-Where it is not the same, by how Tunix works: it computes logits of prompts, too (twice the sampled tokens' here); it goes
-through these steps minibatch by minibatch, so later ones see updated networks; it copies weights to its sampler at the end
-of an iteration if trainer and sampler do not share them. Ours also computes entropies, and figures for the log. Sampling
-and rewards are left out on both sides.
+Where it is not the same, by how Tunix works: it computes logits of prompts, too (as many as of sampled tokens here), and it
+goes through these steps minibatch by minibatch, so later ones see updated networks. Ours also computes entropies. Sampling
+and rewards are left out on both sides. With one minibatch nothing differs, and `update_correlation` shows that both sides
+then change the parameters alike.
 """
 
 import queue
@@ -16,11 +16,11 @@ import numpy as np
 
 from launch import bench_peers
 
-PROMPT, COMPLETION, EPISODES, MINIBATCHES = 128, 128, 64, 4
+PROMPT, COMPLETION, MINIBATCHES = 128, 128, 4
 
 
-def step(config, rounds: int, *, rows: int) -> dict:
-    """Seconds of an iteration of both sides, in turns. rows: episodes in one forward and backward pass."""
+def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
+    """Seconds of an iteration of both sides, in turns. rows: of them in one forward and backward pass."""
     bench_peers.require_tunix()
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.training import state
@@ -28,27 +28,37 @@ def step(config, rounds: int, *, rows: int) -> dict:
     model = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
     params = state.initial_params(model, config.seed)
     rng = np.random.default_rng(0)
-    tokens_ET = rng.integers(0, model.vocab_size, (EPISODES, PROMPT + COMPLETION)).astype(np.int32)
-    rewards_E = rng.integers(0, 2, EPISODES).astype(np.float32)
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.agent.max_episode_tokens = PROMPT + COMPLETION
-        config.ppo.actor_minibatches = config.ppo.critic_minibatches = MINIBATCHES
-        config.ppo.critic_only_iterations = 0
-        config.ppo.microbatch_rows = rows
-    sides = {
-        "ours": our_step(config, params, model, tokens_ET, rewards_E),
-        "tunix": TunixStep(config, params, model, tokens_ET, rewards_E, rows),
-    }
+    tokens_ET = rng.integers(0, model.vocab_size, (episodes, PROMPT + COMPLETION)).astype(np.int32)
+    rewards_E = rng.integers(0, 2, episodes).astype(np.float32)
+
+    def sides(minibatches: int):
+        settings = config.copy_and_resolve_references()
+        with settings.unlocked():
+            settings.agent.max_episode_tokens = PROMPT + COMPLETION
+            settings.ppo.actor_minibatches = settings.ppo.critic_minibatches = minibatches
+            settings.ppo.critic_only_iterations = 0
+            settings.ppo.microbatch_rows = rows
+        ours = OurStep(settings, params, model, tokens_ET, rewards_E)
+        return ours, TunixStep(settings, params, model, tokens_ET, rewards_E)
+
+    ours, theirs = sides(1)
     try:
-        seconds = bench_peers.in_turns(sides, rounds)
+        ours()
+        theirs()
+        correlation = _correlation(params, ours.state["params"], theirs.actor)
     finally:
-        sides["tunix"].close()
+        theirs.close()
+    ours, theirs = sides(MINIBATCHES)
+    try:
+        seconds = bench_peers.in_turns({"ours": ours, "tunix": theirs}, rounds)
+    finally:
+        theirs.close()
     return {
         "what": "ppo",
         "unit": "iterations per second, compilation, sampling and rewards excluded",
         **bench_peers.comparison(1, seconds, 3),
-        "episodes": EPISODES,
+        "update_correlation": correlation,
+        "episodes": episodes,
         "tokens": {"prompt": PROMPT, "completion": COMPLETION},
         "minibatches": MINIBATCHES,
         "rows_at_once": rows,
@@ -58,29 +68,38 @@ def step(config, rounds: int, *, rows: int) -> dict:
     }
 
 
-def our_step(config, params, model, tokens_ET, rewards_E):
-    import jax
+def _correlation(before, ours, theirs) -> float:
+    """Of the change of the last layer's down projection on both sides."""
+    old, new = (np.asarray(tree["layers"]["down_kernel"][-1]).ravel() for tree in (before, ours))
+    other = np.asarray(theirs.layers[-1].mlp.down_proj.kernel[...]).ravel()
+    return float(np.corrcoef(new - old, other - old)[0, 1])
 
-    from stepdr_jax.rl import learner
-    from stepdr_jax.rl.rollouts import EpisodeArrays
 
-    settings = learner.PPOConfig.from_config(config, model)
-    now = learner.init_state(params, settings, jax.random.key(0))
-    mask_ET = np.zeros(tokens_ET.shape, bool)
-    mask_ET[:, PROMPT:] = True
-    lengths_E, kept_E = np.full(EPISODES, PROMPT + COMPLETION, np.int32), np.ones(EPISODES, bool)
-    logprobs_ET = np.zeros(tokens_ET.shape, np.float32)
-    episodes = EpisodeArrays(tokens_ET, lengths_E, mask_ET, logprobs_ET, rewards_E, kept_E)
-    iteration = 0
+class OurStep:
+    """An iteration of our learner on episodes of PROMPT given and COMPLETION sampled tokens."""
 
-    def run():
-        nonlocal now, iteration
-        now, metrics, _ = learner.update(now, episodes, settings, iteration)
-        jax.block_until_ready(now)
+    def __init__(self, config, params, model, tokens_ET, rewards_E):
+        import jax
+
+        from stepdr_jax.rl import learner
+        from stepdr_jax.rl.rollouts import EpisodeArrays
+
+        self._update, self._settings = learner.update, learner.PPOConfig.from_config(config, model)
+        self.state = learner.init_state(params, self._settings, jax.random.key(0))
+        mask_ET = np.zeros(tokens_ET.shape, bool)
+        mask_ET[:, PROMPT:] = True
+        lengths_E, kept_E = np.full(len(tokens_ET), PROMPT + COMPLETION, np.int32), np.ones(len(tokens_ET), bool)
+        logprobs_ET = np.zeros(tokens_ET.shape, np.float32)
+        self._episodes = EpisodeArrays(tokens_ET, lengths_E, mask_ET, logprobs_ET, rewards_E, kept_E)
+        self._iteration = 0
+
+    def __call__(self):
+        import jax
+
+        self.state, metrics, _ = self._update(self.state, self._episodes, self._settings, self._iteration)
+        jax.block_until_ready(self.state)
         assert metrics["skipped_updates"] == 0
-        iteration += 1
-
-    return run
+        self._iteration += 1
 
 
 class TunixStep:
@@ -90,11 +109,12 @@ class TunixStep:
     model included, is its own.
     """
 
-    def __init__(self, config, params, model, tokens_ET, rewards_E, rows: int):
+    def __init__(self, config, params, model, tokens_ET, rewards_E):
         self._asked: queue.Queue = queue.Queue()
         self._answered: queue.Queue = queue.Queue()
-        self._batch = {"prompts": [str(index) for index in range(len(tokens_ET))]}
-        learner = _learner(config, params, model, tokens_ET, rewards_E, rows)
+        self._batch = {"prompts": np.array([str(index) for index in range(len(tokens_ET))])}
+        learner = _learner(config, params, model, tokens_ET, rewards_E)
+        self.actor = learner.rl_cluster.actor_trainer.model
         self._thread = threading.Thread(target=self._train, args=(learner,), daemon=True)
         self._thread.start()
         self._wait()
@@ -128,7 +148,7 @@ class TunixStep:
             self._answered.put(error)
 
 
-def _learner(config, params, model, tokens_ET, rewards_E, rows: int):
+def _learner(config, params, model, tokens_ET, rewards_E):
     import dataclasses
 
     import jax
@@ -161,8 +181,8 @@ def _learner(config, params, model, tokens_ET, rewards_E, rows: int):
         critic_optimizer=ppo.make_optimizer(p.critic_learning_rate, p.warmup_steps, p.beta2, p.clip_norm),
         eval_every_n_steps=1 << 40,
         max_steps=1 << 40,
-        mini_batch_size=EPISODES // MINIBATCHES,
-        train_micro_batch_size=rows,
+        mini_batch_size=len(tokens_ET) // p.actor_minibatches,
+        train_micro_batch_size=p.microbatch_rows,
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.CRITIC, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
