@@ -64,6 +64,7 @@ class Walk:
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
         self.tokens, self.actions, self.states, self.state = [], [], [], 0
+        self.logprobs = []  # of the sampler; none where nobody sampled
         self.observe()
 
     def observe(self):
@@ -89,8 +90,11 @@ def arrays(walks) -> EpisodeArrays:
         mask[e, walk.actions] = True
     lengths = np.array([len(walk.tokens) for walk in walks], np.int32)
     rewards = np.array([walk.state == GOAL for walk in walks], np.float32)
-    uniform = np.where(mask, -np.log(8.0), 0).astype(np.float32)
-    return EpisodeArrays(tokens, lengths, mask, uniform, rewards, np.ones(E, bool))
+    logprobs = np.where(mask, -np.log(8.0), 0).astype(np.float32)
+    for e, walk in enumerate(walks):
+        if walk.logprobs:
+            logprobs[e, walk.actions] = walk.logprobs
+    return EpisodeArrays(tokens, lengths, mask, logprobs, rewards, np.ones(E, bool))
 
 
 def random_walks(seed):
@@ -109,6 +113,7 @@ async def walks_of(engine, iteration):
             done = await engine.generate(
                 f"{e}", walk.tokens[new:], SampleParams(max_tokens=1, seed=iteration * 1000 + e)
             )
+            walk.logprobs.append(done.logprobs[0])
             ended = walk.act(done.ids[0])
             new = known + 1
             if ended:
@@ -142,14 +147,17 @@ def test_the_critic_finds_the_values_whatever_stands_between_the_turns(taught):
         assert abs(found[wanted == exact].mean() - exact) < 0.08
 
 
-def test_ppo_finds_the_policy_that_walks_the_chain(taught):
-    state, config = jax.tree.map(jnp.copy, taught), settings()
-    success = []
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_ppo_finds_the_policy_that_walks_the_chain(taught, staleness):
+    """Also from walks of the weights one iteration before, weighed by what the present ones make of them."""
+    state, config = jax.tree.map(jnp.copy, taught), settings(importance_cap=2.0 * staleness)
+    success, waiting = [], []
     engine = JaxEngine(state["params"], MODEL, slots=EPISODES, max_len=CONTEXT, stop_ids=(), rows=8, chunk=8, steps=1)
     for iteration in range(40):
-        walks = asyncio.run(walks_of(engine, iteration))
-        success.append(np.mean([walk.state == GOAL for walk in walks]))
-        state, _, _ = learner.update(state, arrays(walks), config, iteration)
-        asyncio.run(engine.update_weights(state["params"], iteration + 1))
+        waiting.append(asyncio.run(walks_of(engine, iteration)))
+        success.append(np.mean([walk.state == GOAL for walk in waiting[-1]]))
+        if len(waiting) > staleness:
+            state, _, _ = learner.update(state, arrays(waiting.pop(0)), config, iteration)
+            asyncio.run(engine.update_weights(state["params"], iteration + 1))
     assert abs(np.mean(success[:2]) - value(0, TURNS)) < 0.15  # begins as the random policy
     assert np.mean(success[-5:]) > 0.95
