@@ -34,6 +34,7 @@ ENVIRONMENT = dict(
     TPU_WORKER_HOSTNAMES="localhost",
 )
 _SECTIONS = ("model", "mesh", "parallel", "tokenizer")
+_PPO = (("agent", "sampler", "roles"), ("engine", "rl"))  # sections and sources that PPO's programs depend on, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Request:
         import importlib.metadata
 
         digest = hashlib.sha256()
-        fields = {name: self.config[name].to_dict() for name in (*_SECTIONS, self.stage)}
+        sections, folders = _PPO if self.stage == "ppo" else ((), ())
+        fields = {name: self.config[name].to_dict() for name in (*_SECTIONS, *sections, self.stage)}
         versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
         digest.update(json.dumps([fields, self.stage, self.program, self.topology, self.quick, versions]).encode())
-        for folder in ("aot", "models", "ops", "sharding", "training"):
+        for folder in ("aot", "models", "ops", "sharding", "training", *folders):
             for path in sorted((PACKAGE / folder).glob("*.py")):
                 digest.update(path.read_bytes())
         return digest.hexdigest()[:24]
@@ -75,7 +77,8 @@ def run(request: Request, *, limit: float = 900.0, cache: Path | None = None, la
 
     Returns:
         status ("fits" or "does not fit"), memory (bytes by kind, with quick only total), shortage (needed and limit),
-        buffers, collectives, lower_seconds, compile_seconds, rss_bytes, hlo_sha256, versions, saved.
+        buffers, collectives, lower_seconds, compile_seconds, rss_bytes, hlo_sha256, versions, saved; of PPO's programs
+        roles (bytes of each argument on a device).
 
     Raises:
         UserError: libtpu is missing, the config does not suit the topology, or the limit was reached.

@@ -1,13 +1,15 @@
 """Which programs a config has. Each is (jitted function, abstract arguments), ready to lower for any mesh.
 
-To add one (PPO's, the sampler's): a builder here with the signature of `_train`, and its line in PROGRAMS.
+Those of training are here, those of PPO in `aot.ppo`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
+from stepdr_jax.aot import ppo
+from stepdr_jax.sharding import topology
 from stepdr_jax.training import program as training
 
 Built = tuple[jax.stages.Wrapped, tuple]
@@ -34,10 +36,23 @@ def _eval(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> Built:
 PROGRAMS: dict[str, Callable[[ConfigDict, str, jax.sharding.Mesh], Built]] = {"train": _train, "eval": _eval}
 
 
-def build(name: str, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh) -> Built:
-    """The program `name` of a stage on `mesh`; nothing is allocated.
+def places(config: ConfigDict, stage: str, slices: topology.Topology) -> tuple[jax.sharding.Mesh, list[jax.Device]]:
+    """(the mesh of the stage's programs, the devices of a replica of the sampler, none but for ppo).
+
+    Raises:
+        UserError: the sizes are not those of the slice.
+    """
+    return ppo.places(slices, config) if stage == "ppo" else (topology.mesh_of(slices, config.mesh), [])
+
+
+def build(
+    name: str, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, replica: Sequence[jax.Device] = ()
+) -> Built:
+    """The program `name` of a stage on `mesh`, or of the sampler on `replica`; nothing is allocated.
 
     Raises:
         UserError: a size that does not divide; the message names the field.
     """
+    if stage == "ppo":
+        return ppo.build(name, config, mesh, replica)
     return PROGRAMS[name](config, stage, mesh)

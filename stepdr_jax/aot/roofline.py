@@ -49,6 +49,7 @@ def work_of(
     shards: int,
     zigzag: bool,
     backward: bool = True,
+    vocabulary: bool = True,
 ) -> Work:
     """FLOPs of a step.
 
@@ -56,10 +57,12 @@ def work_of(
         model: shape.
         context, batch: tokens in a row, rows in a step; a row is counted as one segment.
         remat, strategy, zigzag: of config.parallel; shards: mesh.context.
-        backward: False for the evaluation program.
+        backward: False for programs without gradients.
+        vocabulary: False for the critic, which has no unembedding.
     """
     tokens, L = context * batch, model.num_layers
-    layers, head = 2 * L * layer_parameters(model) * tokens, 2 * model.hidden_size * model.vocab_size * tokens
+    layers = 2 * L * layer_parameters(model) * tokens
+    head = 2 * model.hidden_size * model.vocab_size * tokens if vocabulary else 0
     pair = 4 * model.num_heads * model.head_dim * L * batch
     attention = pair * context * (context + 1) / 2
     imbalance = 1.0

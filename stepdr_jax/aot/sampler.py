@@ -1,14 +1,53 @@
 """The sampler's programs with abstract arguments, for one replica on devices that may only be described."""
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from stepdr_jax.engine import programs, weights
+from stepdr_jax.engine import engine, programs, weights
+from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops import paged_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A jitted function with its static arguments, ready to lower with the others."""
+
+    jitted: jax.stages.Wrapped
+    static: dict
+
+    def lower(self, *arguments):
+        return self.jitted.lower(*arguments, **self.static)
+
+
+def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[jax.Device]) -> programs.Layout:
+    """The layout of one shard of `config.sampler` on the devices of a replica, as `training.sampler.engine_of` has it.
+
+    Raises:
+        UserError: sizes that do not fit each other; the message names the section.
+    """
+    s = config.sampler
+    count = s.shards * s.replicas
+    if s.slots % count:
+        raise UserError(f"sampler.slots: expected a multiple of shards * replicas = {count}, got {s.slots}")
+    try:
+        return engine.layout_of(
+            model,
+            s.slots // count,
+            config.agent.max_episode_tokens,
+            page=s.page,
+            pages=s.pages // count,
+            attention=s.attention,
+            devices=devices,
+        )
+    except ValueError as error:
+        raise UserError(f"sampler: {error}; change the config's sampler section") from None
 
 
 def decode(layout: programs.Layout, *, slots: int, steps: int, stop_ids: int = 2):
@@ -19,17 +58,13 @@ def decode(layout: programs.Layout, *, slots: int, steps: int, stop_ids: int = 2
     }
     state = {name: _whole(layout, (slots,), dtype) for name, dtype in fields.items()}
     rest = (_table(layout, slots), state, _whole(layout, (stop_ids,)))
-    return _jitted(programs.decode, layout=layout, steps=steps), (*_weights_and_pool(layout), *rest)
+    return Fixed(programs.decode, dict(layout=layout, steps=steps)), (*_weights_and_pool(layout), *rest)
 
 
 def prefill(layout: programs.Layout, *, rows: int, chunk: int):
     """(jitted, arguments) of one chunk of `rows` sequences."""
     rest = (_whole(layout, (rows, chunk)), _whole(layout, (rows,)), _whole(layout, (rows,)))
-    return _jitted(programs.prefill, layout=layout), (*_weights_and_pool(layout), _table(layout, rows), *rest)
-
-
-def _jitted(program, **static):
-    return jax.jit(functools.partial(program, **static), donate_argnums=1)
+    return Fixed(programs.prefill, dict(layout=layout)), (*_weights_and_pool(layout), _table(layout, rows), *rest)
 
 
 def _whole(layout, shape, dtype=jnp.int32):

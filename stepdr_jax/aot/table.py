@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from stepdr_jax.aot import plan as planning
+from stepdr_jax.aot import ppo_plan
 from stepdr_jax.progress import Progress
 from stepdr_jax.sharding import topology
 
@@ -52,5 +53,28 @@ def make(settings: planning.Settings) -> list[dict]:
     for name, mesh, context, rows in ROWS:
         config = config_of(name, mesh, context, rows)
         plans.append(planning.plan(config, "midtrain2", topology.parse(name), ["train"], quick))
+        progress.update(slice=name)
+    return plans
+
+
+def make_ppo(settings: planning.Settings, tokens: int = 0, sampled: int = 0) -> list[dict]:
+    """Plans of PPO, code left out: on 128 and on 256 chips of v5p, the sampler shared and separate, each with both offloads.
+
+    Args:
+        settings: limit and cache.
+        tokens, sampled: of `ppo_plan.Load.of`.
+    """
+    from configs import ppo_128k, ppo_128k_separate, ppo_128k_v5p_256
+
+    rows = [
+        (slices, change(config.get_config()))
+        for slices, config in (("v5p:4x4x8", ppo_128k), ("v5p:4x8x8", ppo_128k_v5p_256))
+        for change in (lambda config: config, ppo_128k_separate.separate)
+    ]
+    progress, plans = Progress("table of plans", len(rows), "rows"), []
+    quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache)
+    for name, config in rows:
+        load = ppo_plan.Load.of(config, tokens, sampled)
+        plans.append(ppo_plan.plan(config, topology.parse(name), quick, load))
         progress.update(slice=name)
     return plans

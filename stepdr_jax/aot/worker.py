@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from stepdr_jax.aot import collectives, memory, programs, schedule
+from stepdr_jax.aot import collectives, memory, ppo, programs, schedule
 from stepdr_jax.errors import UserError
 from stepdr_jax.sharding import topology
 
@@ -31,9 +31,12 @@ def compile_program(request: dict) -> dict:
     """
     config = ConfigDict(request["config"])
     slices = topology.parse(request["topology"])
-    mesh = topology.mesh_of(slices, config.mesh)
+    name, stage = request["program"], request["stage"]
+    mesh, replica = programs.places(config, stage, slices)
     started = time.monotonic()
-    program, arguments = programs.build(request["program"], config, request["stage"], mesh)
+    program, arguments = programs.build(name, config, stage, mesh, replica)
+    if stage == "ppo":
+        mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     lowered = program.lower(*arguments)
     lowered_at = time.monotonic()
     result = {
@@ -41,6 +44,9 @@ def compile_program(request: dict) -> dict:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
         "hlo_sha256": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
     }
+    if stage == "ppo":
+        result["roles"] = ppo.bytes_by_role(name, arguments)
+        result["host_devices"] = ppo.host_devices(slices)
     dump = Path(request["dump"])
     if request["quick"]:
         threading.Thread(target=_leave_when_planned, args=(request, result, dict(mesh.shape)), daemon=True).start()

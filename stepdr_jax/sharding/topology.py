@@ -242,7 +242,8 @@ def _example(topology: Topology, sizes: Mapping[str, int]) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _devices(topology: Topology):
+def devices_of(topology: Topology):
+    """The described devices. Raises UserError without libtpu."""
     return topology.describe().devices
 
 
@@ -258,7 +259,7 @@ def mesh_of(topology: Topology, sizes: Mapping[str, int]) -> jax.sharding.Mesh:
 
     check_mesh(topology, sizes)
     shape = tuple(int(sizes[axis]) for axis in AXES)
-    devices = _devices(topology)
+    devices = devices_of(topology)
     inside = (shape[0] // topology.slices, *shape[1:])
 
     def arrange(**options):

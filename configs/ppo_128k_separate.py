@@ -1,0 +1,30 @@
+"""PPO of Qwen2.5-32B at 128K on 128 chips of v5p with samplers of their own: two chips of each host sample, two learn.
+
+`python -m launch.plan --config=configs/ppo_128k_separate.py --stage=ppo --topology=v5p:4x4x8` shows what it takes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import ppo_128k
+
+
+def get_config() -> ConfigDict:
+    return separate(ppo_128k.get_config())
+
+
+def separate(config: ConfigDict) -> ConfigDict:
+    """`config` for half of each v5p host's four chips as sampler, and half the learner."""
+    config = config.unlock()
+    config.name += "_separate"
+    config.run_dir += "_separate"
+    config.mesh.fsdp //= 2
+    config.ppo.microbatch_rows //= 2  # a row for each fsdp group
+    config.roles.update(dict(sampler="separate", offload="none"))
+    config.sampler.update(
+        dict(
+            tensor=2,  # 30.5 GiB of weights on each chip
+            slots=16,
+            pages=4096,  # 64 GiB a chip: pages are of 16 MiB with two chips
+        )
+    )
+    return config.lock()
