@@ -50,6 +50,7 @@ def requests_of(vocabulary: int, *, even: bool) -> Requests:
 
 def staggered(config, rounds: int) -> dict:
     """Sampled tokens a second at SLOTS slots, prompts included, ours against Tunix's sampler and transformers' generate."""
+    bench_peers.require_tunix()
     params, model = _weights(config)
     found = {
         "what": "staggered",
@@ -161,7 +162,6 @@ class TunixSampler:
     """Tunix's Sampler at temperature 1 on our weights, with a cache of so many tokens a sequence."""
 
     def __init__(self, params, model, *, cache: int):
-        bench_peers.require_tunix()
         from tunix.generate import sampler
 
         size = sampler.CacheConfig(cache, model.num_layers, model.num_kv_heads, model.head_dim)
@@ -187,6 +187,7 @@ def episode(config, rounds: int) -> dict:
     A turn samples TURN tokens and gets OBSERVATION more. Prefill is timed by itself, too: the same episodes, whose sampled
     tokens come with the observation, one token sampled a turn.
     """
+    bench_peers.require_tunix()
     params, model = _weights(config)
     found: dict = {
         "what": "episode",
