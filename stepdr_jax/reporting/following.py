@@ -105,7 +105,9 @@ class Followed:
         taken = []
         for before, x in zip([None, *xs], xs, strict=False):
             row = self.rows[x]
-            seconds = row.get("seconds_sampling", math.nan) + row.get("seconds_training", math.nan)
+            seconds = row.get("seconds", math.nan)  # of an iteration; sampling and training may overlap in it
+            if math.isnan(seconds):
+                seconds = row.get("seconds_sampling", math.nan) + row.get("seconds_training", math.nan)
             if math.isnan(seconds) and before is not None:
                 seconds = row.get("step_seconds/median", math.nan) * (x - before)
             if math.isfinite(seconds):

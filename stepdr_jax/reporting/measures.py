@@ -48,18 +48,19 @@ PPO = (  # the most telling first: a low terminal shows only those
     Measure("health", r"logprob_gap/max", "log-prob gap, max"),
     Measure("health", r"clip_fraction", "clipped", high=0.2),
     Measure("health", r"masked_share", "masked", high=0.02),
+    Measure("health", r"masked/(.+)", "masked, {}", quiet=True),
     Measure("health", r"skipped_updates", "skipped updates", low=0, high=0),
     Measure("health", r"repetition(?:/(.+))?", "repetition {}", quiet=True),
     Measure("health", r"(?:age|staleness)(?:/(.+))?", "age of samples {}", quiet=True),
     Measure("health", r"importance/(.+)", "importance {}"),
     Measure("ends", r"finish/(.+)", "{}", quiet=True),
-    Measure("ends", r"masked/(.+)", "masked, {}", quiet=True),
     Measure("episode", r"turns", "turns"),
     Measure("episode", r"tool_calls", "tool calls"),
     Measure("episode", r"format_errors", "format errors"),
     Measure("episode", r"tool_errors", "tool errors", quiet=True),
     Measure("episode", r"sampled_tokens", "tokens sampled"),
     Measure("episode", r"given_tokens", "tokens given"),
+    Measure("speed", r"seconds", "s an iteration"),
     Measure("speed", r"seconds_sampling", "s sampling"),
     Measure("speed", r"seconds_training", "s training"),
     Measure("speed", r"sampled_per_second", "sampled tokens/s"),
@@ -107,6 +108,12 @@ def arranged(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]
         if name not in used and not NOT_SHOWN.fullmatch(name):
             out.append((name, name.replace("_", " "), Measure("other", re.escape(name), name)))
     return out
+
+
+def band(metric: str) -> tuple[float, float] | None:
+    """What is normal of a PPO metric; None where nothing is said of it."""
+    found = next((one for one in PPO if re.fullmatch(one.pattern, metric)), None)
+    return (found.low, found.high) if found is not None and found.normal else None
 
 
 def derived(row: Mapping[str, float]) -> dict[str, float]:

@@ -50,6 +50,8 @@ def line_chart(
     zero: bool = False,
     note: str = "",
     marks: Sequence[tuple[float, str]] = (),
+    band: tuple[float, float] | None = None,
+    log: bool = False,
 ) -> str:
     """Curves over a common x axis.
 
@@ -58,18 +60,32 @@ def line_chart(
         smooth: running mean over this many points, drawn over the faint raw curve.
         zero: draws a line at y = 0.
         marks: (x, what happened there), each a dashed vertical line; what happened is its tooltip.
+        band: normal values (low, high), either of them infinite; shaded.
+        log: y in powers of ten; values that are not positive are left out.
     """
     lines = [line for line in lines if any(math.isfinite(v) for v in line.y)]
     if not lines:
         return nothing(title, "no values were logged")
     xs = [v for line in lines for v in line.x]
-    ys = [v for line in lines for v in line.y if math.isfinite(v)]
+    scaled = _power if log else float
+    ys = [scaled(v) for line in lines for v in line.y if math.isfinite(scaled(v))]
+    if not ys:
+        return nothing(title, "0 throughout")
     x_axis = Axis.of(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=True)
-    low, high = y_range or _robust(ys)
-    y_axis = Axis.of(low, high, HEIGHT - BOTTOM, TOP, fixed=y_range is not None)
+    low, high = y_range or ((math.floor(min(ys)), math.ceil(max(ys))) if log else _robust(ys))
+    y_axis = Axis.of(low, high, HEIGHT - BOTTOM, TOP, fixed=y_range is not None, whole=log)
+    y_axis = dataclasses.replace(y_axis, powers=log)
     labels = list(dict.fromkeys(line.label for line in lines))
     many = len(lines) > len(labels)
     parts = [_frame(x_axis, y_axis, x_label, y_label)]
+    if band is not None:
+        floor, ceiling = (min(max(scaled(v), y_axis.low), y_axis.high) for v in band)
+        edge = y_axis(ceiling)
+        if ceiling > floor:
+            parts.append(
+                f'<rect class="band" x="{LEFT}" y="{edge:.1f}" width="{WIDTH - RIGHT - LEFT}" height="{y_axis(floor) - edge:.1f}"/>'
+            )
+        note = " ".join(part for part in (note, f"Normal: {_banded(band)}, shaded.") if part)
     if zero and y_axis.low < 0 < y_axis.high:
         parts.append(f'<path class="zero" d="M{LEFT} {y_axis(0):.1f}H{WIDTH - RIGHT}"/>')
     for x, what in marks:
@@ -84,7 +100,7 @@ def line_chart(
             parts.append(_path(line.x, running_mean(line.y, smooth), x_axis, y_axis, f"line s{colour}"))
         else:
             kind = "thin" if many else "line"
-            parts.append(_path(line.x, line.y, x_axis, y_axis, f"{kind} s{colour}"))
+            parts.append(_path(line.x, [scaled(v) for v in line.y], x_axis, y_axis, f"{kind} s{colour}"))
         name = " · ".join(part for part in (line.label, line.note) if part)
         drawn.append([name, colour, [_short(v) for v in line.x], [_short(v) for v in line.y]])
     extra = {
@@ -229,6 +245,7 @@ class Axis:
     start: float
     end: float
     ticks: tuple[float, ...]
+    powers: bool = False  # values are powers of ten
 
     @classmethod
     def of(
@@ -250,6 +267,8 @@ class Axis:
 
     def text(self, tick: float) -> str:
         """A tick with as many decimals as it takes to tell it from the next."""
+        if self.powers:
+            return number(10**tick)
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else abs(tick)
         most = max(map(abs, self.ticks))
         if step <= 0 or step < 1e-4 or most >= 1e6:
@@ -299,6 +318,20 @@ def legend(names: Sequence[str]) -> str:
         return ""
     entries = "".join(f'<li><i class="b{i % COLOURS}"></i>{_text(name)}</li>' for i, name in enumerate(names))
     return f'<ul class="legend">{entries}</ul>'
+
+
+def _power(value: float) -> float:
+    """Its power of ten; infinity stays, what has none is NaN."""
+    return math.inf if value == math.inf else math.log10(value) if value > 0 else -math.inf if value < 0 else math.nan
+
+
+def _banded(band: tuple[float, float]) -> str:
+    low, high = band
+    if low == high:
+        return number(low)
+    if math.isinf(low):
+        return f"below {number(high)}"
+    return f"above {number(low)}" if math.isinf(high) else f"{number(low)} to {number(high)}"
 
 
 def _robust(values: Sequence[float]) -> tuple[float, float]:

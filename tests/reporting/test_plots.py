@@ -1,6 +1,7 @@
 """Plots: ticks, numbers, gaps, untrusted names, well-formed SVG."""
 
 import math
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -105,3 +106,26 @@ def test_ticks_are_told_apart(low, high, texts):
     axis = plots.Axis.of(low, high, 200, 100, fixed=True)
     told = [axis.text(tick) for tick in axis.ticks]
     assert len(set(told)) == len(told) and set(texts) <= set(told)
+
+
+def test_a_log_axis_has_powers_of_ten_and_leaves_out_what_has_none():
+    chart = plots.line_chart(
+        [plots.Line("a", [0, 1, 2, 3], [1e-6, 0.0, 1e-2, math.nan])], title="t", x_label="x", log=True
+    )
+    for tick in ("1e-6", "1e-5", "1e-4", ">0.01<"):
+        assert tick in chart
+    assert re.search(r'class="line s0" d="M[\d. ]+M[\d. ]+"', chart)
+    assert "0 throughout" in plots.line_chart([plots.Line("a", [0], [0.0])], title="t", x_label="x", log=True)
+
+
+def test_what_is_normal_is_shaded_within_the_axes():
+    def shaded(band, values=(0.0, 1.0)):
+        chart = plots.line_chart([plots.Line("a", [0, 1], values)], title="t", x_label="x", y_range=(0, 1), band=band)
+        found = re.search(r'class="band" x="64" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', chart)
+        return (float(found[1]), float(found[2]), chart) if found else (None, None, chart)
+
+    top, bottom = plots.TOP, plots.HEIGHT - plots.BOTTOM
+    assert shaded((0.5, math.inf))[:2] == ((top + bottom) / 2 - (bottom - top) / 2, (bottom - top) / 2)
+    assert shaded((-math.inf, 0.5))[:2] == ((top + bottom) / 2, (bottom - top) / 2)
+    assert shaded((2.0, 3.0))[0] is None
+    assert "Normal: below 0.5, shaded." in shaded((-math.inf, 0.5))[2]

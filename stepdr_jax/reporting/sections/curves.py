@@ -20,7 +20,7 @@ def several(
 ) -> tuple[str, set[str]]:
     """A line chart of every metric that `pick` gives a label, over all seeds; and the metric names it used.
 
-    Of several labels those that are 0 throughout are left out.
+    Labels that are 0 throughout are left out.
 
     Args:
         kept: seed -> stage -> curves; default the rows of metrics.jsonl.
@@ -40,9 +40,9 @@ def several(
             label for label, _, curves, name in found if any(v and math.isfinite(v) for v in curves.values[name])
         )
     )
+    if found and not labels and any(value == 0 for *_, curves, name in found for value in curves.values[name]):
+        return plots.nothing(settings["title"], "0 throughout"), names
     if not one_metric:
-        if found and not labels:
-            return plots.nothing(settings["title"], "0 throughout"), names
         found = [row for row in found if row[0] in labels]
     labels = list(dict.fromkeys(label for label, *_ in found))
     seeds = list(dict.fromkeys(seed for _, seed, *_ in found))

@@ -4,6 +4,7 @@ import math
 
 from stepdr_jax.reporting import plots
 from stepdr_jax.reporting.collect import Run
+from stepdr_jax.reporting.measures import band
 from stepdr_jax.reporting.sections.curves import matching, rest, several
 from stepdr_jax.reporting.sections.wording import Section, listed
 
@@ -11,19 +12,42 @@ PPO_PANELS = (
     ("Reward of training episodes", r"reward", "mean reward", {"smooth": 5, "y_label": "reward"}),
     ("Correct and cited training episodes", r"(success|cited)", None, {"smooth": 5, "y_label": "share"}),
     ("Reward by kind of task", r"reward/(.+)", None, {"smooth": 5, "y_label": "reward"}),
+    ("Deviation of the reward", r"reward_std", "reward_std", {"y_label": "reward", "band": band("reward_std")}),
     ("KL to the policy that sampled", r"kl(?:/(.+))?", None, {"y_label": "nats"}),
     ("Entropy of the policy", r"entropy", "entropy", {"y_label": "nats per token"}),
     (
         "Explained variance of the critic",
         r"explained_variance",
         "explained variance",
-        {"y_range": (-1, 1), "zero": True},
+        {"y_range": (-1, 1), "zero": True, "band": band("explained_variance")},
     ),
+    (
+        "Share of tokens whose ratio was clipped",
+        r"clip_fraction",
+        "clipped",
+        {"y_label": "share", "band": band("clip_fraction")},
+    ),
+    (
+        "Log-probability gap, sampler against trainer",
+        r"logprob_gap/(.+)",
+        None,
+        {
+            "y_label": "nats",
+            "log": True,
+            "note": "Normal: float32 below 1e-4 in the mean and 1e-3 at most, bfloat16 below 0.02 in the mean.",
+        },
+    ),
+    ("Importance of what was sampled", r"importance/(.+)", None, {"y_label": "weight, share"}),
+    ("Age of what was sampled", r"(?:age|staleness)(?:/(.+))?", None, {"y_label": "versions"}),
+    ("Repetition", r"repetition(?:/(.+))?", None, {"y_label": "share"}),
     ("Masked episodes by cause", r"masked/(.+)", None, {"y_label": "episodes"}),
-    ("Log-probability gap, sampler against trainer", r"logprob_gap/(.+)", None, {"y_label": "nats"}),
+    ("Share of masked episodes", r"masked_share", "masked", {"y_label": "share", "band": band("masked_share")}),
     ("Turns and tool calls per episode", r"(turns|tool_calls)", None, {"smooth": 5}),
+    ("Errors per episode", r"(format_errors|tool_errors)", None, {"smooth": 5}),
     ("Tokens per episode", r"(sampled_tokens|given_tokens)", None, {"smooth": 5, "y_label": "tokens"}),
     ("Tokens sampled, by how the episode ended", r"tokens_by_finish/(.+)", None, {"y_label": "tokens"}),
+    ("Gradient norms before clipping", r"(actor|critic)_grad_norm", None, {"y_label": "norm"}),
+    ("Losses", r"(policy|value)_loss", None, {}),
     ("Seconds per iteration", r"seconds_(sampling|training)", None, {"y_label": "seconds"}),
 )
 FINISHES_AFTER = 1  # the panel of shares stands behind this many others
@@ -49,7 +73,7 @@ def section(run: Run) -> Section:
     section["sentence"] = (
         f"{listed([f'{n:,}' for n in dict.fromkeys(lengths)])} iterations of sampling and updating"
         + (f", {len(lengths)} seeds" if len(lengths) > 1 else "")
-        + ". Episodes here are on training tasks and sampled at the training temperature; the evaluation below is what counts. "
+        + ". What is normal, and what each curve means, is told in docs/ppo.md. Episodes here are on training tasks and sampled at the training temperature; the evaluation below is what counts. "
         "Masked episodes are those that our own system broke: they carry no reward and no gradient."
     )
     return section
