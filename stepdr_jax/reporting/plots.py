@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 WIDTH, HEIGHT = 520, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 10, 36
 COLOURS = 8
+EMPTY = 'class="plot empty"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +231,7 @@ def bar_chart(
 
 def nothing(title: str, reason: str) -> str:
     """A figure's place when there is nothing to draw."""
-    return f'<figure class="plot empty"><figcaption>{_text(title)}</figcaption><p>{_text(reason)}</p></figure>'
+    return f"<figure {EMPTY}><figcaption>{_text(title)}</figcaption><p>{_text(reason)}</p></figure>"
 
 
 # ------------------------------------------------------------------------------------------------------------ parts

@@ -68,6 +68,9 @@ def section(run: Run) -> Section:
         if names:
             section["figures"].append(figure)
             used |= names
+    section["figures"].sort(
+        key=lambda figure: plots.EMPTY in figure
+    )  # stable: charts first, what is 0 throughout behind
     section["more"] = rest(run, "ppo", used, "iteration")
     lengths = [len(run.curves[seed]["ppo"].x) for seed in run.seeds if "ppo" in run.curves.get(seed, {})]
     section["sentence"] = (
