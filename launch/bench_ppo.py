@@ -183,15 +183,20 @@ def _learner(config, params, model, tokens_ET, rewards_E):
         max_steps=1 << 40,
         mini_batch_size=len(tokens_ET) // p.actor_minibatches,
         train_micro_batch_size=p.microbatch_rows,
+        compute_logps_micro_batch_size=p.microbatch_rows,
+        rollout_micro_batch_size=len(tokens_ET) // p.actor_minibatches,  # what advantages are whitened over
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.CRITIC, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
     # A critic is a model whose unembedding is replaced by a head of one value.
     untied = dataclasses.replace(model, tie_embeddings=False)
-    critic = bench_peers.tunix_model(untied, {"unembedding": params["embedding"]} | params)
+    critic = rl_utils.create_critic_model(
+        bench_peers.tunix_model(untied, {"unembedding": params["embedding"]} | params)
+    )
+    critic.lm_head.kernel[...] = np.zeros_like(critic.lm_head.kernel[...])  # as ours starts
     cluster = rl_cluster.RLCluster(
         actor=bench_peers.tunix_model(model, params),
-        critic=rl_utils.create_critic_model(critic),
+        critic=critic,
         tokenizer=bench_peers.NumberTokenizer(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(roles, mesh),
