@@ -230,8 +230,15 @@ def test_the_page_in_a_browser(run, browser, tmp_path):
     assert opened.locator(".turn span").count() == len(block["tokens"]["sampler"])
     assert opened.locator(".given span").count() == 0
 
-    # filters and colours
+    # order, filters and colours
     opened.keyboard.press("Escape")
+    opened.select_option("select[name=order]", "-reward")
+    rewards = [row.get("reward") for row in unpacked(page, "episode-data")]
+    first = opened.locator(".list li").first.inner_text()
+    assert f"· {max(filter(None, rewards)):g}" in first and "masked" in opened.locator(".list li").last.inner_text()
+    opened.fill("input[type=search]", "landia3")
+    assert opened.inner_text(".count") == "3 of 24 episodes"
+    opened.fill("input[type=search]", "")
     opened.select_option("select[name=masked]", "infra_failed")
     opened.wait_for_function("document.querySelector('.count').textContent.startsWith('3 of 24')")
     assert "weight 0 in every loss" in opened.inner_text("p.masked") and "UNAVAILABLE" in opened.inner_text("p.masked")

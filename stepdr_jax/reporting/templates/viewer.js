@@ -48,6 +48,7 @@
     if (values.length > 1) control(fields[name], select);
   }
   const order = el("select"), search = el("input");
+  order.name = "order";
   order.append(new Option("as recorded", ""));
   for (const [name, title] of Object.entries(orders)) if (new Set(episodes.map((e) => e[name] ?? null)).size > 1) order.append(new Option(title + " ↓", "-" + name), new Option(title + " ↑", "+" + name));
   if (order.options.length > 1 && whole) control("order", order);
