@@ -79,11 +79,11 @@ def train(config, rounds: int) -> dict:
     """Interleaved training steps of both sides on random packed rows of one segment."""
     batch = _random_batch(config.midtrain1.batch, config.midtrain1.context, config.tokenizer.vocab_size)
     sides = {"ours": _our_step(config, batch), "transformers": _their_step(config, batch)}
-    seconds = bench_peers.in_turns(sides, rounds)
+    times = bench_peers.in_turns(sides, rounds)
     return {
         "what": "train",
         "unit": "tokens per second",
-        **bench_peers.comparison(batch["tokens"].size, seconds),
+        **bench_peers.comparison(batch["tokens"].size, times),
         "rows": config.midtrain1.batch,
         "context": config.midtrain1.context,
         "vocabulary": config.tokenizer.vocab_size,
@@ -97,11 +97,11 @@ def sample(config, rounds: int) -> dict:
     slots, prompt, new = config.sampler.slots, 96, 128
     prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
-    seconds = bench_peers.in_turns(sides, rounds)
+    times = bench_peers.in_turns(sides, rounds)
     return {
         "what": "sample",
         "unit": "sampled tokens per second, prompts' prefill included",
-        **bench_peers.comparison(slots * new, seconds),
+        **bench_peers.comparison(slots * new, times),
         "sequences": slots,
         "prompt_tokens": prompt,
         "sampled_tokens": new,

@@ -204,17 +204,12 @@ def episode(config, rounds: int) -> dict:
             TunixEpisodes(params, model, sampled),
         )
         sides = {"ours": parked, "ours_again": again, "tunix": theirs}
-        seconds = bench_peers.in_turns(sides, rounds)
-        medians = {side: statistics.median(times) for side, times in seconds.items()}
+        times = bench_peers.in_turns(sides, rounds)
         found[name] = {
             side: {
-                "seconds": round(medians[side], 3),
+                "seconds": round(statistics.median(times[side].wall), 3),
                 "prefilled_tokens": sides[side].prefilled,
-                "ratio": round(medians[side] / medians["ours"], 2),
-                "ratio_of_rounds": [
-                    round(pick(t / o for t, o in zip(seconds[side], seconds["ours"], strict=True)), 2)
-                    for pick in (min, max)
-                ],
+                **bench_peers.ratios(times).get(side, {}),
             }
             for side in sides
         }

@@ -5,6 +5,7 @@ JAX stack with a learned critic in its PPO) is not among the project's dependenc
 an environment of its own beside them, because it moves transformers to another version.
 """
 
+import dataclasses
 import os
 import statistics
 import time
@@ -15,33 +16,48 @@ from stepdr_jax.errors import UserError
 TUNIX = "0.1.7"
 
 
-def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, round by round, after one round that compiles."""
-    seconds = {name: [] for name in sides}
+@dataclasses.dataclass
+class Times:
+    """Seconds of each round of one side: on the clock, and of processors (which other processes' work adds less to)."""
+
+    wall: list[float] = dataclasses.field(default_factory=list)
+    processor: list[float] = dataclasses.field(default_factory=list)
+
+
+def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+    """Times of each side, round by round, after one round that compiles."""
+    times = {name: Times() for name in sides}
     for work in sides.values():
         work()
     for _ in range(rounds):
         for name, work in sides.items():
-            began = time.perf_counter()
+            wall, processor = time.perf_counter(), time.process_time()
             work()
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+            times[name].wall.append(time.perf_counter() - wall)
+            times[name].processor.append(time.process_time() - processor)
+    return times
 
 
-def comparison(amount: float, seconds: dict[str, list[float]], digits: int = 0) -> dict:
-    """Amount per second of each side by its median, the ratios of "ours" to the others, and their range over rounds."""
-    speed = {name: amount / statistics.median(times) for name, times in seconds.items()}
-    found = {name: round(value, digits or None) for name, value in speed.items()}
-    found["ratio"] = {name: round(speed["ours"] / value, 2) for name, value in speed.items() if name != "ours"}
-    ratios = {
-        name: [theirs / ours for ours, theirs in zip(seconds["ours"], times, strict=True)]
-        for name, times in seconds.items()
+def ratios(times: dict[str, Times]) -> dict:
+    """How many times as long as "ours" each other side takes: by medians on the clock and of processor time, and least and
+    most of the rounds on the clock."""
+    ours = times["ours"]
+    return {
+        name: {
+            "clock": round(statistics.median(t.wall) / statistics.median(ours.wall), 2),
+            "processor": round(statistics.median(t.processor) / statistics.median(ours.processor), 2),
+            "rounds": [round(pick(a / b for a, b in zip(t.wall, ours.wall, strict=True)), 2) for pick in (min, max)],
+        }
+        for name, t in times.items()
         if name != "ours"
     }
-    found["ratio_of_rounds"] = {
-        name: [round(min(r), 2), round(statistics.median(r), 2), round(max(r), 2)] for name, r in ratios.items()
-    }
-    return found | {"best": {name: round(amount / min(times), digits or None) for name, times in seconds.items()}}
+
+
+def comparison(amount: float, times: dict[str, Times], digits: int = 0) -> dict:
+    """Amount per second of each side by its median, and at best, and `ratios`."""
+    speed = {name: round(amount / statistics.median(t.wall), digits or None) for name, t in times.items()}
+    best = {name: round(amount / min(t.wall), digits or None) for name, t in times.items()}
+    return speed | {"best": best, "ratio": ratios(times)}
 
 
 def conditions(rounds: int) -> dict:

@@ -50,13 +50,13 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
         theirs.close()
     ours, theirs = sides(MINIBATCHES)
     try:
-        seconds = bench_peers.in_turns({"ours": ours, "tunix": theirs}, rounds)
+        times = bench_peers.in_turns({"ours": ours, "tunix": theirs}, rounds)
     finally:
         theirs.close()
     return {
         "what": "ppo",
         "unit": "iterations per second, compilation, sampling and rewards excluded",
-        **bench_peers.comparison(1, seconds, 3),
+        **bench_peers.comparison(1, times, 3),
         "update_correlation": correlation,
         "episodes": episodes,
         "tokens": {"prompt": PROMPT, "completion": COMPLETION},
