@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or ignored: orbax arrays, a manifest of digests, an atomic rename, and a retreat.
+"""Checkpoints that are whole or ignored: arrays, a manifest of digests, one act that makes them visible, and a retreat.
 
-    <directory>/<step, 8 digits>/arrays/          the tree, written by orbax
+    <directory>/<step, 8 digits>/arrays/          the tree, written by orbax; in a bucket by `chunks`
     <directory>/<step, 8 digits>/manifest.json    {"step", "metadata", "files": {path: [bytes, sha256]}}
 
-A checkpoint exists once its directory has its final name; a killed writer leaves only a hidden one, which the next save
-removes. Reading verifies every file against the manifest: what does not match is named on standard error and the one
+A checkpoint exists once its directory has its final name (in a bucket: its manifest); a killed writer leaves only a
+hidden one (without), which the next save removes. Reading verifies every file against the manifest: what does not match is named on standard error and the one
 before it is used. The learner of PPO saves its trees here too; whatever the stage, the weights that act are under
 "params" and metadata["model"] has their `Qwen2Config` fields, so that `training.state.load_params` reads any stage.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import distributed, storage
+from stepdr_jax.training import chunks, distributed, storage
 from stepdr_jax.training.saving import Saver, save
 from stepdr_jax.training.storage import steps
 
@@ -49,7 +49,9 @@ class Restored:
     metadata: dict
 
 
-def restore(directory: str | os.PathLike, abstract: Any, *, step: int | None = None, report=None) -> Restored | None:
+def restore(
+    directory: str | os.PathLike | storage.BucketPath, abstract: Any, *, step: int | None = None, report=None
+) -> Restored | None:
     """Reads the latest checkpoint that is whole; None when there is none at all. Every process of a run must call it.
 
     The processes share the work of verifying. They may be more or fewer than those that wrote.
@@ -76,7 +78,7 @@ def restore(directory: str | os.PathLike, abstract: Any, *, step: int | None = N
         problem, manifest = _verified_by_all(path)
         if problem is None:
             wanted = abstract(manifest["metadata"]) if callable(abstract) else abstract
-            return Restored(step, _read_arrays(path / "arrays", wanted), manifest["metadata"])
+            return Restored(step, _read_arrays(path / "arrays", wanted, manifest), manifest["metadata"])
         problems.append(f"{path} ({problem})")
         report(f"checkpoint {path} is damaged: {problem}" + ("; trying the one before" if present else ""))
     if problems:
@@ -87,7 +89,7 @@ def restore(directory: str | os.PathLike, abstract: Any, *, step: int | None = N
     return None
 
 
-def latest_metadata(directory: str | os.PathLike) -> dict:
+def latest_metadata(directory: str | os.PathLike | storage.BucketPath) -> dict:
     """What was saved beside the latest checkpoint. Raises UserError when there is none that can be read."""
     directory = storage.location(directory)
     for step in reversed(steps(directory)):
@@ -101,7 +103,7 @@ def latest_metadata(directory: str | os.PathLike) -> dict:
     )
 
 
-def remove_after(directory: str | os.PathLike, step: int) -> None:
+def remove_after(directory: str | os.PathLike | storage.BucketPath, step: int) -> None:
     """Removes the checkpoints of steps past `step`: what a run that goes back undoes."""
     directory = storage.location(directory)
     for later in steps(directory):
@@ -109,25 +111,28 @@ def remove_after(directory: str | os.PathLike, step: int) -> None:
             storage.remove(directory / f"{later:08d}")
 
 
-def verify(path: Path, *, part: int = 0, parts: int = 1) -> tuple[str | None, dict]:
+def verify(path: Path | storage.BucketPath, *, part: int = 0, parts: int = 1) -> tuple[str | None, dict]:
     """(what is wrong or None, manifest) of one checkpoint directory; reads every byte of every `parts`-th file."""
     try:
         manifest = json.loads((path / storage.MANIFEST).read_text())
         listed = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json is unreadable ({type(error).__name__})", {}
-    for name, expected in sorted(listed.items())[part::parts]:
-        try:
-            found = storage.digest(path / name)
-        except FileNotFoundError:
-            return f"{name} is missing", manifest
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or type(error).__name__})", manifest
-        if found[0] != expected[0]:
-            return f"{name} has {found[0]} bytes, expected {expected[0]}", manifest
-        if found != expected:
-            return f"the content of {name} has changed", manifest
-    return None, manifest
+    problems = storage.in_parallel(lambda item: _damage(path, *item), sorted(listed.items())[part::parts])
+    return next(filter(None, problems), None), manifest
+
+
+def _damage(path, name: str, expected: list) -> str | None:
+    """What is wrong with one file."""
+    try:
+        found = storage.digest(path / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or type(error).__name__})"
+    if found[0] != expected[0]:
+        return f"{name} has {found[0]} bytes, expected {expected[0]}"
+    return None if found == expected else f"the content of {name} has changed"
 
 
 def _of_lead(number: int) -> int:
@@ -164,7 +169,12 @@ def _raised_anyway(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_raised_anyway)
 
 
-def _read_arrays(path: Path, abstract: Any) -> Any:
+def _read_arrays(path, abstract: Any, manifest: dict) -> Any:
+    if manifest.get("arrays") == chunks.FORMAT:
+        with jax.transfer_guard("allow"):
+            return chunks.read(storage.kvstore(path), abstract, path)
+    if storage.is_remote(path):
+        raise UserError(f"{path} was copied from a folder, whose arrays orbax wrote; copy it to a folder to read it")
     arguments = ocp.args.PyTreeRestore(
         item=abstract,
         restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),

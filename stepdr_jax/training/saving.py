@@ -2,8 +2,8 @@
 
 Order of a save: the arrays leave the devices (training waits for this only); every process writes its parts into a
 directory that nobody reads; every process digests its own parts; the first process adds a manifest of all digests and
-makes the directory visible. On a disk that is a rename. Object stores have none: there the manifest itself, written
-last, is what makes a checkpoint exist (`storage.steps`).
+makes the directory visible. On a disk that is a rename. Buckets have none: there the manifest itself, written
+last, is what makes a checkpoint exist (`storage.steps`). Arrays are orbax's on a disk and `chunks` in a bucket.
 """
 
 import errno
@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import distributed, storage
+from stepdr_jax.training import chunks, distributed, storage
 
 HIDDEN = ".writing-"
 PATIENCE = 1800.0  # seconds that all processes together may take to write a checkpoint
@@ -33,9 +33,11 @@ class Saver:
         background: whether `save` returns when the arrays have left the devices, or when all is written.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, background: bool = True):
+    def __init__(self, directory: str | os.PathLike | storage.BucketPath, *, background: bool = True):
         self.directory, self.background = storage.location(directory), background
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=int(PATIENCE))
+        self._orbax = None
+        if not storage.is_remote(self.directory):
+            self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=int(PATIENCE))
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -69,19 +71,25 @@ class Saver:
         self.wait()
         final = self.directory / f"{step:08d}"
         target = final if storage.is_remote(final) else self.directory / f"{HIDDEN}{step:08d}"
+        parts = None
         try:
             if distributed.is_lead():
                 self._clear(step)
-            if self.background and jax.devices()[0].platform == "cpu":
-                # The arrays are the host's own memory: what orbax reads must not be what the next step overwrites.
-                tree = _copied(tree)
-            self._orbax.save(target / "arrays", args=ocp.args.PyTreeSave(tree))
+            if self._orbax is None:
+                with jax.transfer_guard("allow"):
+                    parts = chunks.copied(tree)
+                distributed.barrier(f"cleared for {step}")  # what is written from here on stays
+            else:
+                if self.background and jax.devices()[0].platform == "cpu":
+                    # The arrays are the host's own memory: what orbax reads must not be what the next step overwrites.
+                    tree = _copied(tree)
+                self._orbax.save(target / "arrays", args=ocp.args.PyTreeSave(tree))
         except Exception as error:
             self._failed(error, target)
         manifest = {"step": step, "metadata": metadata, "emergency": emergency}
         policy = dict(keep=keep, keep_every=keep_every, spare=spare)
         self._thread = threading.Thread(
-            target=self._in_background, args=(target, final, manifest, policy), name="commit"
+            target=self._in_background, args=(target, final, manifest, policy, parts), name="commit"
         )
         self._thread.start()
         if not self.background:
@@ -104,7 +112,8 @@ class Saver:
     def close(self) -> None:
         """Waits, and ends orbax's threads."""
         self.wait()
-        self._orbax.close()
+        if self._orbax is not None:
+            self._orbax.close()
 
     def __enter__(self) -> "Saver":
         return self
@@ -124,21 +133,28 @@ class Saver:
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{HIDDEN}*"):
                 storage.remove(leftover)
-        for number in storage.steps(self.directory, unfinished=True):
-            if number >= step:
+        whole = storage.steps(self.directory)
+        for number in storage.below(self.directory):
+            if number >= step or number not in whole:
                 storage.remove(self.directory / f"{number:08d}")
 
-    def _in_background(self, target, final, manifest: dict, policy: dict) -> None:
+    def _in_background(self, target, final, manifest: dict, policy: dict, parts: list | None) -> None:
         try:
-            self._orbax.wait_until_finished()
-            own = {name: storage.digest(path) for name, path in self._own_files(target)}
+            if parts is None:
+                self._orbax.wait_until_finished()
+                own = {name: storage.digest(path) for name, path in self._own_files(target)}
+            else:
+                written = chunks.write(target / "arrays", parts)
+                own = {f"arrays/{name}": found for name, found in written.items()}
+                manifest["arrays"] = chunks.FORMAT
+                parts.clear()
             if not distributed.is_lead():
                 storage.write_json(target / _digests(jax.process_index()), own)
                 return
             for process in range(1, jax.process_count()):
                 part = target / _digests(process)
                 own |= _await_json(part)
-                part.unlink()
+                storage.remove_file(part)
             manifest["files"] = dict(sorted(own.items()))
             storage.write_json(target / storage.MANIFEST, manifest)
             if target != final:
@@ -217,7 +233,7 @@ def _await_json(path) -> dict:
         found = storage.read_json(path)
         if found is not None:
             return found
-        time.sleep(0.05)
+        time.sleep(1.0 if storage.is_remote(path) else 0.05)
     raise TimeoutError(f"{path} did not appear in {PATIENCE:.0f} seconds: a process is gone or its disk is another")
 
 

@@ -1,60 +1,65 @@
-"""Where checkpoints lie: a folder, or a prefix of an object store (gs://); what both can do, under one name.
+"""Where checkpoints lie: a folder, or a prefix of a bucket (gs://, s3://); what both can do, under one name.
 
-An object store has no directories and no rename: what is there is what was written. There a checkpoint exists when its
+A bucket has no directories and no rename: what is there is what was written. There a checkpoint exists when its
 manifest, which is written last, does. In a folder it exists when its directory has its final name. A mounted bucket is a
 folder; it must rename directories in one operation (on Google Cloud: hierarchical namespace).
-
-gs:// was never run against a bucket. s3:// is refused: orbax 0.12.8 writes its arrays to a path that it has garbled.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-from etils import epath
+from typing import Any, TypeVar
 
 from stepdr_jax import files
-from stepdr_jax.errors import UserError
+from stepdr_jax.training.buckets import BucketPath
 
+A, B = TypeVar("A"), TypeVar("B")
 MANIFEST = "manifest.json"
 
 
-def location(directory: str | os.PathLike):
-    """A Path, or an epath.Path with the same methods for gs://, which needs gcsfs installed."""
-    if os.fspath(directory).startswith("s3://"):
-        raise UserError(
-            f"{directory}: expected a folder or gs://BUCKET/..., got s3://; mount the bucket and give its folder"
-        )
-    if not is_remote(directory):
-        return Path(directory).absolute()
-    try:
-        path = epath.Path(os.fspath(directory))
-        path.exists()
-    except ImportError as error:
-        raise UserError(f"{directory}: {error}; install gcsfs, or mount the bucket and give its folder") from error
-    return path
+def location(directory: str | os.PathLike | BucketPath) -> Path | BucketPath:
+    """The path of a folder, or of gs://BUCKET/PATH or s3://BUCKET/PATH. Raises UserError for what is neither."""
+    if isinstance(directory, BucketPath):
+        return directory
+    if re.match("(gs|s3):/", os.fspath(directory)):
+        return BucketPath.parse(os.fspath(directory))
+    return Path(directory).absolute()
 
 
-def is_remote(directory: str | os.PathLike) -> bool:
-    return os.fspath(directory).startswith("gs://")
+def is_remote(directory: Path | BucketPath) -> bool:
+    return isinstance(directory, BucketPath)
 
 
-def steps(directory: str | os.PathLike, *, unfinished: bool = False) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, in increasing order; with `unfinished` those begun in a bucket too."""
+def kvstore(path: Path | BucketPath) -> dict[str, Any]:
+    """tensorstore's description of what lies below."""
+    return path.kvstore() if isinstance(path, BucketPath) else {"driver": "file", "path": f"{path}/"}
+
+
+def steps(directory: str | os.PathLike | BucketPath) -> list[int]:
+    """Steps that have a checkpoint, whole or damaged, in increasing order."""
     directory = location(directory)
-    if not directory.is_dir():
-        return []
-    found = (path for path in directory.iterdir() if path.name.isdigit())
-    if is_remote(directory) and not unfinished:
-        return sorted(int(path.name) for path in found if (path / MANIFEST).exists())
-    return sorted(int(path.name) for path in found if path.is_dir())
+    if not isinstance(directory, BucketPath):
+        found = directory.iterdir() if directory.is_dir() else ()
+        return sorted(int(path.name) for path in found if path.name.isdigit() and path.is_dir())
+    parts = (name.split("/") for name in directory.names())
+    return sorted(int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [MANIFEST])
 
 
-def files_below(root) -> Iterator[tuple[str, Any]]:
+def below(directory: Path | BucketPath) -> list[int]:
+    """Numbers that name something in `directory`, in increasing order: of a bucket also what is no checkpoint."""
+    if isinstance(directory, BucketPath):
+        found = {name.partition("/")[0] for name in directory.names()}
+    else:
+        found = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def files_below(root: Path) -> Iterator[tuple[str, Path]]:
     """(name relative to `root` with slashes, path) of every file."""
     for path in root.iterdir():
         if path.is_dir():
@@ -63,14 +68,26 @@ def files_below(root) -> Iterator[tuple[str, Any]]:
             yield path.name, path
 
 
-def digest(path) -> list:
+def digest(path: Path | BucketPath) -> list:
     """[bytes, sha256] of a file."""
+    if isinstance(path, BucketPath):
+        data = path.read_bytes()
+        return [len(data), hashlib.sha256(data).hexdigest()]
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), sha256]
 
 
-def read_json(path) -> Any | None:
+def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int = 8) -> Iterator[B]:
+    """Results in the order of `items`; what has not begun when the caller stops reading is left out."""
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            yield from pool.map(work, items)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def read_json(path: Path | BucketPath) -> Any | None:
     """None when the file is absent or is not JSON."""
     try:
         return json.loads(path.read_text())
@@ -78,21 +95,30 @@ def read_json(path) -> Any | None:
         return None
 
 
-def write_json(path, value: Any) -> None:
+def write_json(path: Path | BucketPath, value: Any) -> None:
     """Whole or absent: by rename in a folder, by nature in a bucket."""
-    if is_remote(path):
-        path.write_text(json.dumps(value, ensure_ascii=False, sort_keys=True))
+    if isinstance(path, BucketPath):
+        path.write_bytes(json.dumps(value, ensure_ascii=False, sort_keys=True).encode())
     else:
         files.write_json(path, value)
 
 
-def remove(path, *, quietly: bool = False) -> None:
-    """Removes a checkpoint; its manifest first, so that what is left of an interrupted removal is no checkpoint."""
+def remove(path: Path | BucketPath, *, quietly: bool = False) -> None:
+    """Removes a folder and all in it; of a checkpoint the manifest first: what an interrupted removal leaves is none."""
+    if isinstance(path, BucketPath):
+        names = path.names()
+        first = [name for name in names if name.rpartition("/")[2] == MANIFEST]
+        for part in (first, [name for name in names if name not in first]):
+            list(in_parallel(lambda name: (path / name).remove(), part, threads=16))
+        return
     try:
-        if is_remote(path):
-            (path / MANIFEST).unlink(missing_ok=True)
-            path.rmtree()
-        else:
-            shutil.rmtree(path, ignore_errors=quietly)
+        shutil.rmtree(path, ignore_errors=quietly)
     except FileNotFoundError:  # a cache of names was late
         pass
+
+
+def remove_file(path: Path | BucketPath) -> None:
+    if isinstance(path, BucketPath):
+        path.remove()
+    else:
+        path.unlink()

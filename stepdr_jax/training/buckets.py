@@ -1,0 +1,159 @@
+"""Objects in a bucket, gs:// or s3://, under the few methods of a path that checkpoints need; by tensorstore alone.
+
+A bucket has no directories and no rename: a name is there as a whole or not at all. What stands for the bucket, and who
+asks, is taken from the usual environment variables:
+
+    s3://   AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else AWS's chain of credentials; AWS_REGION or
+            AWS_DEFAULT_REGION; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
+    gs://   GOOGLE_APPLICATION_CREDENTIALS, else the machine's own account; STORAGE_EMULATOR_HOST for another store
+
+Requests that fail for now (5xx, throttled, no connection) are made again by tensorstore, and then by `_patiently`.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import tensorstore as ts
+
+from stepdr_jax.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = 600.0  # seconds that a store may fail before the run gives up
+RETRIES = {
+    "max_retries": 4,
+    "initial_delay": "500ms",
+    "max_delay": "8s",
+}  # of each request; then `_patiently` speaks up
+# What tensorstore calls an error that may pass. All others (no such bucket, not allowed) stay.
+PASSING = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL")
+
+
+@dataclasses.dataclass(frozen=True)
+class BucketPath:
+    """An object, or what would be its folder: `key` has no slash at either end and is "" for the bucket itself."""
+
+    scheme: str
+    bucket: str
+    key: str
+
+    @classmethod
+    def parse(cls, url: str) -> "BucketPath":
+        """Raises UserError when `url` is not gs://BUCKET/PATH or s3://BUCKET/PATH."""
+        match = re.fullmatch(r"(gs|s3)://([^/]+)((?:/+[^/]+)*)/*", url)
+        if not match:
+            raise UserError(f"expected a folder, gs://BUCKET/PATH or s3://BUCKET/PATH, got {url!r}")
+        return cls(match[1], match[2], re.sub("/+", "/", match[3]).strip("/"))
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str) -> "BucketPath":
+        return dataclasses.replace(self, key=f"{self.key}/{name}".strip("/"))
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> "BucketPath":
+        return dataclasses.replace(self, key=self.key.rpartition("/")[0])
+
+    def names(self) -> list[str]:
+        """Of all objects below, relative to this path, sorted. One request for every thousand."""
+        prefix = f"{self.key}/" if self.key else ""
+        last = prefix[:-1] + chr(ord("/") + 1) if prefix else ""
+        span = ts.KvStore.KeyRange(prefix, last)
+        found = _patiently(self, lambda: self._store().list(span).result())
+        return sorted(k.decode()[len(prefix) :] for k in found if k.decode().startswith(prefix))
+
+    def read_bytes(self) -> bytes:
+        """Raises FileNotFoundError."""
+        result = _patiently(self, lambda: self._store().read(self.key).result())
+        if result.state != "value":
+            raise FileNotFoundError(f"{self} does not exist")
+        return result.value
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> None:
+        """Returns when the store has the object as a whole."""
+        _patiently(self, lambda: self._store().write(self.key, data).result())
+
+    def remove(self) -> None:
+        """Removes the object, if there is one."""
+        with contextlib.suppress(FileNotFoundError):
+            _patiently(self, lambda: self._store().write(self.key, None).result())
+
+    def kvstore(self) -> dict[str, Any]:
+        """tensorstore's description of all that lies below."""
+        return _spec(self.scheme, self.bucket) | {"path": f"{self.key}/"}
+
+    def _store(self) -> ts.KvStore:
+        return _opened(self.scheme, self.bucket)
+
+
+@functools.cache
+def _opened(scheme: str, bucket: str) -> ts.KvStore:
+    return ts.KvStore.open(_spec(scheme, bucket)).result()
+
+
+def _spec(scheme: str, bucket: str) -> dict[str, Any]:
+    environ = os.environ
+    if scheme == "gs":
+        if host := environ.get("STORAGE_EMULATOR_HOST"):
+            environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}")
+        return {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": RETRIES}}
+    spec = {"driver": "s3", "bucket": bucket, "context": {"s3_request_retries": RETRIES}}
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+    if endpoint:
+        spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
+    elif region:
+        spec["aws_region"] = region
+    if "AWS_ACCESS_KEY_ID" in environ:  # asked for by name, the chain does not complain of what else it did not find
+        spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
+def _patiently(path: BucketPath, request: Callable[[], T]) -> T:
+    """`request()`, again and again for PATIENCE seconds when the store fails for now.
+
+    Raises UserError in one line when it goes on failing, or at once when waiting cannot help.
+    """
+    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    while True:
+        try:
+            return request()
+        except (ValueError, RuntimeError, OSError) as error:  # tensorstore has no type of its own
+            line = (str(error) or type(error).__name__).splitlines()[0][:300]
+            if not line.startswith(PASSING):
+                raise UserError(
+                    f"{path}: the store refuses ({line}); check the bucket's name, region and credentials"
+                ) from error
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise UserError(
+                    f"{path}: the store has failed for {PATIENCE:.0f} seconds ({line}); when it is back, run the same "
+                    "command: it continues from the last whole checkpoint"
+                ) from error
+            print(f"{path}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
+            time.sleep(min(pause, left))
+            pause = min(2 * pause, 30.0)
+
+
+@contextlib.contextmanager
+def failing_as(path) -> Iterator[None]:
+    """Turns what tensorstore's own reading of arrays below `path` raises into one line."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"{path} could not be read ({line}); run the same command again") from error
