@@ -5,11 +5,7 @@ import dataclasses
 import gc
 import json
 import socket
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -19,45 +15,14 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.judge.model_judge import ModelJudge
 from stepdr_jax.records import Rubric, RubricSet
 from stepdr_jax.rl import loop
+from tests.kept import Kept, free_port
 from tests.rl import judge_server, toy
 
-ROOT = Path(__file__).parents[2]
 ITERATIONS = 2
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-class Endpoint:
-    """A judge_server process on one port, started again whenever it dies, `away` seconds later."""
-
-    def __init__(self, port: int, *settings: str, away: float = 0.0):
-        self.command = [sys.executable, "-m", "tests.rl.judge_server", f"--port={port}", "--faults=0.5"]
-        self.settings, self.away, self.deaths, self.stopped = settings, away, 0, threading.Event()
-        self.process = self._start(*settings)
-        self.thread = threading.Thread(target=self._watch)
-
-    def _start(self, *settings: str) -> subprocess.Popen:
-        return subprocess.Popen([*self.command, *settings], cwd=ROOT)
-
-    def _watch(self) -> None:
-        while not self.stopped.wait(0.02):
-            if self.process.poll() is not None:
-                self.deaths += 1
-                if not self.stopped.wait(self.away):
-                    self.process = self._start()
-
-    def __enter__(self) -> "Endpoint":
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self.stopped.set()
-        self.thread.join()
-        self.process.kill()
-        self.process.wait()
+def endpoint(port: int, *first: str, away: float = 0.0) -> Kept:
+    return Kept("tests.rl.judge_server", port, "--faults=0.5", first=first, away=away)
 
 
 def judged_by(config, port, **settings):
@@ -101,12 +66,12 @@ def expected(tmp_path_factory):
 def test_errors_garbage_and_kills_of_the_endpoint_change_nothing(expected, tmp_path, caplog):
     """Every second request is answered wrongly at first, and the process is killed in the middle of the first iteration."""
     config, port = toy.config(tmp_path, iterations=ITERATIONS, max_masked_share=0.0), free_port()
-    with Endpoint(port, "--dies_at=9", away=0.3) as endpoint:
+    with endpoint(port, "--dies_at=9", away=0.3) as server:
         parts = judged_by(config, port)
         done = loop.train(config, parts)
         del parts
         gc.collect()
-    assert endpoint.deaths == 1
+    assert server.deaths == 1
     assert done["params_sha256"] == expected["params_sha256"]
     assert [row["masked/judge_failed"] for row in rows(config)] == [0] * ITERATIONS
     assert "Unclosed" not in caplog.text
@@ -123,7 +88,7 @@ def test_an_endpoint_that_is_away_stops_the_run_in_one_line_and_it_continues_whe
     message = str(error.value)
     assert "\n" not in message and "8 of 8 episodes of iteration 0 are masked" in message and "judge_failed" in message
     assert f"http://127.0.0.1:{port}" in message and "check that the endpoint is up" in message
-    with Endpoint(port):
+    with endpoint(port):
         assert loop.train(config, judged_by(config, port))["params_sha256"] == expected["params_sha256"]
 
 
