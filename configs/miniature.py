@@ -118,6 +118,8 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
     config.saving = ConfigDict(
         dict(
+            checkpoints="",  # folder, gs://BUCKET/PATH or s3://BUCKET/PATH that gets the stages' checkpoints and
+            # milestones as seed<k>/<stage>/...; empty = beside everything else in run_dir
             background=True,  # training goes on while a checkpoint is written
             keep_every=0,  # steps; checkpoints of its multiples are kept for good; 0 = none
         )
@@ -264,6 +266,14 @@ def get_config() -> ConfigDict:
             importance_cap=0.0,  # above 0 actions weigh min(trainer's / sampler's probability, this); 0: all alike
             microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
             remat="none",  # as parallel.remat
+            guard=ConfigDict(
+                dict(  # ours; 0 = no limit. Healthy runs of the miniature stay far within (docs/ppo.md)
+                    max_kl=0.1,  # nats a token between the policies before and after an iteration
+                    min_entropy=0.02,  # nats a sampled token
+                    max_repetition=0.7,  # share of episodes that repeat themselves
+                    action="stop",  # an iteration beyond a limit ends the run; skip: it leaves the actor as it was
+                )
+            ),
         )
     )
     config.sampler = ConfigDict(

@@ -22,10 +22,10 @@ MAY_BE_ZERO = frozenset(
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
     "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
     "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap max_missing "
-    "staleness dual_clip".split()
+    "staleness dual_clip max_kl min_entropy max_repetition".split()
 )
 SHARES = frozenset(
-    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing".split()
+    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing max_repetition".split()
 )
 SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
@@ -38,6 +38,7 @@ CHOICES = {
     "data.contaminated": ("count", "drop"),
     "agent.prompt": ("compact", "full"),
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
+    "ppo.guard.action": ("stop", "skip"),  # rl.guards
     "ppo.staleness": (0, 1),
     "ppo.unfinished": ("worst", "zero"),
     "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),

@@ -8,7 +8,8 @@ import concurrent.futures
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,12 +19,15 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.models import value_head
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.rl import advantages, ppo
+from stepdr_jax.rl import advantages, guards, ppo
+from stepdr_jax.rl.guards import Guard
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.sharding import memory
 from stepdr_jax.training import distributed
 from stepdr_jax.training.program import order_of, parallel_of
 from stepdr_jax.training.step import Parallel
+
+KL_EPISODES = 16  # of an iteration, on which the policy before and after an update are compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,7 @@ class PPOConfig:
     order: np.ndarray | None = None  # of a row's tokens on a mesh; None gathers actions instead
     offload: bool = False  # what is not at work waits in pinned host memory
     staleness: int = 0  # iterations that the sampler's weights are behind; above 0 the state keeps those weights
+    guard: Guard = Guard()
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
@@ -85,6 +90,7 @@ class PPOConfig:
             order=order,
             offload=config.roles.offload == "idle",
             staleness=c.staleness,
+            guard=Guard.of(c.guard),
         )
 
 
@@ -120,6 +126,7 @@ def update(
     config: PPOConfig,
     iteration: int,
     reference: dict | None = None,
+    known: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[dict[str, Any], dict[str, float], Details]:
     """Runs one iteration; `state` is consumed (its arrays are donated).
 
@@ -132,14 +139,17 @@ def update(
         config: see PPOConfig.
         iteration: number of this iteration; decides the minibatch order and whether the actor is trained yet.
         reference: frozen policy parameters, needed when kl_coefficient is not 0.
+        known: metrics of these episodes that the guard looks at beside the learner's own.
 
     Returns:
         (state, metrics, details).
+
+    Raises:
+        guards.Stop: a limit of the guard is broken, and it does not skip.
     """
     state, mask_ET = dict(state), episodes.action_mask_ET
     if config.staleness:
-        kept = _copied(*_for_reading(state["params"]))
-        state["behaviour"] = memory.moved(kept, memory.HOST) if config.offload else kept
+        [state["behaviour"]] = _kept(config, state["params"])
     (old_ET, entropy_ET, reference_ET), values_ET = _at_once(
         lambda: _old_logprobs(*_for_reading(state["params"], reference), episodes, config),
         lambda: _old_values(*_for_reading(state["critic"]), episodes, config),
@@ -156,7 +166,7 @@ def update(
         metrics |= more
     details = Details(values_ET, raw_ET, old_ET)
     if not mask_ET.any():
-        return state, metrics | {"skipped_updates": 0.0}, details
+        return state, metrics | {"skipped_updates": 0.0, "guarded_updates": 0.0}, details
 
     per_action = dict(
         advantage=advantages.whiten(raw_ET, mask_ET) if config.whiten else raw_ET,
@@ -166,14 +176,32 @@ def update(
         reference_logprob=reference_ET,
         importance=importance_ET,
     )
-    networks = [_Network.CRITIC] if iteration < config.critic_only_iterations else list(_Network)
+    acts = iteration >= config.critic_only_iterations
+    guarded = acts and _breaks(config.guard, {**known, **metrics})
+    acts = acts and not guarded
+    parts = ("params", "params_moments")
+    before = _kept(config, *(state[part] for part in parts)) if acts and config.guard.undoes else []
+    networks = list(_Network) if acts else [_Network.CRITIC]
     trained = _at_once(
         *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks), config=config
     )
     skipped = 0.0
     for new_metrics, bad in trained:
         metrics, skipped = metrics | new_metrics, skipped + bad
+    if acts and config.guard.max_kl:
+        metrics["kl_after"] = _kl_after(*_for_reading(state["params"]), old_ET, episodes, config)
+        guarded = _breaks(config.guard, metrics)
+        if guarded:
+            state |= dict(zip(parts, before, strict=True))
+    metrics["guarded_updates"] = float(guarded)
     return state, metrics | {"skipped_updates": skipped}, details
+
+
+def _breaks(guard: Guard, metrics: Mapping[str, float]) -> bool:
+    problem = guard.problem(metrics)
+    if problem and not guard.skip:
+        raise guards.Stop(problem)
+    return problem is not None
 
 
 class _Network(enum.StrEnum):
@@ -195,7 +223,13 @@ def _at_once(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
         return [running.result() for running in [threads.submit(work) for work in works]]
 
 
-_copied = jax.jit(lambda params: jax.tree.map(jax.numpy.copy, params))
+_copied = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))
+
+
+def _kept(config: PPOConfig, *trees: Any) -> list[Any]:
+    """Copies that outlive an update, where the state waits."""
+    copies = (_copied(memory.copied(tree, memory.DEVICE)) for tree in trees)
+    return [memory.moved(copy, memory.HOST) if config.offload else copy for copy in copies]
 
 
 def _for_reading(*trees: Any) -> list[Any]:
@@ -214,6 +248,18 @@ def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
             expected_N = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
             micro.scatter(distributed.whole(expected_N), reference_ET)
     return old_ET, entropy_ET, reference_ET
+
+
+def _kl_after(actor, old_ET, episodes: EpisodeArrays, config: PPOConfig) -> float:
+    """Mean k3 estimate a token of KL(policy before || policy now) on at most KL_EPISODES episodes, evenly spaced."""
+    kept = np.flatnonzero(episodes.kept_E)
+    members = kept[np.linspace(0, len(kept) - 1, min(KL_EPISODES, len(kept))).round().astype(int)]
+    now_ET, read_ET = np.zeros_like(old_ET), np.zeros(old_ET.shape, bool)
+    for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, order=config.order):
+        micro.scatter(distributed.whole(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
+    read_ET[members] = episodes.action_mask_ET[members]
+    change_N = (now_ET - old_ET)[read_ET].astype(np.float64)
+    return float(np.mean(np.exp(change_N) - 1 - change_N))
 
 
 def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:

@@ -15,13 +15,11 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import json
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
@@ -31,10 +29,9 @@ from stepdr_jax.judge.choose import judge_of
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task
-from stepdr_jax.rl import hosts, learner, recordings, roles, rollouts, rows, sampling
+from stepdr_jax.rl import guards, hosts, learner, recordings, roles, rollouts, rows, sampling
 from stepdr_jax.rl import settings as stage_settings
 from stepdr_jax.rl.roles import Roles
-from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.rl.sampling import Parts
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
@@ -44,8 +41,6 @@ from stepdr_jax.training.distributed import say as _say
 from stepdr_jax.training.profiling import Profiler
 from stepdr_jax.training.watchdog import Watchdog
 from stepdr_jax.training.writers import Journal
-
-HEARD = 0.2  # seconds after which a notice to end is heard while episodes are sampled
 
 
 def home_of(config: ConfigDict) -> Path:
@@ -153,13 +148,20 @@ async def _train(
         )
     keep_compiled(Path(config.run_dir) / ".jax_cache")
     asked = stage_settings.of(config, parts)
-    stage_settings.require_same(home, asked)
-    distributed.lead_first("ppo settings", lambda: files.write_json(home / "settings.json", asked), lambda: None)
+    state.require_place(config, home)
+    kept = state.kept_in(config, home)
+    stage_settings.require_same(home, asked, begun=bool(checkpoint.steps(kept / "checkpoints")))
+
+    def write_settings() -> None:
+        state.note_place(config, home)
+        files.write_json(home / "settings.json", asked)
+
+    distributed.lead_first("ppo settings", write_settings, lambda: None)
 
     # ---------------------------------------------------------------- state: new or continued
     who = Roles.of(config)
     learning = learner.PPOConfig.from_config(config, parts.model, who.mesh)
-    now, restored = roles.begin(parts.actor, parts.model, learning, who, home / "checkpoints", config.seed)
+    now, restored = roles.begin(parts.actor, parts.model, learning, who, kept / "checkpoints", config.seed)
     reference = roles.on_mesh(parts.actor, who.param_shardings(parts.model)) if settings.kl_coefficient else None
     start, seconds = 0, 0.0
     if restored is not None:
@@ -167,7 +169,7 @@ async def _train(
         _say(f"ppo  continuing from iteration {start}")
 
     # ---------------------------------------------------------------- where episodes come from
-    mark = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    mark = stage_settings.mark(config, asked)
     if source is None:
         # Iteration i is sampled with the weights of version i - staleness, whatever the timing.
         weights, version = now.get("behaviour", now["params"]), max(start - settings.staleness, 0)
@@ -196,15 +198,15 @@ async def _train(
     if start < iterations:
         _say("ppo  compiling")
     saved, sampling_now = start, None
-    with checkpoint.Saver(home / "checkpoints", background=config.saving.background) as saver, notice, watchdog:
+    with checkpoint.Saver(kept / "checkpoints", background=config.saving.background) as saver, notice, watchdog:
         try:
             for iteration in range(start, iterations):
                 profiler.before(iteration + 1)
                 clock = time.monotonic()
                 if not settings.staleness:
                     await source.take(now["params"], iteration)
-                sampling_now = sampling_now or _start(source, iteration)
-                sampled = await _unless_told(sampling_now, notice)
+                sampling_now = sampling_now or sampling.start(source, iteration)
+                sampled = await sampling.unless_told(sampling_now, notice)
                 if sampled is None:
                     if iteration > saved:
                         await save(iteration, emergency=True)
@@ -220,20 +222,23 @@ async def _train(
                 if settings.staleness:
                     await source.take(now["params"], iteration)
                     if iteration + 1 < iterations:
-                        sampling_now = _start(source, iteration + 1)
-                        await asyncio.sleep(
-                            0
-                        )  # it looks for a recording, with all processes, before the learner begins
+                        sampling_now = sampling.start(source, iteration + 1)
+                        await asyncio.sleep(0)  # before the learner, it looks for a recording, with all processes
                 learning_began = time.monotonic()
                 # In a thread: the event loop goes on answering the tool host's pings, and drives the sampler.
                 async with source.devices:
                     now, learnt, details = await asyncio.to_thread(
-                        learner.update, now, batch, learning, iteration, reference
+                        learner.update, now, batch, learning, iteration, reference, row
                     )
                 if learnt["skipped_updates"]:
                     journal.event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
                     _say(
                         f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
+                    )
+                if learnt["guarded_updates"]:
+                    journal.event("guard", step=iteration + 1, reason=learning.guard.problem(row | learnt))
+                    _say(
+                        f"ppo  iteration {iteration}: {learning.guard.problem(row | learnt)}; the actor stays as it was"
                     )
                 row |= learnt | source.stats()
                 row |= {
@@ -256,6 +261,9 @@ async def _train(
                     saved = iteration + 1
                 saver.check()
             journal.event("end", step=max(start, iterations))
+        except guards.Stop as stop:
+            journal.event("guard", step=iteration + 1, reason=str(stop))
+            raise UserError(guards.advice(str(stop), home, iteration, saved)) from None
         finally:
             if sampling_now is not None:
                 sampling_now.cancel()
@@ -273,28 +281,3 @@ async def _train(
     }
     distributed.lead_first("ppo done", lambda: files.write_json(home / "done.json", done), lambda: None)
     return done
-
-
-def _start(source: sampling.Source, iteration: int) -> asyncio.Task:
-    """Begins to sample an iteration: (episodes, seconds that it took)."""
-
-    async def timed() -> tuple[list[Episode], float]:
-        began = time.monotonic()
-        return await source.episodes(iteration), time.monotonic() - began
-
-    return asyncio.create_task(timed())
-
-
-async def _unless_told(sampling_now: asyncio.Task, notice: distributed.Notice):
-    """What the task gives; None when this process is told to end, and then an iteration in the middle is given up.
-
-    Several processes look only when all have their episodes: they have to stop at the same place.
-    """
-    while jax.process_count() == 1 and not sampling_now.done() and not notice.reached():
-        await asyncio.wait([sampling_now], timeout=HEARD)
-    if jax.process_count() == 1 and not sampling_now.done():
-        sampling_now.cancel()
-        await asyncio.wait([sampling_now])
-        return None
-    sampled = await sampling_now
-    return None if notice.reached() else sampled

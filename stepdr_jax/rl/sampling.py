@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
 from ml_collections import ConfigDict
 
 from stepdr_jax.agent import react
@@ -27,6 +29,7 @@ from stepdr_jax.training import distributed, sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
+HEARD = 0.2  # seconds after which a notice to end is heard while episodes are sampled
 READY_SECONDS = 30.0  # given to a tool host that is not ours to come back between rounds
 
 
@@ -62,6 +65,31 @@ class Source(Protocol):
     def stats(self) -> dict[str, float]: ...
 
     async def close(self) -> None: ...
+
+
+def start(source: Source, iteration: int) -> asyncio.Task:
+    """Begins to sample an iteration: (episodes, seconds that it took)."""
+
+    async def timed() -> tuple[list[Episode], float]:
+        began = time.monotonic()
+        return await source.episodes(iteration), time.monotonic() - began
+
+    return asyncio.create_task(timed())
+
+
+async def unless_told(sampling_now: asyncio.Task, notice: distributed.Notice):
+    """What the task gives; None when this process is told to end, and then an iteration in the middle is given up.
+
+    Several processes look only when all have their episodes: they have to stop at the same place.
+    """
+    while jax.process_count() == 1 and not sampling_now.done() and not notice.reached():
+        await asyncio.wait([sampling_now], timeout=HEARD)
+    if jax.process_count() == 1 and not sampling_now.done():
+        sampling_now.cancel()
+        await asyncio.wait([sampling_now])
+        return None
+    sampled = await sampling_now
+    return None if notice.reached() else sampled
 
 
 class Live:

@@ -1,6 +1,7 @@
 """All that decides the numbers of PPO, kept beside it and compared when it is continued."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.choose import settings_of
 from stepdr_jax.rl.sampling import Parts
-from stepdr_jax.training import checkpoint
 
 # These change when a run ends, saves and how it computes, not what it computes.
-FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat")
+FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat", "guard")
 
 
 def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
@@ -32,9 +32,15 @@ def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
     return settings | {"seed": config.seed, "world.as_of": config.world.as_of, "origin": parts.origin}
 
 
-def require_same(home: Path, asked: dict[str, Any]) -> None:
-    """Raises UserError, naming the field, when the stage at `home` was begun with other settings."""
-    if not checkpoint.steps(home / "checkpoints") or not (home / "settings.json").exists():
+def mark(config: ConfigDict, asked: dict[str, Any]) -> str:
+    """Names all that episodes are a function of: `asked`, and a guard that changes what is learned."""
+    guard = config.ppo.guard.to_dict() if config.ppo.guard.action == "skip" else {}
+    return hashlib.sha256(json.dumps(asked | guard, sort_keys=True).encode()).hexdigest()
+
+
+def require_same(home: Path, asked: dict[str, Any], *, begun: bool) -> None:
+    """Raises UserError, naming the field, when the stage at `home` has checkpoints (`begun`) made with other settings."""
+    if not begun or not (home / "settings.json").exists():
         return
     before = files.read_json(home / "settings.json")
     for name in sorted(before.keys() | asked.keys()):

@@ -39,9 +39,9 @@ def learner_waits(tmp_path_factory):
     config = toy.config(tmp_path_factory.mktemp("run"), **STALE)
     update = learner.update
 
-    def slow(state, batch, learning, iteration, reference):
+    def slow(state, batch, learning, iteration, *others):
         wait_for(lambda: iteration == 3 or recorded(config, iteration + 1).exists())
-        return update(state, batch, learning, iteration, reference)
+        return update(state, batch, learning, iteration, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "update", slow)
@@ -79,8 +79,9 @@ def test_whoever_is_faster_the_results_are_the_same(learner_waits, monkeypatch, 
 
     calls = []
     monkeypatch.setattr(learner, "update", counted)
-    assert loop.train(config, toy.parts(config, run_episode=waits_for_the_learner))["params_sha256"] == (
-        done["params_sha256"]
+    assert (
+        loop.train(config, toy.parts(config, run_episode=waits_for_the_learner))["params_sha256"]
+        == (done["params_sha256"])
     )
     assert table(config) == table(before)
 

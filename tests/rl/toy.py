@@ -17,6 +17,7 @@ from tools_env.client import ToolInfraError
 
 TOKENIZER = Tokenizer.train(["a b c d e f g h i j k l m n o p"], 300)
 LIKED = "e"
+NO_GUARD = dict(max_kl=0.0, min_entropy=0.0, max_repetition=0.0)  # to repeat one letter is what the judge likes
 
 
 def config(run_dir, **ppo) -> ConfigDict:
@@ -36,6 +37,7 @@ def config(run_dir, **ppo) -> ConfigDict:
             critic_minibatches=2,
             checkpoint_every=2,
             microbatch_rows=4,
+            guard=NO_GUARD,
         )
         | ppo
     )
