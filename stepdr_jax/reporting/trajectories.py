@@ -92,7 +92,7 @@ def write(
         seen += len(held)
         held.sort(key=lambda pair: "values" not in pair[0])  # stable
         left = max_bytes * (number + 1) / len(iterations) - sum(map(len, packed))
-        for block in _blocks(held, seed, tasks, rubrics):
+        for block in _blocks(recordings.paths(directory, iteration)[0], held, seed, tasks, rubrics):
             text = viewer.pack([_body(row) for row in block])
             if len(text) > left and packed:
                 break
@@ -135,10 +135,17 @@ def _recorded(directory: Path, iteration: int) -> list[tuple[dict, dict | None]]
     return [(row, None) for row in files.read_jsonl(rows)]  # an iteration whose token logs were not copied
 
 
-def _blocks(held, seed, tasks, rubrics) -> Iterator[list[dict]]:
+def _blocks(rows: Path, held, seed, tasks, rubrics) -> Iterator[list[dict]]:
     block, size = [], 0
-    for row, log in held:
-        block.append(viewer.practised(row, log, seed=seed, tasks=tasks, rubrics=rubrics) | {"index": row["index"]})
+    for number, (row, log) in enumerate(held):
+        try:
+            made = viewer.practised(row, log, seed=seed, tasks=tasks, rubrics=rubrics) | {"index": row["index"]}
+        except (KeyError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{rows} row {number + 1}: expected a recorded episode, got something else ({said})"
+            ) from None
+        block.append(made)
         size += len(json.dumps(block[-1], ensure_ascii=False))
         if size >= BLOCK_BYTES:
             yield block

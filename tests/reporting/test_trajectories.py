@@ -154,6 +154,21 @@ def test_an_iteration_alone_without_corpus_and_token_logs(run, tmp_path):
     assert len(rows) == 8 and sum(row.get("detailed", False) for row in rows) == recordings.DETAILED_EPISODES
 
 
+def test_files_that_are_no_recordings_are_named(run, tmp_path):
+    home = tmp_path / "seed0" / "ppo" / "iterations"
+    shutil.copytree(run / "seed0" / "ppo" / "iterations", home)
+    shutil.copytree(run / "tokenizer", tmp_path / "tokenizer")
+    shutil.copytree(run / "corpus", tmp_path / "corpus")
+    (home / "0000.npz").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"0000\.npz is damaged"):
+        write(tmp_path, tmp_path / "t.html")
+    (home / "0000.npz").unlink()
+    (home / "0000.jsonl").write_text('{"reward": 1}\n')
+    with pytest.raises(UserError, match=r"0000\.jsonl row 1: expected a recorded episode"):
+        write(tmp_path, tmp_path / "t.html")
+    assert not (tmp_path / "t.html").exists()
+
+
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="no playwright (pip install .[browser])")

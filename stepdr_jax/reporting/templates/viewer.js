@@ -83,7 +83,7 @@
     count.textContent = `${visible.length.toLocaleString("en")} of ${episodes.length.toLocaleString("en")} episodes`;
     list.replaceChildren(); drawn = 0; draw(STEP);
     const next = wanted ?? (visible.includes(current) ? current : visible[0]);
-    if (next) show(next, wanted !== undefined); else { current = null; detail.replaceChildren(el("p", "quiet", "No episode fits these filters.")); }
+    if (next) show(next, true); else { current = null; detail.replaceChildren(el("p", "quiet", "No episode fits these filters.")); }
   };
   const walk = (by) => { const next = visible[visible.indexOf(current) + by]; if (next) show(next, true); };
 
