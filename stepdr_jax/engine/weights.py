@@ -110,12 +110,13 @@ def _program_of(params: dict, cut: Cut, layout: Layout, mesh: Mesh | None) -> tu
     else:
         needed = {name: leaf for name, leaf in params.items() if name in (*cut.names, "embedding") and name != "layers"}
     specs = tuple((name, layout.weight_spec(name)) for name in cut.names)
-    return _program(cut.names, cut.count, layout.config, mesh, specs), (needed, np.int32(cut.start))
+    rest = tuple((name, leaf.sharding) for name, leaf in needed.get("layers", {}).items()) if mesh is not None else ()
+    return _program(cut.names, cut.count, layout.config, mesh, specs, rest), (needed, np.int32(cut.start))
 
 
 @functools.lru_cache
-def _program(names, count, config, mesh, specs) -> jax.stages.Wrapped:
-    work = functools.partial(_cut, names=names, count=count, config=config)
+def _program(names, count, config, mesh, specs, rest) -> jax.stages.Wrapped:
+    work = functools.partial(_cut, names=names, count=count, config=config, rest=rest)
     if mesh is None:
         return jax.jit(work)
 
@@ -126,7 +127,7 @@ def _program(names, count, config, mesh, specs) -> jax.stages.Wrapped:
     return jax.jit(work, out_shardings=[shardings] * count if count else shardings)
 
 
-def _cut(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwen2Config):
+def _cut(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwen2Config, rest=()):
     dtype = jnp.dtype(config.dtype)
     if not count:
         ends = {
@@ -136,9 +137,16 @@ def _cut(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwe
         }
         return {name: ends[name]() for name in names}
 
+    held = dict(rest)
+
     def one(name, layer):
         w = jax.lax.dynamic_index_in_dim(params["layers"][name], start + layer, keepdims=False)
-        return w.astype(dtype) if name.endswith("kernel") else w
+        w = w.astype(dtype) if name.endswith("kernel") else w
+        if name not in held:
+            return w
+        # Split as it rests until it is cut out and narrow: else XLA may gather all layers first.
+        split = NamedSharding(held[name].mesh, PartitionSpec(*held[name].spec[1:]))
+        return jax.lax.with_sharding_constraint(w, split)
 
     return [{name: one(name, layer) for name in names} for layer in range(count)]
 
