@@ -35,14 +35,14 @@ def get_config() -> ConfigDict:
             chunk=2048,  # tokens of each: 8,192 a call keep the matrix units busy
             steps=16,  # tokens of one decode call
             prefill_calls=1,  # between decode calls, so that a long observation does not hold up the others
-            host_gb=192.0,  # of a host's 417 GiB, beside 92 for what waits there of the learner
+            host_gb=192.0,  # of a host's 417 GiB; beyond it parked episodes are prefilled again
             attention="auto",  # the Pallas kernel on TPUs
         )
     )
     config.roles.update(
         dict(
             sampler="shared",
-            offload="idle",  # while the sampler works, pages take the place of the learner's state
+            offload="none",  # 5.7 GiB of the learner's state a chip: it need not make room
             transfer_gb=2.0,  # the embedding alone is 1.45 GiB
         )
     )

@@ -3,6 +3,7 @@
 They are the functions that `rl.learner` and `engine.scheduler` call, with the static arguments that these give them.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -37,36 +38,32 @@ _ACTIONS = ("weight", "share", "advantage", "old_logprob", "old_value", "return_
 
 
 def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[jax.Device]]:
-    """(the learner's mesh, the devices of one replica of the sampler).
+    """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.roles.Roles.of` has them there.
 
     The learner has all devices or, with roles.sampler separate, those that no host keeps for its own sampler: its last ones.
 
     Raises:
         UserError: the sizes of config.mesh or config.sampler are not those of the slice.
     """
-    s, hosts = config.sampler, _hosts(slices)
+    s, hosts, separate = config.sampler, _hosts(slices), config.roles.sampler == "separate"
     wanted, local = s.replicas * s.tensor, len(hosts[0])
-    if config.roles.sampler == "shared":
-        if wanted > local:
-            raise UserError(
-                f"sampler.replicas * sampler.tensor: expected at most the {local} devices of a host of {slices}, because a "
-                f"replica lies within a host, got {wanted}; change config.sampler"
-            )
-        return topology.mesh_of(slices, config.mesh), hosts[0][: s.tensor]
-    if wanted >= local:
-        raise UserError(
-            f"sampler.replicas * sampler.tensor: expected fewer than the {local} devices of a host of {slices}, because with "
-            f"roles.sampler=separate the learner has the others, got {wanted}; change config.sampler or config.roles.sampler"
+    if wanted + separate > local:
+        most = f"fewer than the {local} devices of a host of {slices}, as with roles.sampler=separate the learner has the others"
+        most = (
+            most if separate else f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
         )
-    left = [device for host in hosts for device in host[: local - wanted]]
+        raise UserError(f"sampler.replicas * sampler.tensor: expected {most}, got {wanted}; change config.sampler")
+    taken = wanted if separate else 0
+    left = [device for host in hosts for device in host[: local - taken]]
     sizes = {axis: config.mesh[axis] for axis in AXES}
-    if np.prod(list(sizes.values())) != len(left):
+    if math.prod(sizes.values()) != len(left):
         shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+        whose = f"; the samplers have {taken} of the {local} of each of {len(hosts)} hosts" if separate else ""
         raise UserError(
-            f"mesh: expected sizes whose product is the {len(left)} devices of {slices} that the samplers leave to the learner "
-            f"({wanted} of the {local} of each of {len(hosts)} hosts are theirs), got {shape}; change config.mesh"
+            f"mesh: expected sizes whose product is the learner's {len(left)} devices of {slices}{whose}, got {shape} "
+            f"({math.prod(sizes.values())}); change config.mesh"
         )
-    return make_mesh(**sizes, devices=left), hosts[0][local - wanted :][: s.tensor]
+    return make_mesh(**sizes, devices=left), hosts[0][local - taken if separate else 0 :][: s.tensor]
 
 
 def _hosts(slices: topology.Topology) -> list[list]:
@@ -96,8 +93,8 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
         s, layout = config.sampler, sampler.layout_of(config, model, replica)
         slots = s.slots // (s.shards * s.replicas)
         if name == "decode":
-            return sampler.decode(layout, slots=slots, steps=s.steps)
-        return sampler.prefill(layout, rows=min(s.rows, slots), chunk=s.chunk)
+            return sampler.decode(layout, replica[0], slots=slots, steps=s.steps)
+        return sampler.prefill(layout, replica[0], rows=min(s.rows, slots), chunk=s.chunk)
     learning = learner.PPOConfig.from_config(config, model, mesh)
     state = abstract_state(learning, mesh)
     if name == "transfer":

@@ -104,7 +104,7 @@ def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
     state = {role: found[role] for role in STATE}
     if config.ppo.kl_coefficient:
         state["reference weights"] = state["actor weights"]
-    if config.ppo.get("staleness", 0):
+    if config.ppo.staleness:
         state["behaviour weights"] = state["actor weights"]
     return state
 

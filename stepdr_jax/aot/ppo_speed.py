@@ -18,7 +18,7 @@ ASSUMPTIONS = (
     "none waits for a tool, and the last ones of an iteration run in as large a company as the first",
     "K/V is read once a step, weights once; their traffic and the arithmetic overlap, transfers within a replica do not",
     "rows of the learner hold whole episodes of mean length",
-    "no time for tools, judges, checkpoints, the host's memory (roles.offload) or the network between hosts",
+    "the links' latency is not counted, nor time for tools, judges, checkpoints, the host's memory (roles.offload) or the network between hosts",
 )
 
 
@@ -97,12 +97,12 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
         seconds by program, seconds}; assumptions.
     """
     model, s, c = planning.model_of(config), config.sampler, config.ppo
-    replicas = s.replicas * hosts
+    replicas, parts = s.replicas * hosts, s.shards  # a replica's shards take turns on its devices
     common = dict(tensor=s.tensor, slices=slices)
-    parts = s.shards  # a replica's shards take turns on its devices
     step = [t | {"times": t["times"] / s.steps} for t in held["decode"]["collectives"]]
-    rows = max(episodes["mean_length_per_host"] // (s.replicas * parts), 1)
-    full = max(episodes["full_length_per_host"] // (s.replicas * parts), 1)
+    share = -(-c.prompts * c.samples // hosts)  # of an iteration's episodes
+    rows = max(min(episodes["mean_length_per_host"], share) // (s.replicas * parts), 1)
+    full = max(min(episodes["full_length_per_host"], share) // (s.replicas * parts), 1)
     mean = decode(model, rows=rows, length=load.tokens / 2, transfers=step, **common)
     longest = decode(model, rows=full, length=config.agent.max_episode_tokens, transfers=step, **common)
     chunks = dict(rows=min(s.rows, s.slots), chunk=s.chunk, length=load.tokens / 2)
@@ -128,11 +128,9 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
     }
     each = {name: _seconds(config, model, name, held[name], slices) for name in number}
     learning = {name: number[name] * each[name] for name in number}
-    weights = sum(held["decode"]["roles"][role] for role in ("sampler weights",))
-    way = {"weights": weights / slices.generation.speeds.link}
-    parts = {"sampling": sum(sampling.values()), "learning": sum(learning.values()), "weights": way["weights"]}
-    ahead = config.roles.sampler == "separate" and c.get("staleness", 0) > 0
-    total = max(parts["sampling"], parts["learning"]) + parts["weights"] if ahead else sum(parts.values())
+    way = held["decode"]["roles"]["sampler weights"] / slices.generation.speeds.link
+    turns = sum(sampling.values()), sum(learning.values())
+    ahead = config.roles.sampler == "separate" and c.staleness > 0  # both at once
     return {
         "label": "estimate, not measured",
         "sampler": {
@@ -149,10 +147,10 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
             "given_tokens": given,
             "calls": number,
             "seconds_each": each,
-            "seconds": sampling | learning | way,
-            "seconds_sampling": parts["sampling"],
-            "seconds_learning": parts["learning"],
-            "seconds_total": total,
+            "seconds": sampling | learning | {"weights": way},
+            "seconds_sampling": turns[0],
+            "seconds_learning": turns[1],
+            "seconds_total": (max(turns) if ahead else sum(turns)) + way,
         },
         "assumptions": [*ASSUMPTIONS, *roofline.ASSUMPTIONS[:4]],
     }

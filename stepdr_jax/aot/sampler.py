@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from stepdr_jax.engine import engine, programs, weights
@@ -50,36 +50,36 @@ def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[ja
         raise UserError(f"sampler: {error}; change the config's sampler section") from None
 
 
-def decode(layout: programs.Layout, *, slots: int, steps: int, stop_ids: int = 2):
-    """(jitted, arguments) of `steps` decode steps of `slots` sequences, as `engine.Shard` calls it."""
+def decode(layout: programs.Layout, device: jax.Device, *, slots: int, steps: int, stop_ids: int = 2):
+    """(what has .lower, arguments) of `steps` decode steps of `slots` sequences, as `engine.Shard` calls it.
+
+    `device` is where everything is when the layout has no mesh.
+    """
     fields = dict.fromkeys(("token", "position", "remaining"), jnp.int32) | {
         "seed": jnp.uint32,
         "temperature": jnp.float32,
     }
-    state = {name: _whole(layout, (slots,), dtype) for name, dtype in fields.items()}
-    rest = (_table(layout, slots), state, _whole(layout, (stop_ids,)))
-    return Fixed(programs.decode, dict(layout=layout, steps=steps)), (*_weights_and_pool(layout), *rest)
+    state = {name: jax.ShapeDtypeStruct((slots,), dtype) for name, dtype in fields.items()}
+    rest = (_whole(slots, layout.columns), state, _whole(stop_ids))
+    return Fixed(programs.decode, dict(layout=layout, steps=steps)), (*_weights_and_pool(layout, device), *rest)
 
 
-def prefill(layout: programs.Layout, *, rows: int, chunk: int):
-    """(jitted, arguments) of one chunk of `rows` sequences."""
-    rest = (_whole(layout, (rows, chunk)), _whole(layout, (rows,)), _whole(layout, (rows,)))
-    return Fixed(programs.prefill, dict(layout=layout)), (*_weights_and_pool(layout), _table(layout, rows), *rest)
+def prefill(layout: programs.Layout, device: jax.Device, *, rows: int, chunk: int):
+    """(what has .lower, arguments) of one chunk of `rows` sequences; see `decode`."""
+    rest = (_whole(rows, layout.columns), _whole(rows, chunk), _whole(rows), _whole(rows))
+    return Fixed(programs.prefill, dict(layout=layout)), (*_weights_and_pool(layout, device), *rest)
 
 
-def _whole(layout, shape, dtype=jnp.int32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+def _whole(*shape: int):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)  # from the host, with every call
 
 
-def _table(layout, rows):
-    return _whole(layout, (rows, layout.columns))
-
-
-def _weights_and_pool(layout: programs.Layout):
+def _weights_and_pool(layout: programs.Layout, device: jax.Device):
     model = layout.config
 
     def placed(a, spec):
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(layout.mesh, spec))
+        sharding = SingleDeviceSharding(device) if layout.mesh is None else NamedSharding(layout.mesh, spec)
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
     params = qwen2.param_shapes(model)
     unstacked = jax.eval_shape(functools.partial(weights.unstack, config=model), params)

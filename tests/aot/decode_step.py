@@ -18,7 +18,7 @@ MODEL = qwen2.Qwen2Config(8192, 512, 2, 4, 2, 128, 1024, 1e6, 1e-6, False, dtype
 
 chips = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[:2]
 layout = engine.layout_of(MODEL, SLOTS, LENGTH, page=PAGE, devices=chips)
-program, arguments = sampler.decode(layout, slots=SLOTS, steps=8)
+program, arguments = sampler.decode(layout, chips[0], slots=SLOTS, steps=8)
 memory = program.lower(*arguments).compile().memory_analysis()
 pool = arguments[1]
 print(
