@@ -38,6 +38,7 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
             settings.ppo.actor_minibatches = settings.ppo.critic_minibatches = minibatches
             settings.ppo.critic_only_iterations = 0
             settings.ppo.microbatch_rows = rows
+            settings.ppo.guard.max_kl = settings.ppo.guard.min_entropy = 0.0  # the other side measures no divergence
         ours = OurStep(settings, params, model, tokens_ET, rewards_E)
         return ours, TunixStep(settings, params, model, tokens_ET, rewards_E)
 
