@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax import files
-from stepdr_jax.rl import hosts, rows
+from stepdr_jax.rl import hosts, recordings, rows
 from stepdr_jax.training import checkpoint
 from tests.rl import toy
 
@@ -21,7 +21,7 @@ FLAGS = "--xla_force_host_platform_device_count={} --xla_backend_optimization_le
 
 
 class Run:
-    """The toy's PPO in a folder, by one process of eight devices or two of four."""
+    """The toy's PPO in a folder, by one process of four devices or two of two."""
 
     def __init__(self, folder: Path):
         self.folder, self.home = folder, folder / "seed0" / "ppo"
@@ -34,9 +34,10 @@ class Run:
             port = probe.getsockname()[1]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": FLAGS.format(8 // len(own)),
+            "XLA_FLAGS": FLAGS.format(4 // len(own)),
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(self.folder.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         joined = {"distributed.coordinator": f'"localhost:{port}"', "distributed.processes": len(own)}
         joined |= {"distributed.heartbeat_seconds": 10.0}
@@ -78,34 +79,27 @@ def run(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_run_by_two_processes_one_of_which_dies_ends_with_the_bits_of_one_process(run):
     whole, shared = run("whole"), run("shared")
     whole.finish({})
 
     # The tools of one process break: which episodes are sampled again is decided on the whole, and by whom is no matter.
-    lead, other = shared.start({"fail": 6}, {"die": 2})
+    lead, other = shared.start({"fail": 8}, {"die": 1})
     said = [process.communicate(timeout=240)[1] for process in (lead, other)]
     assert other.returncode == -signal.SIGKILL
     assert lead.returncode and "another" in said[0]  # it says that another process or task has gone
     assert "4 of 8 episodes of iteration 0 are masked" not in said[1] and "ppo" not in said[1]  # only the lead speaks
     assert "sampling them again" in said[0]
-    assert checkpoint.steps(shared.home / "checkpoints")[-1] in (1, 2)
+    assert checkpoint.steps(shared.home / "checkpoints") == [1]
 
     shared.finish({})
     assert shared.result() == whole.result()
 
-
-def test_episodes_travel_as_recordings_and_come_out_equal(tmp_path):
-    from stepdr_jax.rl import loop, recordings
-
-    config = toy.config(tmp_path, iterations=1)
-    parts = toy.parts(config)
-    loop.train(config, parts)
-    known = {task.id: task for task in parts.tasks}
-    recorded = recordings.load(loop.home_of(config) / "iterations", 0, known)
-    again = hosts.decode(hosts.encode(recorded), known)
-    for one, other in zip(again, recorded, strict=True):
+    known = {task.id: task for task in toy.parts(toy.config(shared.folder)).tasks}
+    recorded = recordings.load(shared.home / "iterations", 0, known)
+    assert hosts.decode(hosts.encode([]), known) == []
+    for one, other in zip(hosts.decode(hosts.encode(recorded), known), recorded, strict=True):
         assert dataclasses.replace(one, log=None) == dataclasses.replace(other, log=None)
         logs = one.log.arrays(), other.log.arrays()
         assert all(np.array_equal(logs[0][name], logs[1][name]) for name in logs[0])
-    assert hosts.decode(hosts.encode([]), known) == []

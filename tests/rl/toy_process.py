@@ -12,14 +12,20 @@ import sys
 from launch import entry
 from tests.rl import toy
 
-FIELDS = {"mesh.data": 2, "mesh.fsdp": 4, "ppo.microbatch_rows": 8, "ppo.critic_only_iterations": 0}
+FIELDS = {
+    "mesh.fsdp": 4,
+    "ppo.critic_only_iterations": 0,
+    "ppo.critic_minibatches": 1,
+    "sampler.shards": 1,
+    "saving.background": False,
+}
 
 
 def main(argv):
     run_dir, *fields = argv
     given = {name: json.loads(value) for name, value in (field.split("=", 1) for field in fields)}
     fail, die = given.pop("fail", 0), given.pop("die", -1)
-    config = toy.config(run_dir, iterations=3, checkpoint_every=1).copy_and_resolve_references().unlock()
+    config = toy.config(run_dir, iterations=2, checkpoint_every=1).copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(FIELDS | given)
     looks, episodes = itertools.count(), itertools.count()
 
