@@ -5,13 +5,13 @@
 
 --out becomes a folder of one checkpoint, of step 0, in the layout that training writes: stacked layers, parameters alone,
 float32 unless --dtype says otherwise. --checkpoint takes such a folder, a trained stage (its latest whole checkpoint is
-used, or that of --step; the optimizer's state is left behind). Both write under another name first, so that an interrupted command leaves
+used, or that of --step; the optimizer's state is left behind). --out and --checkpoint may be gs://BUCKET/PATH or s3://BUCKET/PATH;
+a stage kept there finds its tokenizer in --config.run_dir. Both write under another name first, so that an interrupted command leaves
 nothing that loads. Parameters are spread over config.mesh, or over all devices if that is one; JAX_PLATFORMS=cpu keeps them
 in host memory. Tokenizer files go along where they are found.
 """
 
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 
@@ -49,19 +49,20 @@ def main(config) -> None:
     if _DTYPE.value not in ("", "float32", "bfloat16"):
         raise UserError(f"expected --dtype to be float32 or bfloat16, got {_DTYPE.value!r}")
     if all(into) and not any(out_of):
-        to_checkpoint(config, Path(_HF.value), Path(_OUT.value), _DTYPE.value or "float32")
+        to_checkpoint(config, Path(_HF.value), _OUT.value, _DTYPE.value or "float32")
     elif all(out_of) and not any(into):
         step = _STEP.value if _STEP.value >= 0 else None
-        to_hf(config, Path(_CHECKPOINT.value), Path(_HF_OUT.value), _DTYPE.value or None, _LONGEST.value or None, step)
+        to_hf(config, _CHECKPOINT.value, Path(_HF_OUT.value), _DTYPE.value or None, _LONGEST.value or None, step)
     else:
         raise UserError("expected --hf=FOLDER --out=FOLDER or --checkpoint=FOLDER --hf_out=FOLDER")
 
 
-def to_checkpoint(config, source: Path, target: Path, dtype: str) -> None:
+def to_checkpoint(config, source: Path, target: str | Path, dtype: str) -> None:
     """Reads a Hugging Face folder onto config.mesh and writes it as step 0 of the new folder `target`."""
     from stepdr_jax.models import hf
-    from stepdr_jax.training import checkpoint
+    from stepdr_jax.training import checkpoint, storage
 
+    target = storage.location(target)
     _require_new(target, "--out")
     model, params = hf.load(source, mesh=_mesh(config), param_dtype=dtype, report=_bar("reading"))
     _say(f"writing {target}")
@@ -71,7 +72,9 @@ def to_checkpoint(config, source: Path, target: Path, dtype: str) -> None:
     _say(f"done: {target}  {_billions(params)}  {dtype}  {copied} tokenizer and settings files copied")
 
 
-def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | None, step: int | None = None) -> None:
+def to_hf(
+    config, source: str | Path, target: Path, dtype: str | None, longest: int | None, step: int | None = None
+) -> None:
     """Reads the checkpoint of `step`, or the latest, under `source` onto config.mesh and writes the new folder `target`."""
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
@@ -93,7 +96,7 @@ def to_hf(config, source: Path, target: Path, dtype: str | None, longest: int | 
     restored = checkpoint.restore(directory, abstract, step=step)
     model, params = Qwen2Config(**restored.metadata["model"]), restored.tree["params"]
     # A stage shares the tokenizer of its run: RUN_DIR/tokenizer beside RUN_DIR/seed0/sft/checkpoints.
-    homes = [directory.absolute(), *directory.absolute().parents[:3]]
+    homes = [directory, *directory.parents[:3]] if isinstance(directory, Path) else [directory, Path(config.run_dir)]
     copied = next((n for home in homes if (n := _copy_tokenizer(home / "tokenizer", target))), 0)
     hf.save(model, params, target, dtype=dtype, max_position_embeddings=longest, report=_bar("writing"))
     _say(f"done: {target}  step {restored.step}  {_billions(params)}  {copied} tokenizer and settings files copied")
@@ -108,11 +111,13 @@ def _mesh(config):
     return make_mesh(fsdp=jax.device_count()) if one else make_mesh(**config.mesh)
 
 
-def _find(source: Path) -> Path:
-    """The folder of checkpoints of a stage's folder or of itself."""
-    from stepdr_jax.training import checkpoint
+def _find(source: str | Path):
+    """What holds the checkpoints of a stage's folder, which may keep them elsewhere, or of itself."""
+    from stepdr_jax.training import checkpoint, state, storage
 
-    for folder in (source, source / "checkpoints"):
+    source = storage.location(source)
+    elsewhere = [state.noted_place(source) / "checkpoints"] if isinstance(source, Path) else []
+    for folder in (source, source / "checkpoints", *elsewhere):
         if checkpoint.steps(folder):
             return folder
     raise UserError(
@@ -121,20 +126,29 @@ def _find(source: Path) -> Path:
     )
 
 
-def _require_new(folder: Path, flag: str) -> None:
+def _require_new(folder, flag: str) -> None:
     """Nothing may be there but what an interrupted command left."""
     left = {"tokenizer", *TOKENIZER_FILES}
-    if folder.is_file() or any(p.name not in left and p.name[0] != "." for p in folder.glob("*")):
+    if isinstance(folder, Path):
+        taken = folder.is_file() or any(p.name not in left and p.name[0] != "." for p in folder.glob("*"))
+    else:  # without a manifest nothing is there
+        taken = any(name.endswith("manifest.json") for name in folder.names())
+    if taken:
         raise UserError(f"{folder} is there already; give {flag} another name or delete it")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> int:
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if found:
-        target.mkdir(parents=True, exist_ok=True)
-    for path in found:
-        shutil.copyfile(path, target / path.name)
-    return len(found)
+def _copy_tokenizer(source, target) -> int:
+    copied = 0
+    for name in TOKENIZER_FILES:
+        try:
+            data = (source / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if isinstance(target, Path):
+            target.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(data)
+        copied += 1
+    return copied
 
 
 def _bar(stage: str):

@@ -32,12 +32,12 @@ def evaluate(config, stage: str, step: int, host: Host | None) -> dict:
     from stepdr_jax.training import checkpoint, state
 
     found = results.read(qa.evaluate(config, f"{stage}@{step}", host))
-    home = state.stage_dir(config, config.seed, stage)
+    kept = state.kept_in(config, state.stage_dir(config, config.seed, stage))
     intervals = {name: results.measure(found, results.BY_NAME[name]) for name in METRICS}
     known = {name: interval for name, interval in intervals.items() if interval.n}
     row = {
         "step": step,
-        "tokens": checkpoint.latest_metadata(state.milestone_dir(home, step))["tokens"],
+        "tokens": checkpoint.latest_metadata(state.milestone_dir(kept, step))["tokens"],
         "episodes": len(found),
         "missing": sum(result.missing is not None for result in found),
         **{name: round(interval.mean, 6) for name, interval in known.items()},
@@ -45,7 +45,7 @@ def evaluate(config, stage: str, step: int, host: Host | None) -> dict:
         "high": {name: round(interval.high, 6) for name, interval in known.items()},
         "format": format_checks.shares(result.trajectory for result in found if result.missing is None),
     }
-    path, exists = rows_path(config, stage), set(state.milestones(home))
+    path, exists = rows_path(config, stage), set(state.milestones(kept))
     before = files.read_jsonl(path) if path.exists() else []
     kept = [other for other in before if other["step"] != step and other["step"] in exists]  # others were undone
     files.write_jsonl(path, sorted([*kept, row], key=lambda other: other["step"]))
@@ -77,16 +77,17 @@ def watch(config, stages: Sequence[str], host: Host | None, *, every: float = 30
         stages: of config.seed, whether they have begun or not.
         every: seconds between looks at the run directory.
     """
-    from stepdr_jax.training import state
+    from stepdr_jax.training import checkpoint, state
 
     homes = {stage: state.stage_dir(config, config.seed, stage) for stage in stages}
+    kept = {stage: state.kept_in(config, home) for stage, home in homes.items()}
     seen = set()  # a milestone that was undone may come again, at the same step
     while True:
         done = all((home / "done.json").exists() for home in homes.values())  # before looking, so that none is missed
         new = [
-            (stage, step, state.milestone_dir(homes[stage], step).stat().st_mtime_ns)
+            (stage, step, checkpoint.mark(state.milestone_dir(kept[stage], step), step))
             for stage in stages
-            for step in state.milestones(homes[stage])
+            for step in state.milestones(kept[stage])
         ]
         new = [milestone for milestone in new if milestone not in seen]
         for stage, step, _ in new:

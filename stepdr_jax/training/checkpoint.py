@@ -31,6 +31,7 @@ __all__ = [
     "Restored",
     "Saver",
     "latest_metadata",
+    "mark",
     "params_sha256",
     "remove_after",
     "restore",
@@ -101,6 +102,11 @@ def latest_metadata(directory: str | os.PathLike | storage.BucketPath) -> dict:
         f"{directory} has no checkpoint; make one from Hugging Face's files with "
         "python -m launch.convert --hf=DIR --out=DIR"
     )
+
+
+def mark(directory: str | os.PathLike | storage.BucketPath, step: int) -> str:
+    """Tells a checkpoint from another one that is or was under the same name. Raises FileNotFoundError."""
+    return storage.digest(storage.location(directory) / f"{step:08d}" / storage.MANIFEST)[1]
 
 
 def remove_after(directory: str | os.PathLike | storage.BucketPath, step: int) -> None:

@@ -7,7 +7,6 @@ same as being killed: what follows is read from disk.
 """
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ from stepdr_jax.progress import Progress
 from stepdr_jax.records import CAPABILITIES
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
-from stepdr_jax.training import checkpoint, distributed, guards, metrics, state
+from stepdr_jax.training import checkpoint, distributed, guards, metrics, state, storage
 from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.compilation import keep_compiled
 from stepdr_jax.training.distributed import say as _say
@@ -77,6 +76,7 @@ def train(
     """
     began = time.monotonic()
     home = state.stage_dir(config, config.seed, stage)
+    kept = state.kept_in(config, home)
     settings = config[stage]
 
     # ---------------------------------------------------------------- what is to be done
@@ -100,12 +100,18 @@ def train(
     # ---------------------------------------------------------------- settings
     model = Qwen2Config.from_config(config.model, vocab_size)
     asked = stage_settings.of(config, stage, model, loader.fingerprint)
-    have_checkpoint = bool(checkpoint.steps(home / "checkpoints"))
+    state.require_place(config, home)
+    have_checkpoint = bool(checkpoint.steps(kept / "checkpoints"))
     if (home / "settings.json").exists() and (finished or have_checkpoint):
         stage_settings.require_same(files.read_json(home / "settings.json"), asked, home)
     if finished is not None:
         return finished
-    distributed.lead_first("settings", lambda: files.write_json(home / "settings.json", asked), lambda: None)
+
+    def write_settings() -> None:
+        state.note_place(config, home)
+        files.write_json(home / "settings.json", asked)
+
+    distributed.lead_first("settings", write_settings, lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
     keep_compiled(Path(config.run_dir) / ".jax_cache")
@@ -124,7 +130,7 @@ def train(
     # ---------------------------------------------------------------- resume
     def begin() -> tuple[TrainState, dict]:
         """State and metadata of the latest checkpoint, else of the start of the stage."""
-        restored = checkpoint.restore(home / "checkpoints", state.as_tree(abstract))
+        restored = checkpoint.restore(kept / "checkpoints", state.as_tree(abstract))
         if restored is not None:
             return TrainState(**restored.tree), restored.metadata | {"step": restored.step}
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -144,9 +150,9 @@ def train(
         return {name: distributed.place_rows(a, rows, like[name]) for name, a in arrange(batch, order).items()}
 
     def undo(to: int) -> None:
-        checkpoint.remove_after(home / "checkpoints", to)
-        for later in (step for step in state.milestones(home) if step > to):
-            shutil.rmtree(state.milestone_dir(home, later), ignore_errors=True)
+        checkpoint.remove_after(kept / "checkpoints", to)
+        for later in (step for step in state.milestones(kept) if step > to):
+            storage.remove(state.milestone_dir(kept, later), quietly=True)
         metrics.rewind(home / "qa.jsonl", to)
 
     def heldout_loss(params) -> dict[str, float]:
@@ -158,14 +164,14 @@ def train(
         return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
-    saver = checkpoint.Saver(home / "checkpoints", background=config.saving.background)
+    saver = checkpoint.Saver(kept / "checkpoints", background=config.saving.background)
     notice = distributed.Notice()
     watchdog = Watchdog(home / "hangs", config.watchdog)
     stragglers = Stragglers()
 
     def evaluate_milestones(journal: Journal) -> None:
         known = {row["step"] for row in metrics.rewind(home / "qa.jsonl", settings.steps)} if on_milestone else set()
-        for step in state.milestones(home) if on_milestone else ():
+        for step in state.milestones(kept) if on_milestone else ():
             if step not in known:
                 with jax.transfer_guard("allow"), watchdog.paused():
                     journal.measured(on_milestone(step))
@@ -257,7 +263,7 @@ def train(
             if milestone := row is not None and _crossed(config.eval.every_tokens, before, tokens):
                 # Before the checkpoint of this step: a run that continues from there does not pass it again.
                 saver.wait()  # one at a time
-                checkpoint.save(state.milestone_dir(home, step), step, {"params": now.params}, metadata, keep=1)
+                checkpoint.save(state.milestone_dir(kept, step), step, {"params": now.params}, metadata, keep=1)
                 journal.event("milestone", step=step, tokens=tokens)
             scheduled = step % settings.checkpoint_every == 0 or last
             preempted = notice.reached() and not last

@@ -15,7 +15,7 @@ from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.sharding import rules
-from stepdr_jax.training import checkpoint, guards
+from stepdr_jax.training import checkpoint, guards, storage
 from stepdr_jax.training.step import TrainState, empty_window
 
 PARENT = {"midtrain1": "init", "midtrain2": "midtrain1", "sft": "midtrain2", "ppo": "sft"}
@@ -36,15 +36,66 @@ def stage_dir(config, seed: int, stage: str) -> Path:
     return Path(config.run_dir) / f"seed{seed}" / stage
 
 
-def milestone_dir(home: Path, step: int) -> Path:
-    """Where a stage lays down its parameters of `step` for evaluation: one checkpoint, never written again."""
-    return home / "milestones" / f"{step:08d}"
+def kept_in(config, home: Path) -> Path | storage.BucketPath:
+    """What holds the "checkpoints" and "milestones" of the stage whose folder is `home`: that, or its like in
+    config.saving.checkpoints, a folder or a bucket. Raises UserError when the field is neither."""
+    if not config.saving.checkpoints:
+        return home
+    return storage.location(config.saving.checkpoints) / home.parent.name / home.name
 
 
-def milestones(home: Path) -> list[int]:
+def require_place(config, home: Path) -> None:
+    """Raises UserError when the checkpoints of the stage at `home` lie elsewhere than config.saving.checkpoints says.
+
+    They may be moved: a place that has some is taken.
+    """
+    before = _place_before(home)
+    if before is None or before == _place(config) or checkpoint.steps(kept_in(config, home) / "checkpoints"):
+        return
+    there = noted_place(home) / "checkpoints"
+    if checkpoint.steps(there):
+        raise UserError(
+            f"the checkpoints of {home} lie in {there}, there are none in {kept_in(config, home)}; give "
+            f"--config.saving.checkpoints={before!r}, or move them"
+        )
+
+
+def note_place(config, home: Path) -> None:
+    """Writes down where a stage's checkpoints lie, for `require_place`."""
+    if _place_before(home) != _place(config):
+        files.write_json(home / "place.json", {"saving.checkpoints": _place(config)})
+
+
+def noted_place(home: Path) -> Path | storage.BucketPath:
+    """What `kept_in` was when the stage at `home` last began."""
+    before = _place_before(home)
+    return storage.location(before) / home.parent.name / home.name if before else home
+
+
+def _place(config) -> str:
+    return str(storage.location(config.saving.checkpoints)) if config.saving.checkpoints else ""
+
+
+def _place_before(home: Path) -> str | None:
+    """Empty is `home` itself, as in stages that never had the field; None is a stage that has not begun."""
+    if (home / "place.json").exists():
+        return files.read_json(home / "place.json")["saving.checkpoints"]
+    return "" if (home / "settings.json").exists() else None
+
+
+def milestone_dir(kept: Path | storage.BucketPath, step: int) -> Path | storage.BucketPath:
+    """Where a stage lays down its parameters of `step` for evaluation: one checkpoint, never written again.
+
+    Args:
+        kept: from `kept_in`.
+    """
+    return kept / "milestones" / f"{step:08d}"
+
+
+def milestones(kept: Path | storage.BucketPath) -> list[int]:
     """Steps at which a stage has laid down its parameters, in increasing order."""
-    folders = home.joinpath("milestones").glob("[0-9]*")
-    return sorted(int(folder.name) for folder in folders if checkpoint.steps(folder))
+    found = storage.below(kept / "milestones")
+    return [step for step in found if checkpoint.steps(milestone_dir(kept, step))]
 
 
 def vocab_size(config) -> int:
@@ -88,20 +139,22 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
         return _start(config, qwen2.Qwen2Config.from_config(config.model, vocab_size(config)), seed, shardings)
     stage, _, step = stage.partition("@")
     home = stage_dir(config, seed, stage)
+    kept = kept_in(config, home)
     if step:
-        restored = _restore_params(config, milestone_dir(home, int(step)), shardings)
+        restored = _restore_params(config, milestone_dir(kept, int(step)), shardings)
         if restored is None:
-            raise UserError(f"{home} has no milestone of step {step}; it has {milestones(home) or 'none'}")
+            raise UserError(f"{kept} has no milestone of step {step}; it has {milestones(kept) or 'none'}")
         return restored.tree["params"]
     if not (home / "done.json").exists():
         raise UserError(
             f"stage {stage} of seed {seed} is not finished in {home}; "
             f"run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed} first"
         )
-    restored = _restore_params(config, home / "checkpoints", shardings)
+    require_place(config, home)
+    restored = _restore_params(config, kept / "checkpoints", shardings)
     if restored is None:
         raise UserError(
-            f"{home} says done but has no checkpoint; delete {home} and run {COMMAND[stage]} "
+            f"{home} says done but {kept} has no checkpoint; delete {home} and run {COMMAND[stage]} "
             f"--config.run_dir={config.run_dir} --config.seed={seed}"
         )
     params = restored.tree["params"]
@@ -126,10 +179,10 @@ def _start(config, model: qwen2.Qwen2Config, seed: int, shardings: dict | None) 
     if not config.initial_checkpoint:
         return initial_params(model, seed, shardings)
     checkpoint.latest_metadata(config.initial_checkpoint)
-    return _restore_params(config, Path(config.initial_checkpoint), shardings).tree["params"]
+    return _restore_params(config, storage.location(config.initial_checkpoint), shardings).tree["params"]
 
 
-def _restore_params(config, directory: Path, shardings: dict | None) -> checkpoint.Restored | None:
+def _restore_params(config, directory: Path | storage.BucketPath, shardings: dict | None) -> checkpoint.Restored | None:
     """The parameters of the latest checkpoint in `directory`, whose model must be config.model."""
 
     def abstract(metadata):
