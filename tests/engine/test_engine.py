@@ -448,3 +448,18 @@ def test_misuse_is_named():
             make_engine(**wrong)
     with pytest.raises(ValueError, match="mode among"):
         asyncio.run(engine.update_weights(OTHER, 1, mode="soon"))
+
+
+def test_a_released_engine_holds_nothing_and_goes_on_with_its_sessions_when_it_has_weights_again():
+    async def sampled(releases):
+        engine = make_engine(**PAGED)
+        first = await episode(engine, 3, turns=1, close=False)
+        if releases:
+            await engine.release()
+            assert engine.released and not engine._weights and all(shard.pool is None for shard in engine._shards)
+            with pytest.raises(EngineError, match="no weights.*update_weights"):
+                await engine.generate("s3", [20], SampleParams(max_tokens=9, seed=3))
+        await engine.update_weights(OTHER, 1)
+        return [*first, await engine.generate("s3", [20, 21], SampleParams(max_tokens=9, seed=3))]
+
+    assert asyncio.run(sampled(True)) == asyncio.run(sampled(False))
