@@ -24,6 +24,8 @@ def get_config() -> ConfigDict:
     config.tools = ConfigDict(
         dict(
             address="",  # host:port of a running tool host; empty = start one on a free loopback port
+            token_env="STEPDR_TOOLS_TOKEN",  # environment variable with its bearer token, if it asks for one
+            tls_ca="",  # PEM file of the authority of its certificate; empty = no TLS
             topk=2,  # passages per search query when the agent names no number
             max_observation_chars=700,  # longer tool results are stored; a summary and a path are returned
             fetch_timeout=2.0,  # seconds for one page

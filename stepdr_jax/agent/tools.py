@@ -1,10 +1,13 @@
 """The tools of a run: a client that many episodes share, and the host behind it, restarted when it has died."""
 
 import asyncio
+import os
+from pathlib import Path
 from typing import Protocol
 
 from ml_collections import ConfigDict
 
+from stepdr_jax.errors import UserError
 from tools_env.client import ToolsClient
 
 
@@ -21,16 +24,31 @@ class Host(Protocol):
 class Tools:
     """A client of a tool host; restarts the host when it owns it and finds it dead."""
 
-    def __init__(self, address: str, *, call_timeout: float, host: Host | None = None, token: str | None = None):
+    def __init__(
+        self,
+        address: str,
+        *,
+        call_timeout: float,
+        host: Host | None = None,
+        token: str | None = None,
+        tls_ca: str | None = None,
+    ):
         self.host, self.restarts = host, 0
         self._lock = asyncio.Lock()
-        self._client = ToolsClient(address, token=token, call_timeout=call_timeout)
+        self._client = ToolsClient(address, token=token, call_timeout=call_timeout, tls_ca=tls_ca)
 
     @classmethod
     def of(cls, config: ConfigDict, host: Host | None) -> "Tools":
         """Those of our own `host`, or where it is None of the one at config.tools.address."""
-        address = config.tools.address if host is None else host.address
-        return cls(address, call_timeout=config.tools.call_timeout, host=host)
+        t = config.tools
+        if host is not None:
+            return cls(host.address, call_timeout=t.call_timeout, host=host)
+        if t.tls_ca and not Path(t.tls_ca).is_file():
+            raise UserError(
+                f"tools.tls_ca: expected a PEM file, got {t.tls_ca}, which is not one; correct --config.tools.tls_ca"
+            )
+        token = os.environ.get(t.token_env)
+        return cls(t.address, call_timeout=t.call_timeout, token=token, tls_ca=t.tls_ca or None)
 
     async def client(self) -> ToolsClient:
         """The client, after making sure that an owned host is alive."""
