@@ -1,18 +1,8 @@
-"""PPO on a real run's data while everything around it breaks, compared to the same PPO left in peace.
+"""Kills a PPO run with signal 9 while it samples, while it learns and while it saves, and tells it to end (SIGTERM) in
+between; compares what it ends with to a run that nobody touched: parameters, rows of metrics and recorded episodes.
 
-    python -m tests.rl.kills --run_dir=runs/miniature --what=faults
-    python -m tests.rl.kills --run_dir=runs/miniature --what=kills --kills=9
-
-faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools broken for
-good, the judge fails on a twentieth of the reports and leaves a twentieth of the rubrics without a verdict ("machinery"); and,
-in another run, a tenth of all calls goes wrong besides, in ways that the model sees ("machinery and tools"). The weights must
-be, bit for bit, those that the surviving episodes make alone.
-
-kills: signal 9 at random moments to the trainer, its tool host and its judge, in turn; the judge is an endpoint of
-`judge_server` that answers a twentieth of the requests wrongly at first. A killed trainer is started again, a judge two seconds
-after its end. Then the weights and rewards must be, bit for bit, those of a run that nobody touched.
-
-Both start from the run's SFT checkpoint, in a copy; the run itself is only read.
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature                  one seed's SFT policy, from that run's data
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature --staleness=1    sampled one step off
 """
 
 import dataclasses
@@ -25,208 +15,141 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import app, flags
 
-from configs import miniature
-from launch import tool_host
 from stepdr_jax import files
-from stepdr_jax.rl import loop, recordings
-from tests.rl import faulty
-from tests.rl.test_judge_endpoint import Endpoint, free_port
+from stepdr_jax.rl import rows
+from stepdr_jax.training import distributed
 
 ROOT = Path(__file__).parents[2]
-TIMES = ("seconds_sampling", "seconds_training", "tool_host_restarts", "sampler_evictions")
+PHASES = ("sampling", "learning", "saving", "told to end")
+PATIENCE = 600.0  # seconds to come to a phase
+SMALL = {"ppo.iterations": 16, "ppo.prompts": 8, "ppo.checkpoint_every": 3}
+OF_PROCESS = ("tool_host_restarts", "sampler_evictions")  # totals of a process
 
 
-def copy_of(run_dir: Path, folder: Path) -> Path:
-    """What PPO reads of a run, in a directory of its own."""
-    for part in ("world", "corpus", "tokenizer", "seed0/sft"):
-        shutil.copytree(run_dir / part, folder / part)
-    return folder
+@dataclasses.dataclass
+class Job:
+    """A command that runs PPO in `run_dir`."""
+
+    run_dir: Path
+    command: Sequence[str]
+
+    @property
+    def home(self) -> Path:
+        return self.run_dir / "seed0" / "ppo"
+
+    def start(self) -> subprocess.Popen:
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        with open(self.run_dir.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(self.command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+
+    def finish(self) -> dict:
+        """Runs to the end and returns done.json."""
+        if status := self.start().wait(3600):
+            raise RuntimeError(f"exit status {status}; see {self.run_dir.with_suffix('.log')}")
+        return files.read_json(self.home / "done.json")
+
+    def rows(self) -> list[dict]:
+        """metrics.jsonl without what is of one process."""
+        found = files.read_jsonl(self.home / "metrics.jsonl") if (self.home / "metrics.jsonl").exists() else []
+        return [{n: v for n, v in row.items() if n not in rows.TIMINGS + OF_PROCESS} for row in found]
+
+    def recorded(self) -> list[dict[str, np.ndarray]]:
+        """Token logs of every iteration."""
+        return [dict(np.load(path)) for path in sorted((self.home / "iterations").glob("*.npz"))]
+
+    def phase(self) -> str:
+        """What the run does now, from what is on disk; one step off it may sample besides."""
+        if list((self.home / "checkpoints").glob(".writing-*")):
+            return "saving"
+        try:
+            done = (self.home / "metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            done = 0
+        return "learning" if (self.home / "iterations" / f"{done:04d}.npz").exists() else "sampling"
 
 
-def config_of(run_dir: Path, iterations: int, **ppo):
-    config = miniature.get_config().unlock()
-    config.run_dir = str(run_dir)
-    config.ppo.update(dict(iterations=iterations) | ppo)
-    return config.lock()
+def same(one: Job, other: Job) -> bool:
+    """Whether rows and recorded episodes of two runs are equal to the bit."""
+    logs, others = one.recorded(), other.recorded()
+    equal = len(logs) == len(others) and all(
+        np.array_equal(log[name], also[name]) for log, also in zip(logs, others, strict=True) for name in log
+    )
+    return equal and one.rows() == other.rows()
 
 
-def rows(config) -> list[dict]:
-    found = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
+def strike(job: Job, phase: str, skip: int, delay: float) -> str:
+    """Starts `job`, lets it come to `phase` as often as `skip` says and once more, and ends it `delay` seconds later.
+
+    Returns what it was doing then. Raises RuntimeError when it ended by itself, or was told to end and did not say so.
+    """
+    process, before, seen = job.start(), "", 0
+    deadline = time.monotonic() + PATIENCE
+    wanted = "learning" if phase == "told to end" else phase
+    while seen <= skip:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise RuntimeError(f"status {process.poll()} before it was {phase}; see {job.run_dir.with_suffix('.log')}")
+        now = job.phase()
+        seen += now == wanted != before
+        before = now
+        time.sleep(0.002)
+    time.sleep(delay)
+    doing, rows_then = job.phase(), len(job.rows())
+    process.send_signal(signal.SIGTERM if phase == "told to end" else signal.SIGKILL)
+    status = process.wait(PATIENCE)
+    expected = distributed.RESTART if phase == "told to end" else -signal.SIGKILL
+    if status != expected:
+        raise RuntimeError(f"exit status {status}, expected {expected}; see {job.run_dir.with_suffix('.log')}")
+    saved = sorted(path.name for path in (job.home / "checkpoints").glob("[0-9]*"))
+    return f"{phase}: struck while {doing} after {rows_then} iterations; checkpoints: {', '.join(saved) or 'none'}"
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
-
-
-class Faulty(faulty.FaultyJudge):
-    """The run's programmatic judge, failing."""
-
-    def __init__(self, judge):
-        super().__init__(judge._names, fails=0.05, drops=0.05, max_missing=0.3)
-
-
-def with_faults(config, visible: dict | None) -> dict:
-    parts, made = loop.prepare(config), []
-
-    def tools(host):
-        made.append(faulty.FaultyTools(host.address, host=host, lost=0.1, broken=0.1, visible=visible))
-        return made[-1]
-
-    judge = Faulty(parts.judge)
-    with tool_host.of(config, "kills") as host:
-        done = loop.train(config, dataclasses.replace(parts, judge=judge, tools=lambda: tools(host)))
-    return done | {"replies_lost": made[0].faulty.replies_lost, "rubrics_without_a_verdict": judge.dropped}
-
-
-def of_survivors(config, folder: Path) -> tuple[dict, int, int]:
-    """PPO from the unmasked episodes of a run alone: (done.json, episodes that survived, and that did not)."""
-    alone, kept, masked = config_of(copy_of(Path(config.run_dir), folder), config.ppo.iterations), 0, 0
-    parts = loop.prepare(alone)
-    tasks = {task.id: task for task in parts.tasks}
-    for iteration in range(config.ppo.iterations):
-        episodes = recordings.load(loop.home_of(config) / "iterations", iteration, tasks)
-        survived = [episode for episode in episodes if episode.masked is None]
-        kept, masked = kept + len(survived), masked + len(episodes) - len(survived)
-        renumbered = [dataclasses.replace(episode, index=index) for index, episode in enumerate(survived)]
-        recordings.save(loop.home_of(alone) / "iterations", iteration, renumbered, "survivors")
-    return loop.replay(alone, parts), kept, masked
-
-
-def faults(run_dir: Path, iterations: int, folder: Path) -> dict:
-    peace = config_of(copy_of(run_dir, folder / "peace"), iterations)
-    loop.run(peace, lambda: tool_host.of(peace, "peace"))
-    result = {"iterations": iterations, "in peace": {"reward": reward_of(peace)}}
-    for name, visible in (("machinery", None), ("machinery and tools", faulty.VISIBLE)):
-        struck = config_of(copy_of(run_dir, folder / name), iterations)
-        done = with_faults(struck, visible)
-        alone, kept, masked = of_survivors(struck, folder / f"{name}, survivors")
-        causes = [cause for cause in rows(struck)[0] if cause.startswith("masked/")]
-        result[name] = {
-            "reward": reward_of(struck),
-            "episodes": kept + masked,
-            "masked": {cause.removeprefix("masked/"): sum(row[cause] for row in rows(struck)) for cause in causes},
-            "replies_lost_and_asked_for_again": done["replies_lost"],
-            "rubrics_without_a_verdict": done["rubrics_without_a_verdict"],
-            "tool_errors_an_episode": round(sum(row["tool_errors"] for row in rows(struck)) / iterations, 3),
-            "survivors_alone_bit_for_bit": alone["params_sha256"] == done["params_sha256"],
-        }
-    return result
-
-
-def reward_of(config) -> dict[str, float]:
-    """Mean over the first and the last five iterations."""
-    rewards = [row["reward"] for row in rows(config)]
-    return {"first five": round(sum(rewards[:5]) / 5, 3), "last five": round(sum(rewards[-5:]) / 5, 3)}
-
-
-# -------------------------------------------------------------------------------------------------------------- kills
-
-
-def command(config, port: int) -> list[str]:
-    fields = {
-        "run_dir": config.run_dir,
-        "ppo.iterations": config.ppo.iterations,
-        "ppo.checkpoint_every": 2,
-        "ppo.max_masked_share": 0.0,  # whatever a kill masks is sampled again: nothing may be missing at the end
-        "judge.kind": "endpoint",
-        "judge.url": f"http://127.0.0.1:{port}",
-        "judge.model": "drawn",
-        "judge.checks": False,
-        "judge.timeout": 5.0,
-        "judge.keep_replies": False,
-    }
-    return [sys.executable, "-m", "launch.ppo", *(f"--config.{name}={value}" for name, value in fields.items())]
-
-
-def trainer(config, port: int) -> subprocess.Popen:
-    log = open(Path(config.run_dir) / "ppo.log", "ab")
-    return subprocess.Popen(command(config, port), cwd=ROOT, stdout=log, stderr=log)
-
-
-def tool_host_of(pid: int) -> int | None:
-    """The tool host among a process's children."""
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        if b"tools_env.server" in Path(f"/proc/{child}/cmdline").read_bytes():
-            return int(child)
-    return None
-
-
-def torture(config, port: int, endpoint: Endpoint, count: int, seed: int) -> list[str]:
-    """Kills the trainer, the tool host and the judge in turn, then lets the run end. Returns a line for each kill."""
-    rng, lines, process = random.Random(seed), [], trainer(config, port)
-    home = loop.home_of(config)
-
-    def iterations() -> int:
-        return len(list((home / "iterations").glob("*.npz")))
-
-    while len(lines) < count:
-        time.sleep(rng.uniform(1.0, 6.0))
-        if process.poll() is not None:
-            raise RuntimeError(
-                f"the run ended with {process.returncode} before it had been killed often enough; see ppo.log"
-            )
-        kind = ("tool host", "judge", "trainer")[len(lines) % 3]
-        target = {"trainer": process.pid, "judge": endpoint.process.pid, "tool host": tool_host_of(process.pid)}[kind]
-        if target is None:  # the trainer has not come so far
-            continue
-        os.kill(target, signal.SIGKILL)
-        lines.append(f"{kind} killed after {iterations()} iterations")
-        print(lines[-1], file=sys.stderr, flush=True)
-        if kind == "trainer":
-            process.wait()
-            process = trainer(config, port)
-            while tool_host_of(process.pid) is None and process.poll() is None:
-                time.sleep(0.2)
-    if process.wait(3600):
-        raise RuntimeError(f"the last start ended with {process.returncode}; see {config.run_dir}/ppo.log")
-    return lines
-
-
-def kills(run_dir: Path, iterations: int, folder: Path, count: int, seed: int) -> dict:
-    port = free_port()
-    whole = config_of(copy_of(run_dir, folder / "whole"), iterations)
-    struck = config_of(copy_of(run_dir, folder / "struck"), iterations)
-    with Endpoint(port, "--faults=0"):
-        began = time.monotonic()
-        if trainer(whole, port).wait(3600):
-            raise RuntimeError(f"the run in peace failed; see {whole.run_dir}/ppo.log")
-        peace = time.monotonic() - began
-    with Endpoint(port, "--faults=0.05", away=2.0) as endpoint:
-        began = time.monotonic()
-        lines = torture(struck, port, endpoint, count, seed)
-        torn = time.monotonic() - began
-    done = [files.read_json(loop.home_of(config) / "done.json")["params_sha256"] for config in (whole, struck)]
-    return {
-        "iterations": iterations,
-        "kills": {kind: sum(line.startswith(kind) for line in lines) for kind in ("trainer", "tool host", "judge")},
-        "seconds_in_peace_and_killed": [round(peace), round(torn)],
-        "same_weights": done[0] == done[1],
-        "same_rows": rows(whole) == rows(struck),
-    }
-
-
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "a run with a finished SFT stage; it is only read", required=True)
-_WHAT = flags.DEFINE_enum("what", "faults", ["faults", "kills"], "what happens")
-_ITERATIONS = flags.DEFINE_integer("iterations", 20, "of PPO, at least 5")
-_KILLS = flags.DEFINE_integer("kills", 9, "how many")
+_KILLS = flags.DEFINE_integer("kills", 8, "how often")
 _SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
+_STALENESS = flags.DEFINE_integer("staleness", 0, "ppo.staleness")
+_RUN_DIR = flags.DEFINE_string("run_dir", "runs/miniature", "a run whose first seed has finished SFT; it is copied")
+
+
+def _job(folder: Path, name: str) -> Job:
+    run_dir = folder / name
+    source = Path(_RUN_DIR.value)
+    for part in ("corpus", "tokenizer", "world", "seed0/sft"):
+        shutil.copytree(source / part, run_dir / part)
+    fields = SMALL | {"run_dir": run_dir}
+    if _STALENESS.value:
+        fields |= {"ppo.staleness": _STALENESS.value, "ppo.importance_cap": 2.0}
+    words = [f"--config.{field}={value}" for field, value in fields.items()]
+    return Job(run_dir, [sys.executable, "-m", "launch.ppo", *words])
 
 
 def main(_) -> None:
-    run_dir = Path(_RUN_DIR.value)
+    began, rng, kills = time.monotonic(), random.Random(_SEED.value), _KILLS.value
     with tempfile.TemporaryDirectory() as folder:
-        if _WHAT.value == "faults":
-            result = faults(run_dir, _ITERATIONS.value, Path(folder))
-            good = all(arm.get("survivors_alone_bit_for_bit", True) for arm in result.values() if isinstance(arm, dict))
-        else:
-            result = kills(run_dir, _ITERATIONS.value, Path(folder), _KILLS.value, _SEED.value)
-            good = result["same_weights"] and result["same_rows"]
-        print(json.dumps(result, indent=1))
-    sys.exit(0 if good else 1)
+        whole, killed = (_job(Path(folder), name) for name in ("whole", "killed"))
+        expected = whole.finish()
+        for number in range(kills):
+            line = strike(killed, PHASES[number % len(PHASES)], skip=rng.randrange(2), delay=rng.uniform(0.0, 0.5))
+            print(line, file=sys.stderr, flush=True)
+        done = killed.finish()
+        equal = done["params_sha256"] == expected["params_sha256"] and same(whole, killed)
+    print(
+        json.dumps(
+            {
+                "kills": kills,
+                "staleness": _STALENESS.value,
+                "iterations": done["iterations"],
+                "bit_for_bit": equal,
+                "seconds": round(time.monotonic() - began),
+            }
+        )
+    )
+    sys.exit(0 if equal else 1)
 
 
 if __name__ == "__main__":
