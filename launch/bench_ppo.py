@@ -86,7 +86,8 @@ class OurStep:
         from stepdr_jax.rl.rollouts import EpisodeArrays
 
         self._update, self._settings = learner.update, learner.PPOConfig.from_config(config, model)
-        self.state = learner.init_state(params, self._settings, jax.random.key(0))
+        state = learner.init_state(params, self._settings, jax.random.key(0))
+        self.state = jax.device_put(state, jax.devices()[0])  # committed, as the loop has it: else all compiles twice
         mask_ET = np.zeros(tokens_ET.shape, bool)
         mask_ET[:, PROMPT:] = True
         lengths_E, kept_E = np.full(len(tokens_ET), PROMPT + COMPLETION, np.int32), np.ones(len(tokens_ET), bool)
