@@ -269,6 +269,8 @@ class JaxEngine:
         return totals | {
             "sessions": len(self._sessions),
             "pages_in_use": sum(shard.pages.count - shard.pages.free for shard in self._shards),
+            "pages_peak": sum(shard.pages.peak for shard in self._shards),
+            "pages": sum(shard.pages.count for shard in self._shards),
             "version": self.version,
             "weight_updates": self._updates,
         }

@@ -51,11 +51,15 @@ class Session:
 
 
 class PagePool:
-    """Which pages are free. The lowest is taken first, so equal histories give equal tables."""
+    """Which pages are free. The lowest is taken first, so equal histories give equal tables.
+
+    `peak` is the largest number that were in use at once.
+    """
 
     def __init__(self, count: int, page: int):
         self.count, self.page = count, page
         self._free = list(range(count))
+        self.peak = 0
 
     @property
     def free(self) -> int:
@@ -71,6 +75,7 @@ class PagePool:
         if wanted > len(self._free):
             return False
         session.pages += [heapq.heappop(self._free) for _ in range(wanted)]
+        self.peak = max(self.peak, self.count - self.free)
         return True
 
     def release(self, session: Session) -> None:

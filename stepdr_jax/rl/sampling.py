@@ -162,7 +162,9 @@ class Live:
             await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
     def stats(self) -> dict[str, float]:
-        return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": self.engine.stats()["evictions"]}
+        held = self.engine.stats()
+        pages = {"sampler_pages_peak": held["pages_peak"] / held["pages"]} if held.get("pages") else {}
+        return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": held["evictions"]} | pages
 
     async def close(self) -> None:
         await self.tools.close()

@@ -97,6 +97,7 @@ def test_what_a_run_leaves(uninterrupted):
     row = table(config)[-1]
     assert row["masked_share"] == 0 and row["masked/infra_failed"] == 0 and row["finish/answered"] == 1
     assert row["logprob_gap/max"] < 1e-3
+    assert row["sampler_evictions"] == 0 and 0 < row["sampler_pages_peak"] <= 1
     assert row["kl"] == pytest.approx(0, abs=1e-6)
     saved = episodes(config, 3)
     assert [one["index"] for one in saved] == list(range(8))
