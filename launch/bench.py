@@ -19,6 +19,8 @@ ours against Tunix's sampler and `generate` of transformers; and the same with a
 with --episodes, --rows of them in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
 its own (docs/benchmarks.md).
 
+--what=ahead: PPO iterations on policy against one step off, in turns, from --config.run_dir's SFT policy and world.
+
 --what=decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
 
 --what=attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
@@ -31,7 +33,16 @@ import sys
 
 from absl import flags
 
-from launch import bench_attention, bench_convert, bench_engine, bench_peers, bench_ppo, bench_saving, entry
+from launch import (
+    bench_ahead,
+    bench_attention,
+    bench_convert,
+    bench_engine,
+    bench_peers,
+    bench_ppo,
+    bench_saving,
+    entry,
+)
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import process
 
@@ -61,6 +72,7 @@ def main(config) -> None:
         "staggered": bench_engine.staggered,
         "episode": bench_engine.episode,
         "ppo": lambda config, rounds: bench_ppo.step(config, rounds, episodes=_EPISODES.value, rows=_ROWS.value),
+        "ahead": bench_ahead.measure,
         "decode": lambda config, rounds: bench_engine.decode(
             config, _SIZE.value, rounds, slots=_SLOTS.value, context=_CONTEXT.value, bandwidth=_BANDWIDTH.value
         ),

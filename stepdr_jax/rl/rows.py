@@ -10,8 +10,15 @@ from stepdr_jax.judge import repetition
 from stepdr_jax.records import Finish
 from stepdr_jax.rl.rollouts import Episode
 
-# Differ between a run that was interrupted and one that was not, or count in this process alone.
-TIMINGS = ("seconds", "seconds_sampling", "seconds_training")
+# All that may differ between a run that was interrupted and one that was not: times, and totals of one process.
+TIMINGS = (
+    "seconds",
+    "seconds_sampling",
+    "seconds_training",
+    "tool_host_restarts",
+    "sampler_evictions",
+    "sampler_pages_peak",
+)
 READ_FOR_REPETITION = 256  # episodes of an iteration, evenly spaced: Python reads about 10 a second at 100K tokens
 
 

@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 PHASES = ("sampling", "learning", "saving", "told to end")
 PATIENCE = 600.0  # seconds to come to a phase
 SMALL = {"ppo.iterations": 16, "ppo.prompts": 8, "ppo.checkpoint_every": 3}
-OF_PROCESS = ("tool_host_restarts", "sampler_evictions")  # totals of a process
 
 
 @dataclasses.dataclass
@@ -57,7 +56,7 @@ class Job:
     def rows(self) -> list[dict]:
         """metrics.jsonl without what is of one process."""
         found = files.read_jsonl(self.home / "metrics.jsonl") if (self.home / "metrics.jsonl").exists() else []
-        return [{n: v for n, v in row.items() if n not in rows.TIMINGS + OF_PROCESS} for row in found]
+        return [{n: v for n, v in row.items() if n not in rows.TIMINGS} for row in found]
 
     def recorded(self) -> list[dict[str, np.ndarray]]:
         """Token logs of every iteration."""
