@@ -32,7 +32,7 @@ def evaluate(config, stage: str, step: int, host: Host | None) -> dict:
     from stepdr_jax.training import checkpoint, state
 
     found = results.read(qa.evaluate(config, f"{stage}@{step}", host))
-    kept = state.kept_in(config, state.stage_dir(config, config.seed, stage))
+    kept = state.found_in(config, state.stage_dir(config, config.seed, stage))
     intervals = {name: results.measure(found, results.BY_NAME[name]) for name in METRICS}
     known = {name: interval for name, interval in intervals.items() if interval.n}
     row = {
@@ -80,9 +80,9 @@ def watch(config, stages: Sequence[str], host: Host | None, *, every: float = 30
     from stepdr_jax.training import checkpoint, state
 
     homes = {stage: state.stage_dir(config, config.seed, stage) for stage in stages}
-    kept = {stage: state.kept_in(config, home) for stage, home in homes.items()}
     seen = set()  # a milestone that was undone may come again, at the same step
     while True:
+        kept = {stage: state.found_in(config, home) for stage, home in homes.items()}
         done = all((home / "done.json").exists() for home in homes.values())  # before looking, so that none is missed
         new = [
             (stage, step, checkpoint.mark(state.milestone_dir(kept[stage], step), step))

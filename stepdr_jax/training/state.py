@@ -47,7 +47,7 @@ def kept_in(config, home: Path) -> Path | storage.BucketPath:
 def require_place(config, home: Path) -> None:
     """Raises UserError when the checkpoints of the stage at `home` lie elsewhere than config.saving.checkpoints says.
 
-    They may be moved: a place that has some is taken.
+    They may have been moved: a place that has some is taken.
     """
     before = _place_before(home)
     if before is None or before == _place(config) or checkpoint.steps(kept_in(config, home) / "checkpoints"):
@@ -56,8 +56,14 @@ def require_place(config, home: Path) -> None:
     if checkpoint.steps(there):
         raise UserError(
             f"the checkpoints of {home} lie in {there}, there are none in {kept_in(config, home)}; give "
-            f"--config.saving.checkpoints={before!r}, or move them"
+            f"--config.saving.checkpoints={before!r} to continue it"
         )
+
+
+def found_in(config, home: Path) -> Path | storage.BucketPath:
+    """`kept_in` for who only reads: where there is nothing, the place that the stage noted."""
+    kept = kept_in(config, home)
+    return kept if checkpoint.steps(kept / "checkpoints") else noted_place(home)
 
 
 def note_place(config, home: Path) -> None:
@@ -139,7 +145,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
         return _start(config, qwen2.Qwen2Config.from_config(config.model, vocab_size(config)), seed, shardings)
     stage, _, step = stage.partition("@")
     home = stage_dir(config, seed, stage)
-    kept = kept_in(config, home)
+    kept = found_in(config, home)
     if step:
         restored = _restore_params(config, milestone_dir(kept, int(step)), shardings)
         if restored is None:
@@ -150,7 +156,6 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
             f"stage {stage} of seed {seed} is not finished in {home}; "
             f"run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed} first"
         )
-    require_place(config, home)
     restored = _restore_params(config, kept / "checkpoints", shardings)
     if restored is None:
         raise UserError(
