@@ -32,7 +32,7 @@ def judged_by(config, port, **settings):
     rows.append(Rubric(rid="flaw", criterion="a flaw", weight=-2, role="negative"))
     sets = {task.id: RubricSet(id="r" + task.id, task_id=task.id, rubrics=rows) for task in parts.tasks}
     policy = EndpointPolicy(
-        f"http://127.0.0.1:{port}", "judge", **dict(timeout=0.5, retries=6, backoff=0.05) | settings
+        f"http://127.0.0.1:{port}", "judge", **dict(timeout=2.0, retries=6, backoff=0.05) | settings
     )
     return dataclasses.replace(parts, rubric_sets=sets, judge=ModelJudge(policy, per_request=3))
 
