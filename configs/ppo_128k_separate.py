@@ -16,7 +16,6 @@ def separate(config: ConfigDict) -> ConfigDict:
     """`config` for half of each v5p host's four chips as sampler, and half the learner."""
     config = config.unlock()
     config.name += "_separate"
-    config.run_dir += "_separate"
     config.mesh.fsdp //= 2
     config.ppo.microbatch_rows //= 2  # a row for each fsdp group
     config.roles.update(dict(sampler="separate", offload="none"))
