@@ -225,41 +225,43 @@ async def _train(
                         sampling_now = sampling.start(source, iteration + 1)
                         await asyncio.sleep(0)  # before the learner, it looks for a recording, with all processes
                 learning_began = time.monotonic()
-                # In a thread: the event loop goes on answering the tool host's pings, and drives the sampler.
+                # Nobody else runs programs of all processes until all is saved, in the same order in all.
                 async with source.devices:
+                    # In a thread: the event loop goes on answering the tool host's pings, and drives the sampler.
                     now, learnt, details = await asyncio.to_thread(
                         learner.update, now, batch, learning, iteration, reference, row
                     )
-                if learnt["skipped_updates"]:
-                    journal.event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
-                    _say(
-                        f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
-                    )
-                if learnt["guarded_updates"]:
-                    journal.event("guard", step=iteration + 1, reason=learning.guard.problem(row | learnt))
-                    _say(
-                        f"ppo  iteration {iteration}: {learning.guard.problem(row | learnt)}; the actor stays as it was"
-                    )
-                row |= learnt | source.stats()
-                row |= {
-                    "seconds_sampling": round(seconds_sampling, 3),
-                    "seconds_training": round(time.monotonic() - learning_began, 3),
-                    "seconds": round(time.monotonic() - clock, 3),
-                }
-                if distributed.is_lead():
-                    recordings.add_details(home / "iterations", iteration, episodes, batch, details)
-                    progress.update(
-                        1,
-                        **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
-                        masked=sum(episode.masked is not None for episode in episodes),
-                    )
-                journal.row(row)
-                watchdog.step(time.monotonic() - clock)
-                profiler.after(iteration + 1)
-                if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
-                    await save(iteration + 1)  # after its row: a restored run must find its rows up to the checkpoint
-                    saved = iteration + 1
-                saver.check()
+                    if learnt["skipped_updates"]:
+                        journal.event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
+                        _say(
+                            f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
+                        )
+                    if learnt["guarded_updates"]:
+                        journal.event("guard", step=iteration + 1, reason=learning.guard.problem(row | learnt))
+                        _say(
+                            f"ppo  iteration {iteration}: {learning.guard.problem(row | learnt)}; the actor stays as it was"
+                        )
+                    row |= learnt | source.stats()
+                    row |= {
+                        "seconds_sampling": round(seconds_sampling, 3),
+                        "seconds_training": round(time.monotonic() - learning_began, 3),
+                        "seconds": round(time.monotonic() - clock, 3),
+                    }
+                    if distributed.is_lead():
+                        recordings.add_details(home / "iterations", iteration, episodes, batch, details)
+                        progress.update(
+                            1,
+                            **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
+                            masked=sum(episode.masked is not None for episode in episodes),
+                        )
+                    journal.row(row)
+                    watchdog.step(time.monotonic() - clock)
+                    profiler.after(iteration + 1)
+                    if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
+                        # After its row: a restored run must find its rows up to the checkpoint.
+                        await save(iteration + 1)
+                        saved = iteration + 1
+                    saver.check()
             journal.event("end", step=max(start, iterations))
         except guards.Stop as stop:
             journal.event("guard", step=iteration + 1, reason=str(stop))

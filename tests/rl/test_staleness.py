@@ -36,7 +36,9 @@ def wait_for(reached) -> None:
 @pytest.fixture(scope="module")
 def learner_waits(tmp_path_factory):
     """A run whose learner never ends before the next iteration is sampled."""
-    config = toy.config(tmp_path_factory.mktemp("run"), **STALE)
+    config = toy.config(tmp_path_factory.mktemp("run"), **STALE).unlock()
+    config.log.tensorboard = True
+    config.lock()
     update = learner.update
 
     def slow(state, batch, learning, iteration, *others):
@@ -59,6 +61,12 @@ def test_the_sampler_is_one_version_behind_and_every_token_says_so(learner_waits
     # Iteration 1 is the first that trains the actor: from 2 on the learner has newer weights than sampled.
     gaps = [row["logprob_gap/max"] for row in table(config)]
     assert max(gaps[:2]) < 1e-3 < min(gaps[2:])
+
+
+def test_rows_are_in_the_event_file_too(learner_waits):
+    [events] = (loop.home_of(learner_waits[0]) / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert content.count(b"logprob_gap/max") == 4 and b"age/mean" in content
 
 
 def test_whoever_is_faster_the_results_are_the_same(learner_waits, monkeypatch, tmp_path):
