@@ -52,7 +52,7 @@ class Roles:
             )
         if section.offload == "idle" and not memory.has_host_memory(here[0]):
             raise UserError(f"roles.offload: {here[0].device_kind} has no pinned host memory; use roles.offload=none")
-        ahead = config.ppo.get("staleness", 0) > 0
+        ahead = config.ppo.staleness > 0
         if ahead and not separate and (section.offload == "idle" or len(here) > 1):
             raise UserError(
                 "ppo.staleness samples while the learner works: with more than one device, or roles.offload=idle, that "
