@@ -79,7 +79,7 @@ def to_hf(
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
     from stepdr_jax.sharding.rules import param_shardings
-    from stepdr_jax.training import checkpoint
+    from stepdr_jax.training import checkpoint, storage
 
     _require_new(target, "--hf_out")
     directory = _find(source)
@@ -96,7 +96,8 @@ def to_hf(
     restored = checkpoint.restore(directory, abstract, step=step)
     model, params = Qwen2Config(**restored.metadata["model"]), restored.tree["params"]
     # A stage shares the tokenizer of its run: RUN_DIR/tokenizer beside RUN_DIR/seed0/sft/checkpoints.
-    homes = [directory, *directory.parents[:3]] if isinstance(directory, Path) else [directory, Path(config.run_dir)]
+    beside = storage.location(source)
+    homes = [directory, beside, *beside.parents[:3]] if isinstance(beside, Path) else [directory, Path(config.run_dir)]
     copied = next((n for home in homes if (n := _copy_tokenizer(home / "tokenizer", target))), 0)
     hf.save(model, params, target, dtype=dtype, max_position_embeddings=longest, report=_bar("writing"))
     _say(f"done: {target}  step {restored.step}  {_billions(params)}  {copied} tokenizer and settings files copied")

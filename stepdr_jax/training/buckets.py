@@ -13,6 +13,7 @@ Requests that fail for now (5xx, throttled, no connection) are made again by ten
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import sys
@@ -97,19 +98,19 @@ class BucketPath:
         return _spec(self.scheme, self.bucket) | {"path": f"{self.key}/"}
 
     def _store(self) -> ts.KvStore:
-        return _opened(self.scheme, self.bucket)
+        return _opened(json.dumps(_spec(self.scheme, self.bucket)))
 
 
 @functools.cache
-def _opened(scheme: str, bucket: str) -> ts.KvStore:
-    return ts.KvStore.open(_spec(scheme, bucket)).result()
+def _opened(spec: str) -> ts.KvStore:
+    return ts.KvStore.open(json.loads(spec)).result()
 
 
 def _spec(scheme: str, bucket: str) -> dict[str, Any]:
     environ = os.environ
     if scheme == "gs":
         if host := environ.get("STORAGE_EMULATOR_HOST"):
-            environ.setdefault("TENSORSTORE_GCS_HTTP_URL", host if "://" in host else f"http://{host}")
+            environ["TENSORSTORE_GCS_HTTP_URL"] = host if "://" in host else f"http://{host}"
         return {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": RETRIES}}
     spec = {"driver": "s3", "bucket": bucket, "context": {"s3_request_retries": RETRIES}}
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")

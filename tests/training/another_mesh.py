@@ -1,4 +1,7 @@
-"""Saves a state of one mesh of eight simulated devices and restores it on others; prints the meshes that agreed."""
+"""Saves a state of one mesh of eight simulated devices and restores it on others; prints the meshes that agreed.
+
+python -m tests.training.another_mesh [WHERE]      default: a temporary folder
+"""
 
 import os
 import sys
@@ -29,10 +32,11 @@ params = state.initial_params(Qwen2Config.from_config(config.model, VOCAB), 0, p
 fresh = jax.jit(lambda p: state.new_state(p, optimizer_of(config.midtrain1), 2), out_shardings=placed)(params)
 saved = state.as_tree(fresh)
 with tempfile.TemporaryDirectory() as folder:
-    checkpoint.save(folder, 1, saved, {}, keep=1)
+    where = (sys.argv[1:] or [folder])[0]
+    checkpoint.save(where, 1, saved, {}, keep=1)
     for sizes in (dict(fsdp=8), dict(fsdp=2, context=2, tensor=2), dict(fsdp=2), {}):
         wanted = state.as_tree(abstract(**sizes))
-        read = checkpoint.restore(folder, wanted).tree
+        read = checkpoint.restore(where, wanted).tree
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), jax.device_get(saved))
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, read, wanted)))
         assert checkpoint.params_sha256(read["params"]) == checkpoint.params_sha256(params)
