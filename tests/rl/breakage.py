@@ -4,7 +4,7 @@
     python -m tests.rl.breakage --run_dir=runs/miniature --what=kills --kills=9
 
 faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools broken for
-good, the judge fails on a twentieth of the reports and leaves a twentieth of the rubrics without a verdict ("machinery"); and,
+good (half of them after one call, which many never exceed), the judge fails on a twentieth of the reports and leaves a twentieth of the rubrics without a verdict ("machinery"); and,
 in another run, a tenth of all calls goes wrong besides, in ways that the model sees ("machinery and tools"). The weights must
 be, bit for bit, those that the surviving episodes make alone.
 

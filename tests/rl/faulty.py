@@ -43,7 +43,7 @@ class FaultyClient(ToolsClient):
 
     Args:
         lost: share of calls that the host makes and whose reply does not arrive; the client sends them again.
-        broken: share of episodes, by seed, whose calls fail for good.
+        broken: share of episodes, by seed, whose calls fail for good, half of them after the first.
         visible: profile of faults that sessions ask the host for.
     """
 
@@ -56,7 +56,7 @@ class FaultyClient(ToolsClient):
 
     async def open_session(self, episode_id, *, seed=0, **budgets):
         session = await super().open_session(episode_id, seed=seed, faults=self.visible, **budgets)
-        return BrokenSession(session) if struck(self.broken, "broken", seed) else session
+        return BrokenSession(session, calls=seed % 2) if struck(self.broken, "broken", seed) else session
 
     def _connected(self, address="", place=0):
         return _Wire(super()._connected(address, place), self)
@@ -87,13 +87,16 @@ class _Wire:
 
 
 class BrokenSession:
-    """A session whose calls find no host."""
+    """A session whose calls find no host after the first `calls`."""
 
-    def __init__(self, session: ToolSession):
-        self._session = session
+    def __init__(self, session: ToolSession, calls: int):
+        self._session, self._left = session, calls
 
     async def call(self, *arguments, **settings):
-        raise ToolInfraError("UNAVAILABLE: injected", "UNAVAILABLE")
+        self._left -= 1
+        if self._left < 0:
+            raise ToolInfraError("UNAVAILABLE: injected", "UNAVAILABLE")
+        return await self._session.call(*arguments, **settings)
 
     async def close(self):
         await self._session.close()
