@@ -91,16 +91,18 @@ def read(kvstore: dict, abstract: Any, where) -> Any:
 
 
 def _read_leaf(kvstore: dict, like: Any):
-    spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+    # What lies there does not change: a piece that several devices need is fetched once.
+    kept = {"recheck_cached_data": False, "context": {"cache_pool": {"total_bytes_limit": 4 * PIECE}}}
+    spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False} | kept
     stored = ts.open(spec, read=True, open=True).result()
     shape = tuple(np.shape(like))
     if stored.shape != shape:
         raise UserError(f"{kvstore['path']}: expected an array of shape {shape}, the checkpoint has {stored.shape}")
     if getattr(like, "sharding", None) is None:
         return stored.read().result().astype(like.dtype, copy=False)
-    boxes = like.sharding.addressable_devices_indices_map(shape).values()
-    pending = {str(box): stored[box].read() for box in boxes}
-    parts = {box: future.result().astype(like.dtype, copy=False) for box, future in pending.items()}
+    boxes = {str(box): box for box in like.sharding.addressable_devices_indices_map(shape).values()}
+    pending = {name: stored[box].read() for name, box in boxes.items()}
+    parts = {name: future.result().astype(like.dtype, copy=False) for name, future in pending.items()}
     return jax.make_array_from_callback(shape, like.sharding, lambda box: parts[str(box)])
 
 
