@@ -1,13 +1,10 @@
 """Checkpoints in a bucket: what holds of a folder holds there, and a store that fails is waited for or is one line."""
 
-import http.server
 import json
 import os
 import subprocess
 import sys
 import threading
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -149,48 +146,6 @@ def test_a_store_that_is_gone_is_one_line_and_one_that_comes_back_is_waited_for(
     checkpoint.save(where, 3, TREE, {}, keep=2)
     timer.join()
     assert "trying again" in capfd.readouterr().err and checkpoint.restore(where, TREE).step == 3
-
-
-def test_a_store_that_is_overloaded_is_asked_again(s3, monkeypatch):
-    """Two of three requests are answered with 503 or 429."""
-    asked = []
-
-    class Overloaded(http.server.BaseHTTPRequestHandler):
-        def answer(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            asked.append(self.command)
-            status, reply = (503, 429, 0)[len(asked) % 3], b"<Error><Code>SlowDown</Code></Error>"
-            if not status:
-                request = urllib.request.Request(s3.address + self.path, body or None, method=self.command)
-                try:
-                    with urllib.request.urlopen(request) as response:
-                        status, reply = response.status, response.read()
-                except urllib.error.HTTPError as error:
-                    status, reply = error.code, error.read()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        do_GET = do_PUT = do_DELETE = answer
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Overloaded) as front:
-        thread = threading.Thread(target=front.serve_forever)
-        thread.start()
-        try:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{front.server_port}")
-            monkeypatch.setattr(buckets, "RETRIES", {"max_retries": 4, "initial_delay": "10ms", "max_delay": "50ms"})
-            for step in (1, 2, 3):
-                checkpoint.save(f"{s3.url}/slow", step, TREE, {}, keep=2)
-            assert checkpoint.steps(f"{s3.url}/slow") == [2, 3]
-            assert checkpoint.restore(f"{s3.url}/slow", TREE).step == 3
-        finally:
-            front.shutdown()
-            thread.join()
-    assert {"GET", "PUT", "DELETE"} <= set(asked)
 
 
 @pytest.mark.slow
