@@ -13,11 +13,10 @@ import re
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.ops.context_layout import SPEEDS, Speeds
-from stepdr_jax.sharding.mesh import AXES
+from stepdr_jax.sharding.mesh import AXES, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,31 +247,13 @@ def devices_of(topology: Topology):
 
 
 def mesh_of(topology: Topology, sizes: Mapping[str, int]) -> jax.sharding.Mesh:
-    """The mesh of `sizes` (by axis) over the described devices, rings of axes on rings of links where possible.
-
-    Across slices only axis data is cut.
+    """The mesh of `sizes` (by axis) over the described devices, as `make_mesh` has it on such a slice.
 
     Raises:
         UserError: as check_mesh; or no libtpu.
     """
-    from jax.experimental import mesh_utils
-
     check_mesh(topology, sizes)
-    shape = tuple(int(sizes[axis]) for axis in AXES)
-    devices = devices_of(topology)
-    inside = (shape[0] // topology.slices, *shape[1:])
-
-    def arrange(**options):
-        if topology.slices > 1:
-            across = (topology.slices, 1, 1, 1)
-            return mesh_utils.create_hybrid_device_mesh(inside, across, devices, **options)
-        return mesh_utils.create_device_mesh(shape, devices, **options)
-
-    try:
-        placed = arrange()
-    except NotImplementedError:  # an axis that is not a product of whole physical ones
-        placed = arrange(allow_split_physical_axes=True)
-    return jax.sharding.Mesh(np.asarray(placed), AXES)
+    return make_mesh(**{axis: sizes[axis] for axis in AXES}, devices=devices_of(topology))
 
 
 def splits(topology: Topology, *, tensor: tuple[int, ...] = (1,), fixed_data: int | None = None):
