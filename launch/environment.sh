@@ -3,12 +3,15 @@
 #   prepare_environment    packages of requirements.lock and this package; returns at once when nothing changed
 #   prepare_torch          torch, which only the reference tests use
 #   prepare_libtpu         libtpu (0.2 GB; Linux x86-64 only), with which tests compile for TPUs without one
+#   prepare_stores         servers that stand for buckets of S3 and Google Cloud Storage in tests
 #
 # Environment variables: PYTHON (interpreter to build .venv with; default: the first of python3, python3.12, python3.11
 # that is 3.11 or 3.12). pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...) are obeyed.
 
 TORCH_VERSION=2.13.0
 LIBTPU_VERSION=0.0.51 # as in setup.cfg's extra tpu: schedules and memory are tested against this compiler
+MOTO_VERSION=5.2.5
+GCS_VERSION=2026.7.19
 NEEDED_GB=5 # TensorFlow alone is 1.8
 
 fail() {
@@ -95,5 +98,11 @@ prepare_libtpu() {
   [ "$(uname -sm)" = "Linux x86_64" ] || { echo "no libtpu for $(uname -sm): tests that compile for TPUs are skipped"; return; }
   if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit(m.version('libtpu') != '$LIBTPU_VERSION')" 2>/dev/null; then
     pip_install "libtpu $LIBTPU_VERSION for tests that compile for TPUs" 1 --no-deps "libtpu==$LIBTPU_VERSION"
+  fi
+}
+
+prepare_stores() {
+  if ! .venv/bin/python -c "import importlib.metadata as m, sys; sys.exit((m.version('moto'), m.version('gcp-storage-emulator')) != ('$MOTO_VERSION', '$GCS_VERSION'))" 2>/dev/null; then
+    pip_install "servers of buckets for tests" 20 -c requirements.lock "moto[s3]==$MOTO_VERSION" flask==3.1.3 flask-cors==6.0.5 "gcp-storage-emulator==$GCS_VERSION"
   fi
 }

@@ -31,7 +31,8 @@ def main(config) -> None:
         raise UserError(f"--host={FLAGS.host} is open to others; set STEPDR_MODEL_TOKEN, or listen on 127.0.0.1")
     stage = ask.choose_stage(config, FLAGS.stage)
     engine, tokenizer = sampler.of_stage(sampler.with_slots(config, FLAGS.slots), stage)
-    app = server.make_app(engine, tokenizer, model=stage, max_len=config.agent.max_episode_tokens, token=token)
+    most, rows = config.agent.max_episode_tokens, engine.config.vocab_size
+    app = server.make_app(engine, tokenizer, model=stage, max_len=most, token=token, vocab_size=rows)
     server.run(app, FLAGS.host, FLAGS.port)
 
 

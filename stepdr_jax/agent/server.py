@@ -45,7 +45,9 @@ class BadRequest(Exception):
     """What the client must change."""
 
 
-def make_app(engine: Engine, tokenizer: Tokenizer, *, model: str, max_len: int, token: str = "") -> web.Application:
+def make_app(
+    engine: Engine, tokenizer: Tokenizer, *, model: str, max_len: int, token: str = "", vocab_size: int = 0
+) -> web.Application:
     """Returns the application.
 
     Args:
@@ -54,8 +56,9 @@ def make_app(engine: Engine, tokenizer: Tokenizer, *, model: str, max_len: int, 
         model: the name it is served under.
         max_len: tokens of prompt and reply together.
         token: bearer token that all but /health must carry; empty for none.
+        vocab_size: rows of the model's embedding, which may be more than the tokenizer has; 0 for the tokenizer's.
     """
-    return _Server(engine, tokenizer, model, max_len, token).app
+    return _Server(engine, tokenizer, model, max_len, token, vocab_size or tokenizer.vocab_size).app
 
 
 def run(app: web.Application, host: str, port: int) -> None:
@@ -80,8 +83,9 @@ async def _serve(app, host, port):
 
 
 class _Server:
-    def __init__(self, engine, tokenizer, model, max_len, token):
+    def __init__(self, engine, tokenizer, model, max_len, token, vocab_size):
         self.engine, self.tokenizer, self.model, self.max_len = engine, tokenizer, model, max_len
+        self.vocab_size = vocab_size
         self._bearer = f"Bearer {token}".encode() if token else b""
         self._names = itertools.count()
         self.app = web.Application(client_max_size=MAX_BODY, middlewares=[_errors, self._authorised])
@@ -115,10 +119,10 @@ class _Server:
         prompt = body.get("prompt")
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, list) and all(type(i) is int and 0 <= i < self.tokenizer.vocab_size for i in prompt):
+        elif isinstance(prompt, list) and all(type(i) is int and 0 <= i < self.vocab_size for i in prompt):
             ids = prompt
         else:
-            raise BadRequest(f"prompt: expected text or ids below {self.tokenizer.vocab_size}, got {_short(prompt)}")
+            raise BadRequest(f"prompt: expected text or ids below {self.vocab_size}, got {_short(prompt)}")
         generation = await self._generate(ids, body)
         choice = {"index": 0, "text": self._text(generation), "finish_reason": _FINISH[generation.finish]}
         choice["logprobs"] = None

@@ -7,7 +7,7 @@ asks, is taken from the usual environment variables:
             AWS_DEFAULT_REGION; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
     gs://   GOOGLE_APPLICATION_CREDENTIALS, else the machine's own account; STORAGE_EMULATOR_HOST for another store
 
-Requests that fail for now (5xx, throttled, no connection) are made again by tensorstore, and then by `_patiently`.
+Requests that fail for now (5xx, throttled, no connection) are made again by tensorstore, and then by `patiently`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tensorstore as ts
@@ -31,7 +31,7 @@ RETRIES = {
     "max_retries": 4,
     "initial_delay": "500ms",
     "max_delay": "8s",
-}  # of each request; then `_patiently` speaks up
+}  # of each request; then `patiently` speaks up
 # What tensorstore calls an error that may pass. All others (no such bucket, not allowed) stay.
 PASSING = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL")
 
@@ -71,12 +71,12 @@ class BucketPath:
         prefix = f"{self.key}/" if self.key else ""
         last = prefix[:-1] + chr(ord("/") + 1) if prefix else ""
         span = ts.KvStore.KeyRange(prefix, last)
-        found = _patiently(self, lambda: self._store().list(span).result())
+        found = patiently(self, lambda: self._store().list(span).result())
         return sorted(k.decode()[len(prefix) :] for k in found if k.decode().startswith(prefix))
 
     def read_bytes(self) -> bytes:
         """Raises FileNotFoundError."""
-        result = _patiently(self, lambda: self._store().read(self.key).result())
+        result = patiently(self, lambda: self._store().read(self.key).result())
         if result.state != "value":
             raise FileNotFoundError(f"{self} does not exist")
         return result.value
@@ -86,12 +86,12 @@ class BucketPath:
 
     def write_bytes(self, data: bytes) -> None:
         """Returns when the store has the object as a whole."""
-        _patiently(self, lambda: self._store().write(self.key, data).result())
+        patiently(self, lambda: self._store().write(self.key, data).result())
 
     def remove(self) -> None:
         """Removes the object, if there is one."""
         with contextlib.suppress(FileNotFoundError):
-            _patiently(self, lambda: self._store().write(self.key, None).result())
+            patiently(self, lambda: self._store().write(self.key, None).result())
 
     def kvstore(self) -> dict[str, Any]:
         """tensorstore's description of all that lies below."""
@@ -124,10 +124,14 @@ def _spec(scheme: str, bucket: str) -> dict[str, Any]:
     return spec
 
 
-def _patiently(path: BucketPath, request: Callable[[], T]) -> T:
+def patiently(
+    what,
+    request: Callable[[], T],
+    refused: str = "the store refuses ({}); check the bucket's name, region and credentials",
+) -> T:
     """`request()`, again and again for PATIENCE seconds when the store fails for now.
 
-    Raises UserError in one line when it goes on failing, or at once when waiting cannot help.
+    Raises UserError in one line when it goes on failing, or, with the words of `refused`, when waiting cannot help.
     """
     deadline, pause = time.monotonic() + PATIENCE, 1.0
     while True:
@@ -136,25 +140,13 @@ def _patiently(path: BucketPath, request: Callable[[], T]) -> T:
         except (ValueError, RuntimeError, OSError) as error:  # tensorstore has no type of its own
             line = (str(error) or type(error).__name__).splitlines()[0][:300]
             if not line.startswith(PASSING):
-                raise UserError(
-                    f"{path}: the store refuses ({line}); check the bucket's name, region and credentials"
-                ) from error
+                raise UserError(f"{what}: {refused.format(line)}") from error
             left = deadline - time.monotonic()
             if left <= 0:
                 raise UserError(
-                    f"{path}: the store has failed for {PATIENCE:.0f} seconds ({line}); when it is back, run the same "
+                    f"{what}: the store has failed for {PATIENCE:.0f} seconds ({line}); when it is back, run the same "
                     "command: it continues from the last whole checkpoint"
                 ) from error
-            print(f"{path}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
+            print(f"{what}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
             time.sleep(min(pause, left))
             pause = min(2 * pause, 30.0)
-
-
-@contextlib.contextmanager
-def failing_as(path) -> Iterator[None]:
-    """Turns what tensorstore's own reading of arrays below `path` raises into one line."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0][:300]
-        raise UserError(f"{path} could not be read ({line}); run the same command again") from error

@@ -82,8 +82,12 @@ def read(kvstore: dict, abstract: Any, where) -> Any:
 
     def one(item):
         path, like = item
-        with buckets.failing_as(f"{where}/{_name(path)}"):
-            return _read_leaf(kvstore | {"path": f"{kvstore['path']}{_name(path)}/"}, like)
+        below = kvstore | {"path": f"{kvstore['path']}{_name(path)}/"}
+        return buckets.patiently(
+            f"{where}/{_name(path)}",
+            lambda: _read_leaf(below, like),
+            "could not be read ({}); run the same command again",
+        )
 
     paths, structure = jax.tree_util.tree_flatten_with_path(abstract)
     with ThreadPoolExecutor(THREADS) as pool:

@@ -97,6 +97,13 @@ def test_completions_take_and_give_ids():
     assert reply["usage"] == {"prompt_tokens": len(ids), "completion_tokens": 3, "total_tokens": len(ids) + 3}
 
 
+def test_ids_of_padded_rows_that_the_model_sampled_may_come_back():
+    body = {"prompt": [*TOK.encode("one"), TOK.vocab_size], "max_tokens": 3}
+    script = [TOK.encode("two")]
+    assert posted(body, script, "/v1/completions")[0] == 400
+    assert posted(body, script, "/v1/completions", vocab_size=TOK.vocab_size + 1)[0] == 200
+
+
 def test_a_stream_is_one_event_and_its_end():
     status, text = posted({"messages": [{"role": "user", "content": "q"}], "stream": True})
     events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]

@@ -24,6 +24,10 @@ PROGRAMS = {
         "from gcp_storage_emulator.__main__ import main; "
         "main(['start', '--host=127.0.0.1', '--port={port}', '--in-memory', '--default-bucket=bucket'])",
     ),
+    "throttled s3": (
+        "moto",
+        "import runpy, sys; sys.argv[1:] = ['{port}']; runpy.run_module('tests.training.throttled_s3', run_name='__main__')",
+    ),
 }
 
 
@@ -32,6 +36,7 @@ class Store:
 
     def __init__(self, scheme: str):
         module, self._program = PROGRAMS[scheme]
+        scheme = scheme.split()[-1]
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}: see tests/training/stores.py")
         with socket.socket() as probe:
@@ -64,7 +69,7 @@ class Store:
 
 @contextlib.contextmanager
 def store(scheme: str) -> Iterator[Store]:
-    """A server that this process and those it starts are led to."""
+    """A server, one of PROGRAMS, that this process and those it starts are led to."""
     opened = Store(scheme)
     before = dict(os.environ)
     os.environ.update(opened.environment)

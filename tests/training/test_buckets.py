@@ -74,7 +74,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(store, monkeypatch):
     assert checkpoint.steps(where) == [2]
     with pytest.raises(UserError, match=r"expected an array of shape \(4,\), the checkpoint has \(\)"):
         checkpoint.restore(where, {"step": np.zeros(4, np.int32)})
-    with pytest.raises(UserError, match="absent could not be read"):
+    with pytest.raises(UserError, match="absent: could not be read"):
         checkpoint.restore(where, {"absent": np.zeros(4, np.int32)})
 
 
@@ -146,6 +146,18 @@ def test_a_store_that_is_gone_is_one_line_and_one_that_comes_back_is_waited_for(
     checkpoint.save(where, 3, TREE, {}, keep=2)
     timer.join()
     assert "trying again" in capfd.readouterr().err and checkpoint.restore(where, TREE).step == 3
+
+
+def test_a_store_that_turns_requests_away_is_asked_again(monkeypatch):
+    monkeypatch.setattr(buckets, "RETRIES", {"max_retries": 9, "initial_delay": "10ms", "max_delay": "50ms"})
+    with stores.store("throttled s3") as throttled:
+        where = f"{throttled.url}/busy"
+        for step in (1, 2):
+            checkpoint.save(where, step, TREE, {}, keep=2)
+        assert checkpoint.steps(where) == [1, 2]
+        restored = checkpoint.restore(where, TREE)
+        assert restored.step == 2
+        np.testing.assert_array_equal(restored.tree["params"]["a"], TREE["params"]["a"])
 
 
 @pytest.mark.slow
