@@ -23,7 +23,7 @@ def separate(config: ConfigDict) -> ConfigDict:
         dict(
             tensor=2,  # 30.5 GiB of weights on each chip
             slots=16,
-            pages=4096,  # 64 GiB a chip: pages are of 16 MiB with two chips
+            pages=3840,  # 60 GiB a chip: pages are of 16 MiB with two chips
         )
     )
     return config.lock()

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 from stepdr_jax.aot import sampler
 from stepdr_jax.engine import weights
 from stepdr_jax.errors import UserError
-from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
-from stepdr_jax.rl import learner, ppo
-from stepdr_jax.sharding import rules, topology
+from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.rl import learner, ppo, roles
+from stepdr_jax.sharding import topology
 from stepdr_jax.sharding.mesh import AXES, make_mesh
 
 # What each argument of a program is: the roles of memory that a plan adds up.
@@ -96,7 +96,7 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
             return sampler.decode(layout, replica[0], slots=slots, steps=s.steps)
         return sampler.prefill(layout, replica[0], rows=min(s.rows, slots), chunk=s.chunk)
     learning = learner.PPOConfig.from_config(config, model, mesh)
-    state = abstract_state(learning, mesh)
+    state = roles.abstract_state(model, learning, mesh)
     if name == "transfer":
         return _largest_cut(
             state["params"], sampler.layout_of(config, model, replica), int(config.roles.transfer_gb * 2**30)
@@ -120,14 +120,6 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
     }[name]
     rest = (params, rows, actions) if name in ("actor", "critic") else (rows,)
     return sampler.Fixed(program, dict(settings=learning.settings)), (params, *rest)
-
-
-def abstract_state(learning: learner.PPOConfig, mesh: Mesh) -> dict:
-    """`learner.init_state` as ShapeDtypeStructs, placed as `rl.loop` places it."""
-    actor = param_shapes(learning.settings.model)
-    shapes = jax.eval_shape(lambda params: learner.init_state(params, learning, jax.random.key(0)), actor)
-    shardings = rules.param_shardings(shapes, mesh)
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
 
 
 def _largest_cut(params, layout, limit: int):

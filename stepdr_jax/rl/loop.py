@@ -81,8 +81,9 @@ def run(config: ConfigDict, start_host: Callable[[], contextlib.AbstractContextM
 def prepare(config: ConfigDict) -> Parts:
     """Reads the parts of a run from its directory; raises UserError naming what is missing and the command that makes it."""
     run_dir = Path(config.run_dir)
+    parent = state.done_of(config, config.seed, "sft")["params_sha256"]
     model, who = Qwen2Config.from_config(config.model, state.vocab_size(config)), Roles.of(config)
-    actor = state.load_params(config, config.seed, "sft", who.param_shardings(model) if who.mesh.size > 1 else None)
+    shardings = who.param_shardings(model) if who.mesh.size > 1 else None
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
     corpus = run_dir / "corpus"
     rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
@@ -99,13 +100,12 @@ def prepare(config: ConfigDict) -> Parts:
     digest = hashlib.sha256()
     for task in tasks:
         digest.update((task.model_dump_json() + rubric_sets[task.id].model_dump_json()).encode())
-    parent = files.read_json(state.stage_dir(config, config.seed, "sft") / "done.json")["params_sha256"]
     entities = run_dir / "world" / "entities.jsonl"
     names = {row[lang] for row in files.read_jsonl(entities) for lang in ("en", "zh") if row.get(lang)}
     return Parts(
         tokenizer=tokenizer,
         model=model,
-        actor=actor,
+        actor=lambda: state.load_params(config, config.seed, "sft", shardings),
         tasks=tasks,
         rubric_sets=rubric_sets,
         judge=judge_of(config, names),
@@ -162,7 +162,7 @@ async def _train(
     who = Roles.of(config)
     learning = learner.PPOConfig.from_config(config, parts.model, who.mesh)
     now, restored = roles.begin(parts.actor, parts.model, learning, who, kept / "checkpoints", config.seed)
-    reference = roles.on_mesh(parts.actor, who.param_shardings(parts.model)) if settings.kl_coefficient else None
+    reference = roles.on_mesh(parts.actor(), who.param_shardings(parts.model)) if settings.kl_coefficient else None
     start, seconds = 0, 0.0
     if restored is not None:
         start, seconds = restored.step, restored.metadata["seconds"]

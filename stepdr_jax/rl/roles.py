@@ -10,6 +10,7 @@ A process samples on devices of its own alone; a learner's mesh spans all proces
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ def abstract_state(model: Qwen2Config, learning: PPOConfig, mesh: Mesh, *, kind:
 
 
 def begin(
-    actor: dict, model: Qwen2Config, learning: PPOConfig, roles: Roles, directory: Path, seed: int
+    read_actor: Callable[[], dict], model: Qwen2Config, learning: PPOConfig, roles: Roles, directory: Path, seed: int
 ) -> tuple[dict[str, Any], checkpoint.Restored | None]:
-    """(state, checkpoint it is of): the latest of `directory`, else `learner.init_state` of `actor`, where it waits.
+    """(state, checkpoint it is of): the latest of `directory`, else `learner.init_state` of `read_actor()`, where it waits.
 
     With `offload` it is made part by part, so that no more than one is on the devices. Every process must call it.
     """
@@ -108,7 +109,7 @@ def begin(
     if restored is not None:
         return restored.tree, restored
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, learning, roles.mesh))
-    actor = on_mesh(actor, shardings["params"])
+    actor = on_mesh(read_actor(), shardings["params"])
     state = {}
     for parts in [[name] for name in shardings] if roles.offload else [list(shardings)]:
         made = jax.jit(

@@ -37,12 +37,12 @@ READY_SECONDS = 30.0  # given to a tool host that is not ours to come back betwe
 class Parts:
     """What the loop works with; `prepare` reads it from a run directory.
 
-    actor: initial policy parameters. origin: a name for them and for the tasks, compared when a run is continued.
+    actor: reads the parameters that the policy begins with. origin: a name for them and for the tasks, compared when a run is continued.
     """
 
     tokenizer: Tokenizer
     model: Qwen2Config
-    actor: dict
+    actor: Callable[[], dict]
     tasks: Sequence[Task]
     rubric_sets: dict[str, RubricSet]
     judge: Judge

@@ -129,6 +129,17 @@ def initial_params(model: qwen2.Qwen2Config, seed: int, shardings: dict | None =
     return jax.jit(qwen2.init_params, static_argnums=0, out_shardings=shardings)(model, jax.random.key(seed))
 
 
+def done_of(config, seed: int, stage: str) -> dict:
+    """done.json of a stage. Raises UserError when it has not finished."""
+    home = stage_dir(config, seed, stage)
+    if not (home / "done.json").exists():
+        raise UserError(
+            f"stage {stage} of seed {seed} is not finished in {home}; "
+            f"run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed} first"
+        )
+    return files.read_json(home / "done.json")
+
+
 def load_params(config, seed: int, stage: str, shardings: dict | None = None) -> dict:
     """Parameters at the end of a stage, placed by `shardings`, else on the default device.
 
@@ -151,11 +162,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
         if restored is None:
             raise UserError(f"{kept} has no milestone of step {step}; it has {milestones(kept) or 'none'}")
         return restored.tree["params"]
-    if not (home / "done.json").exists():
-        raise UserError(
-            f"stage {stage} of seed {seed} is not finished in {home}; "
-            f"run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed} first"
-        )
+    done = done_of(config, seed, stage)
     restored = _restore_params(config, kept / "checkpoints", shardings)
     if restored is None:
         raise UserError(
@@ -163,7 +170,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
             f"--config.run_dir={config.run_dir} --config.seed={seed}"
         )
     params = restored.tree["params"]
-    if checkpoint.params_sha256(params) != files.read_json(home / "done.json")["params_sha256"]:
+    if checkpoint.params_sha256(params) != done["params_sha256"]:
         raise UserError(
             f"the last checkpoint of {home} is damaged, what is left is of step {restored.step}; delete "
             f"{home / 'done.json'} and run {COMMAND[stage]} --config.run_dir={config.run_dir} --config.seed={seed}: "

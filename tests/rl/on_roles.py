@@ -87,7 +87,7 @@ def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
 
     learner.update = watched
     parts = toy.parts(config, run_episode=run_episode)
-    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.actor))
+    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.actor()))
     done = loop.train(config, parts)
     learner.update = update
     rows = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")

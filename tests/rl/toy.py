@@ -111,7 +111,7 @@ def parts(config, *, tools=None, run_episode=run_episode, judge=None, tasks=8) -
     return loop.Parts(
         tokenizer=TOKENIZER,
         model=model,
-        actor=qwen2.init_params(model, jax.random.key(config.seed)),
+        actor=lambda: qwen2.init_params(model, jax.random.key(config.seed)),
         tasks=[Task(id=f"t{i}", kind="fact", lang="en", query="abcdefgh"[: i + 1]) for i in range(tasks)],
         rubric_sets={f"t{i}": RubricSet(id=f"r{i}", task_id=f"t{i}", rubrics=[]) for i in range(tasks)},
         judge=judge or LetterJudge(),
