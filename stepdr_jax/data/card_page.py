@@ -3,7 +3,7 @@
 import jinja2
 
 from stepdr_jax.reporting import plots
-from stepdr_jax.reporting.report import TEMPLATES
+from stepdr_jax.reporting.viewer import TEMPLATES
 
 NAMES = {"midtrain1": "Mid-training I", "midtrain2": "Mid-training II", "sft": "Supervised fine-tuning"}
 MANY = 12  # bars of a chart; the rest is added up

@@ -232,13 +232,6 @@ def kills(run_dir: Path, iterations: int, folder: Path, count: int, seed: int) -
     }
 
 
-_RUN_DIR = flags.DEFINE_string("run_dir", None, "a run with a finished SFT stage; it is only read", required=True)
-_WHAT = flags.DEFINE_enum("what", "faults", ["faults", "kills"], "what happens")
-_ITERATIONS = flags.DEFINE_integer("iterations", 20, "of PPO, at least 5")
-_KILLS = flags.DEFINE_integer("kills", 9, "how many")
-_SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
-
-
 def main(_) -> None:
     run_dir = Path(_RUN_DIR.value)
     with tempfile.TemporaryDirectory() as folder:
@@ -253,4 +246,9 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    _RUN_DIR = flags.DEFINE_string("run_dir", None, "a run with a finished SFT stage; it is only read", required=True)
+    _WHAT = flags.DEFINE_enum("what", "faults", ["faults", "kills"], "what happens")
+    _ITERATIONS = flags.DEFINE_integer("iterations", 20, "of PPO, at least 5")
+    _KILLS = flags.DEFINE_integer("kills", 9, "how many")
+    _SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
     app.run(main)

@@ -109,12 +109,6 @@ def strike(job: Job, phase: str, skip: int, delay: float) -> str:
     return f"{phase}: struck while {doing} after {rows_then} iterations; checkpoints: {', '.join(saved) or 'none'}"
 
 
-_KILLS = flags.DEFINE_integer("kills", 8, "how often")
-_SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
-_STALENESS = flags.DEFINE_integer("staleness", 0, "ppo.staleness")
-_RUN_DIR = flags.DEFINE_string("run_dir", "runs/miniature", "a run whose first seed has finished SFT; it is copied")
-
-
 def _job(folder: Path, name: str) -> Job:
     run_dir = folder / name
     source = Path(_RUN_DIR.value)
@@ -152,4 +146,8 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    _KILLS = flags.DEFINE_integer("kills", 8, "how often")
+    _SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
+    _STALENESS = flags.DEFINE_integer("staleness", 0, "ppo.staleness")
+    _RUN_DIR = flags.DEFINE_string("run_dir", "runs/miniature", "a run whose first seed has finished SFT; it is copied")
     app.run(main)

@@ -298,7 +298,7 @@ def test_a_batch_without_episodes_changes_nothing():
     expected = jax.device_get(before)
     state, metrics, _ = learner.update(before, make_episodes(masked=range(6)), CONFIG, 0)
     leaves_close(state, expected, atol=0)
-    assert metrics == {"skipped_updates": 0.0}
+    assert metrics == {"skipped_updates": 0.0, "guarded_updates": 0.0}
 
 
 def test_a_gradient_that_is_not_finite_is_skipped():

@@ -126,13 +126,6 @@ def torture(job: Job, kills: int, seed: int, longest: float) -> tuple[dict, list
     return job.finish(last), lines
 
 
-_KILLS = flags.DEFINE_integer("kills", 20, "how often")
-_SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
-_LONGEST = flags.DEFINE_float("longest", 40.0, "seconds that a start may live at most")
-_STEPS = flags.DEFINE_integer("steps", 400, "of the run")
-_RUN_DIR = flags.DEFINE_string("run_dir", "", "a run with data and tokenizer, which are copied; empty = data in memory")
-
-
 def main(_) -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -166,4 +159,11 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
+    _KILLS = flags.DEFINE_integer("kills", 20, "how often")
+    _SEED = flags.DEFINE_integer("kill_seed", 0, "of the moments")
+    _LONGEST = flags.DEFINE_float("longest", 40.0, "seconds that a start may live at most")
+    _STEPS = flags.DEFINE_integer("steps", 400, "of the run")
+    _RUN_DIR = flags.DEFINE_string(
+        "run_dir", "", "a run with data and tokenizer, which are copied; empty = data in memory"
+    )
     app.run(main)
