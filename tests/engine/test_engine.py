@@ -56,7 +56,8 @@ async def episode(engine, number: int, turns: int = 3, close: bool = True):
     done = []
     for turn in range(turns):
         new = prompt(number) if turn == 0 else observation(number, turn)
-        done.append(await engine.generate(f"s{number}", new, SampleParams(max_tokens=9, seed=number)))
+        async with asyncio.timeout(120):  # pages that leaked are waited for without end
+            done.append(await engine.generate(f"s{number}", new, SampleParams(max_tokens=9, seed=number)))
         await asyncio.sleep(0)
     if close:
         await engine.close(f"s{number}")
