@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
     config.profile = ConfigDict(
         dict(
             steps=(0, 0),  # first and last step of a trace by jax's profiler; (0, 0) = none is planned
-            length=3,  # steps of a trace that is asked for while training runs (training/profiling.py)
+            length=3,  # steps of a trace that is asked for while training runs (runtime/profiling.py)
         )
     )
     config.model = ConfigDict(

@@ -60,7 +60,7 @@ def main(config) -> None:
 def to_checkpoint(config, source: Path, target: str | Path, dtype: str) -> None:
     """Reads a Hugging Face folder onto config.mesh and writes it as step 0 of the new folder `target`."""
     from stepdr_jax.models import hf
-    from stepdr_jax.training import checkpoint, storage
+    from stepdr_jax.runtime import checkpoint, storage
 
     target = storage.location(target)
     _require_new(target, "--out")
@@ -78,8 +78,8 @@ def to_hf(
     """Reads the checkpoint of `step`, or the latest, under `source` onto config.mesh and writes the new folder `target`."""
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
+    from stepdr_jax.runtime import checkpoint, storage
     from stepdr_jax.sharding.rules import param_shardings
-    from stepdr_jax.training import checkpoint, storage
 
     _require_new(target, "--hf_out")
     directory = _find(source)
@@ -114,7 +114,8 @@ def _mesh(config):
 
 def _find(source: str | Path):
     """What holds the checkpoints of a stage's folder, which may keep them elsewhere, or of itself."""
-    from stepdr_jax.training import checkpoint, state, storage
+    from stepdr_jax.runtime import checkpoint, storage
+    from stepdr_jax.training import state
 
     source = storage.location(source)
     elsewhere = [state.noted_place(source) / "checkpoints"] if isinstance(source, Path) else []

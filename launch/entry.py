@@ -56,7 +56,7 @@ def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDic
 
     def work():
         config = parse_line()
-        from stepdr_jax.training import distributed  # after the flags: a mistyped one should not wait for jax
+        from stepdr_jax.runtime import distributed  # after the flags: a mistyped one should not wait for jax
 
         distributed.initialize(config)
         with distributed.failing_together():
@@ -67,8 +67,8 @@ def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDic
     except Exception:
         traceback.print_exc()
         status = 1
-    if status and "stepdr_jax.training.distributed" in sys.modules:
-        sys.modules["stepdr_jax.training.distributed"].leave(status)
+    if status and "stepdr_jax.runtime.distributed" in sys.modules:
+        sys.modules["stepdr_jax.runtime.distributed"].leave(status)
     return status
 
 
@@ -253,13 +253,9 @@ def _script_flags() -> list[flags.Flag]:
     """Flags that a script of ours defines; libraries' own are left out."""
     found = []
     for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("launch.") or os.path.basename(module).removesuffix(".py") in _own_scripts():
+        if module.startswith("launch.") or _module_name(module) != Path(module).stem:
             found += its_flags
     return found
-
-
-def _own_scripts() -> set[str]:
-    return {path.stem for path in Path(__file__).parent.glob("*.py")}
 
 
 def _load(path: Path) -> ConfigDict:
@@ -296,8 +292,11 @@ def _short(path: Path) -> str:
 
 
 def _module_name(program: str) -> str:
-    stem = Path(program).stem
-    return f"launch.{stem}" if stem in _own_scripts() else stem
+    """launch.research of .../launch/research.py, launch.bench of .../launch/bench/__main__.py; another file's own name."""
+    path, folder = Path(program).resolve(), Path(__file__).resolve().parent
+    if not path.is_relative_to(folder):
+        return path.stem
+    return ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__main__")
 
 
 def _say(line: str) -> None:

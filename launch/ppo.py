@@ -15,7 +15,7 @@ from absl import flags
 
 from launch import entry, tool_host
 from stepdr_jax.rl import loop
-from stepdr_jax.training import distributed
+from stepdr_jax.runtime import distributed
 
 TRAIN_ONLY = flags.DEFINE_boolean("train_only", False, "learn anew from the recorded episodes, into seed<k>/ppo_replay")
 

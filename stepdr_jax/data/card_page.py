@@ -2,8 +2,7 @@
 
 import jinja2
 
-from stepdr_jax.reporting import plots
-from stepdr_jax.reporting.viewer import TEMPLATES
+from stepdr_jax.pages import TEMPLATES, plots
 
 NAMES = {"midtrain1": "Mid-training I", "midtrain2": "Mid-training II", "sft": "Supervised fine-tuning"}
 MANY = 12  # bars of a chart; the rest is added up

@@ -6,8 +6,8 @@ Form only: whether an answer is right, and whether a citation leads to an observ
 import re
 from collections.abc import Iterable
 
-from stepdr_jax.judge.matching import CITATION, CITATION_ID
 from stepdr_jax.records import Trajectory
+from stepdr_jax.text.matching import CITATION, CITATION_ID
 from stepdr_jax.tokens import chat
 
 CALL = "<tool_call>"

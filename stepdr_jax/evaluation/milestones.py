@@ -29,7 +29,8 @@ def evaluate(config, stage: str, step: int, host: Host | None) -> dict:
         step, tokens (that training had read), episodes, missing, means of METRICS, each with its 95 % interval under
         `low` and `high`, and `format` (`format_checks.shares`).
     """
-    from stepdr_jax.training import checkpoint, state
+    from stepdr_jax.runtime import checkpoint
+    from stepdr_jax.training import state
 
     found = results.read(qa.evaluate(config, f"{stage}@{step}", host))
     kept = state.found_in(config, state.stage_dir(config, config.seed, stage))
@@ -77,7 +78,8 @@ def watch(config, stages: Sequence[str], host: Host | None, *, every: float = 30
         stages: of config.seed, whether they have begun or not.
         every: seconds between looks at the run directory.
     """
-    from stepdr_jax.training import checkpoint, state
+    from stepdr_jax.runtime import checkpoint
+    from stepdr_jax.training import state
 
     homes = {stage: state.stage_dir(config, config.seed, stage) for stage in stages}
     seen = set()  # a milestone that was undone may come again, at the same step

@@ -19,8 +19,9 @@ A rubric without a check needs a language model: its verdict here is `error`, wi
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from stepdr_jax.judge import matching, repetition, verdicts
+from stepdr_jax.judge import verdicts
 from stepdr_jax.records import Judgment, Rubric, RubricSet, Source, Task, Trajectory, Verdict
+from stepdr_jax.text import matching, repetition
 
 VERDICT_WORDS = {
     "supported": ("supported", "正确"),

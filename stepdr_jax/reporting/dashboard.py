@@ -7,10 +7,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from stepdr_jax.pages.plots import number
 from stepdr_jax.progress import clock
 from stepdr_jax.reporting import measures
 from stepdr_jax.reporting.following import STAGES, Followed, Watched
-from stepdr_jax.reporting.plots import number
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 NAMES = {"midtrain1": "mid-training I", "midtrain2": "mid-training II", "sft": "SFT", "ppo": "PPO"}

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import jinja2
 import markupsafe
 
+from stepdr_jax.pages import TEMPLATES
 from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.viewer import CITATION, TEMPLATES, cited, segments
+from stepdr_jax.reporting.viewer import CITATION, cited, segments
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}
 ENDINGS = {

@@ -10,16 +10,14 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
 
 from stepdr_jax.evaluation.results import Result
+from stepdr_jax.pages import TEMPLATES
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 MAX_BYTES = 3_000_000  # of embedded JSON
 CITATION = re.compile(r"\\cite\{([^{}]*)\}")

@@ -20,7 +20,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task
 from stepdr_jax.rl import recordings
 from stepdr_jax.rl.rollouts import Episode
-from stepdr_jax.training import distributed
+from stepdr_jax.runtime import distributed
 
 _LENGTH = 8  # bytes of the length before the rows
 

@@ -18,14 +18,14 @@ import optax
 from ml_collections import ConfigDict
 
 from stepdr_jax.models import value_head
+from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import advantages, guards, ppo
 from stepdr_jax.rl.guards import Guard
 from stepdr_jax.rl.rollouts import EpisodeArrays
+from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
-from stepdr_jax.training import distributed
 from stepdr_jax.training.program import order_of, parallel_of
-from stepdr_jax.training.step import Parallel
 
 KL_EPISODES = 16  # of an iteration, on which the policy before and after an update are compared
 

@@ -33,14 +33,15 @@ from stepdr_jax.rl import guards, hosts, learner, recordings, roles, rollouts, r
 from stepdr_jax.rl import settings as stage_settings
 from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.sampling import Parts
+from stepdr_jax.runtime import checkpoint, distributed
+from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.distributed import say as _say
+from stepdr_jax.runtime.profiling import Profiler
+from stepdr_jax.runtime.watchdog import Watchdog
+from stepdr_jax.runtime.writers import Journal
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import checkpoint, distributed, state
-from stepdr_jax.training.compilation import keep_compiled
-from stepdr_jax.training.distributed import say as _say
-from stepdr_jax.training.profiling import Profiler
-from stepdr_jax.training.watchdog import Watchdog
-from stepdr_jax.training.writers import Journal
+from stepdr_jax.training import state
 
 
 def home_of(config: ConfigDict) -> Path:

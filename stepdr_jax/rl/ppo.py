@@ -21,11 +21,11 @@ import numpy as np
 import optax
 
 from stepdr_jax.models import qwen2, value_head
+from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.sharding import spmd
-from stepdr_jax.training.step import Parallel
 
 AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
 

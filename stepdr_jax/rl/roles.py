@@ -23,9 +23,9 @@ from stepdr_jax.models import qwen2
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import learner
 from stepdr_jax.rl.learner import PPOConfig
+from stepdr_jax.runtime import checkpoint, distributed
 from stepdr_jax.sharding import memory, rules
 from stepdr_jax.sharding.mesh import make_mesh
-from stepdr_jax.training import checkpoint, distributed
 
 
 @dataclasses.dataclass(frozen=True)

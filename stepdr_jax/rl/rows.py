@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from stepdr_jax.judge import repetition
 from stepdr_jax.records import Finish
 from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.text import repetition
 
 # All that may differ between a run that was interrupted and one that was not: times, and totals of one process.
 TIMINGS = (

@@ -23,9 +23,10 @@ from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import hosts, recordings, rollouts
 from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import distributed, sampler
+from stepdr_jax.training import sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops

@@ -12,10 +12,10 @@ import random
 import re
 from collections.abc import Iterable, Mapping
 
-from stepdr_jax.judge import repetition
-from stepdr_jax.judge.matching import HAN, cited_ids, contains, normalise
 from stepdr_jax.records import Finish, Message, Task, Trajectory, Verdict
 from stepdr_jax.synthesis import planning, reflection, reports, verification
+from stepdr_jax.text import repetition
+from stepdr_jax.text.matching import HAN, cited_ids, contains, normalise
 
 MAX_SAME_CALL = 2  # the third identical call is a loop
 MAX_SAME_SENTENCE = 3

@@ -11,11 +11,11 @@ import random
 
 import numpy as np
 
-from stepdr_jax.judge.matching import contains, normalise
 from stepdr_jax.records import Answer, Document, PlanStep, Task, Triple, content_id
 from stepdr_jax.synthesis import graph, sentences
 from stepdr_jax.synthesis.knowledge import Fact, Knowledge
 from stepdr_jax.synthesis.rubrics import Brief, Point
+from stepdr_jax.text.matching import contains, normalise
 
 ASK = {
     "en": (

@@ -11,10 +11,10 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from stepdr_jax.judge.matching import normalise
 from stepdr_jax.records import Document
 from stepdr_jax.synthesis import corpora, sentences
 from stepdr_jax.synthesis.renaming import Renamer
+from stepdr_jax.text.matching import normalise
 
 LANGS = ("en", "zh")
 MAX_VALUES = 4  # elements of a list that is asked for; an answer must fit into one turn of a small model

@@ -9,9 +9,9 @@ thresholds are ours.
 import dataclasses
 import random
 
-from stepdr_jax.judge.matching import contains, normalise
 from stepdr_jax.records import Document, PlanStep, Trajectory
 from stepdr_jax.synthesis import sentences
+from stepdr_jax.text.matching import contains, normalise
 
 MIN_COVERAGE = 0.8
 MIN_ORDER = 0.6

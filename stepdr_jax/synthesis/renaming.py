@@ -11,8 +11,8 @@ import random
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from stepdr_jax.judge.matching import HAN
 from stepdr_jax.records import Trajectory
+from stepdr_jax.text.matching import HAN
 
 CONSONANTS = "bdfghjklmnprstvz"
 VOWELS = "aeiou"

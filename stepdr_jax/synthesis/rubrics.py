@@ -10,9 +10,9 @@ follows. Rubrics are atomic, verifiable, and carry the check that a programmatic
 import dataclasses
 import re
 
-from stepdr_jax.judge.matching import contains, normalise
 from stepdr_jax.records import Rubric, RubricSet, Task, content_id
 from stepdr_jax.synthesis import sentences
+from stepdr_jax.text.matching import contains, normalise
 
 FLAWS = frozenset({"unresolved_citation", "degenerate", "states_wrong"})
 SOURCE_REQUEST = re.compile(r"[Cc]ite[^.?!]*source|[Cc]ite[^.?!]*evidence|注明来源|给出依据")

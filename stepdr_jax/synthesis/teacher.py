@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.agent.policy import EndpointPolicy, Policy, Turn
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.matching import normalise
 from stepdr_jax.records import Message, Task
 from stepdr_jax.synthesis import reports, sentences, verification
 from stepdr_jax.synthesis.renaming import misspell
+from stepdr_jax.text.matching import normalise
 from stepdr_jax.tokens import chat
 
 SLIPS = ("misspelt", "empty_query", "dead_link", "unavailable", "hasty")

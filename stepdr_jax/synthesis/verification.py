@@ -11,11 +11,11 @@ import random
 import re
 
 from stepdr_jax.judge.judges import stated_verdict
-from stepdr_jax.judge.matching import cited_ids, contains, normalise
 from stepdr_jax.records import Answer, Document, PlanStep, Source, Task, Trajectory, content_id
 from stepdr_jax.synthesis import deep_search, sentences
 from stepdr_jax.synthesis.knowledge import Knowledge
 from stepdr_jax.synthesis.rubrics import Brief
+from stepdr_jax.text.matching import cited_ids, contains, normalise
 
 POINT_TYPES = {
     "capital": "place",

@@ -21,18 +21,19 @@ from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import CAPABILITIES
+from stepdr_jax.runtime import checkpoint, distributed, storage
+from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.distributed import say as _say
+from stepdr_jax.runtime.profiling import Profiler
+from stepdr_jax.runtime.watchdog import Stragglers, Watchdog
+from stepdr_jax.runtime.writers import Journal, truncate_rows
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
-from stepdr_jax.training import checkpoint, distributed, guards, metrics, state, storage
+from stepdr_jax.training import guards, metrics, state
 from stepdr_jax.training import settings as stage_settings
-from stepdr_jax.training.compilation import keep_compiled
-from stepdr_jax.training.distributed import say as _say
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
-from stepdr_jax.training.profiling import Profiler
 from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program
 from stepdr_jax.training.step import TrainState, arrange, empty_window
-from stepdr_jax.training.watchdog import Stragglers, Watchdog
-from stepdr_jax.training.writers import Journal
 
 
 class Batches(Protocol):
@@ -153,7 +154,7 @@ def train(
         checkpoint.remove_after(kept / "checkpoints", to)
         for later in (step for step in state.milestones(kept) if step > to):
             storage.remove(state.milestone_dir(kept, later), quietly=True)
-        metrics.rewind(home / "qa.jsonl", to)
+        truncate_rows(home / "qa.jsonl", to)
 
     def heldout_loss(params) -> dict[str, float]:
         sums = None
@@ -170,7 +171,7 @@ def train(
     stragglers = Stragglers()
 
     def evaluate_milestones(journal: Journal) -> None:
-        known = {row["step"] for row in metrics.rewind(home / "qa.jsonl", settings.steps)} if on_milestone else set()
+        known = {row["step"] for row in truncate_rows(home / "qa.jsonl", settings.steps)} if on_milestone else set()
         for step in state.milestones(kept) if on_milestone else ():
             if step not in known:
                 with jax.transfer_guard("allow"), watchdog.paused():

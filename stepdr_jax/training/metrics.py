@@ -3,14 +3,10 @@
 All but `TIMINGS` is equal to an uninterrupted run's however often it resumed.
 """
 
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
-
-from stepdr_jax import files
 
 TIMINGS = ("tokens_per_second", "step_seconds", "mfu", "goodput", "eta_seconds", "slowest_host")
 
@@ -64,16 +60,6 @@ def row_of(
         "spikes": int(window["spikes"]),
         "tokens": tokens,
     }
-
-
-def rewind(path: str | os.PathLike, step: int, *, key: str = "step") -> list[dict]:
-    """Removes rows past `step`, which the resumed run will write again, and returns the rest."""
-    if not Path(path).exists():
-        return []
-    rows = files.read_jsonl(path)
-    kept = [row for row in rows if row[key] <= step]
-    files.write_jsonl(path, kept)  # also drops a torn last line
-    return kept
 
 
 class Pace:

@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
+from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.ops import context_layout
 from stepdr_jax.sharding import rules
 from stepdr_jax.training import guards, state
 from stepdr_jax.training.optimizer import optimizer_of
-from stepdr_jax.training.step import Parallel, evaluate, train_step
+from stepdr_jax.training.step import evaluate, train_step
 
 ROWS = {
     "tokens": jnp.int32,

@@ -11,9 +11,9 @@ from stepdr_jax.engine import weights
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.runtime.compilation import keep_compiled
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
-from stepdr_jax.training.compilation import keep_compiled
 
 
 def engine_of(

@@ -14,8 +14,9 @@ import optax
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
+from stepdr_jax.runtime import checkpoint, storage
 from stepdr_jax.sharding import rules
-from stepdr_jax.training import checkpoint, guards, storage
+from stepdr_jax.training import guards
 from stepdr_jax.training.step import TrainState, empty_window
 
 PARENT = {"midtrain1": "init", "midtrain2": "midtrain1", "sft": "midtrain2", "ppo": "sft"}

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from stepdr_jax.models import qwen2
+from stepdr_jax.models.parallel import ONE_DEVICE, Parallel
 from stepdr_jax.ops.vocab_loss import token_stats
 from stepdr_jax.records import CAPABILITIES
-from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import WHOLE, Placement
 from stepdr_jax.sharding.spmd import GRADIENT, on_every_device
 from stepdr_jax.training import guards
@@ -68,28 +67,6 @@ def empty_window(num_sources: int) -> dict:
         "spikes": jnp.zeros((), jnp.int32),
         "steps": jnp.zeros((), jnp.int32),
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Parallel:
-    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved; `reason` says why so."""
-
-    mesh: Mesh | None = None
-    strategy: str = "none"
-    reason: str = ""
-    zigzag: bool = False
-    attention: str = "auto"
-    remat: str = "none"
-    vocab_tiles: int = 1
-
-    def placement(self, config: qwen2.Qwen2Config) -> Placement:
-        """What one device needs to know inside shard_map."""
-        if self.mesh is None or self.mesh.size == 1:
-            return Placement(attention=self.attention)
-        specs = rules.param_specs(qwen2.param_shapes(config), self.mesh)
-        layers = {name: axes[1:] for name, axes in specs.pop("layers").items()}  # the scan takes the layer axis off
-        sizes = tuple((axis, size) for axis, size in self.mesh.shape.items() if size > 1)
-        return Placement(sizes, tuple((specs | layers).items()), self.strategy, self.zigzag, self.attention)
 
 
 def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
@@ -189,7 +166,7 @@ def gradients(
     config: qwen2.Qwen2Config,
     *,
     microbatches: int = 1,
-    parallel: Parallel = Parallel(),
+    parallel: Parallel = ONE_DEVICE,
     **options,
 ):
     """Mean gradient over the batch's target tokens: (gradient, sums as in `empty_sums`).
@@ -219,7 +196,7 @@ def gradients(
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), sums
 
 
-def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: Parallel = Parallel(), **options):
+def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: Parallel = ONE_DEVICE, **options):
     """Sums as in `empty_sums` of a batch; options as of `loss_sums`."""
     placement = parallel.placement(config)
     options |= dict(placement=placement, vocab_tiles=parallel.vocab_tiles)

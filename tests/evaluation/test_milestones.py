@@ -8,8 +8,9 @@ import pytest
 from stepdr_jax import files, records
 from stepdr_jax.evaluation import milestones
 from stepdr_jax.records import Rubric, RubricSet
+from stepdr_jax.runtime import checkpoint
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import checkpoint, loop, state
+from stepdr_jax.training import loop, state
 from tests.reporting import synthetic_run
 from tests.tools_env.conftest import write_world
 from tests.training import tiny

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stepdr_jax.judge import matching, prompts
+from stepdr_jax.judge import prompts
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.records import Finish, Message, Source, Trajectory
+from stepdr_jax.text import matching
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.judge.test_judges import ATLAS, RUBRICS, TASK

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdr_jax.judge import matching
+from stepdr_jax.text import matching
 
 
 @pytest.mark.parametrize(

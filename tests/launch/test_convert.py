@@ -11,7 +11,7 @@ import pytest
 from launch import convert, entry
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import hf, qwen2
-from stepdr_jax.training import checkpoint
+from stepdr_jax.runtime import checkpoint
 
 
 def model(**overrides) -> qwen2.Qwen2Config:

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from ml_collections import ConfigDict
 
+from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import topology
-from stepdr_jax.training import distributed
 
 GKE = Path(__file__).parents[2] / "launch" / "gke"
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from stepdr_jax import files
 from stepdr_jax.reporting import dashboard, following, measures
-from stepdr_jax.training import metrics
+from stepdr_jax.runtime.writers import truncate_rows
 from tests.reporting import synthetic_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +70,7 @@ def test_rows_are_read_as_they_come_and_half_a_line_waits(tmp_path):
 def test_a_resumed_run_drops_rows_past_its_checkpoint(tmp_path):
     path = ppo(tmp_path)
     one = watched(tmp_path)
-    metrics.rewind(path, 1, key="iteration")
+    truncate_rows(path, 1, key="iteration")
     files.append_jsonl(path, row(2, reward=9.0))
     assert one.poll()
     assert one.of("ppo")[0].series("reward") == pytest.approx([0.0, 0.1, 9.0])

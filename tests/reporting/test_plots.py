@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from stepdr_jax.reporting import plots
-from stepdr_jax.reporting.plots import Dot, Line
+from stepdr_jax.pages import plots
+from stepdr_jax.pages.plots import Dot, Line
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from absl import app, flags
 
 from stepdr_jax import files
 from stepdr_jax.rl import rows
-from stepdr_jax.training import distributed
+from stepdr_jax.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("sampling", "learning", "saving", "told to end")

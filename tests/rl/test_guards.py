@@ -10,7 +10,7 @@ import pytest
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.rl import guards, loop, rows
-from stepdr_jax.training import checkpoint
+from stepdr_jax.runtime import checkpoint
 from tests.rl import toy
 
 NEVER = guards.Guard()

@@ -13,7 +13,7 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.rl import hosts, recordings, rows
-from stepdr_jax.training import checkpoint
+from stepdr_jax.runtime import checkpoint
 from tests.rl import toy
 
 ROOT = Path(__file__).parents[2]

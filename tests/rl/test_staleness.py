@@ -11,7 +11,7 @@ from configs import miniature
 from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.rl import learner, loop, recordings, rows
-from stepdr_jax.training import checkpoint, distributed
+from stepdr_jax.runtime import checkpoint, distributed
 from tests.rl import toy
 
 STALE = dict(staleness=1, importance_cap=2.0)

@@ -190,7 +190,7 @@ def standard_episodes():
 def test_real_agent_texts_do_not_look_degenerate():
     texts = [item["content"] for episode_ in standard_episodes() for item in episode_ if len(item["content"]) > 80]
     assert texts
-    from stepdr_jax.judge import repetition
+    from stepdr_jax.text import repetition
 
     flagged = [text for text in texts if repetition.degenerate(text)]
     assert len(flagged) <= 0.05 * len(texts)

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from stepdr_jax.judge.matching import contains
 from stepdr_jax.records import Link
 from stepdr_jax.synthesis import deep_search, knowledge, planning, reports, tasks, verification
+from stepdr_jax.text.matching import contains
 from tests.synthesis import small_world
 
 KNOWN = small_world.known()

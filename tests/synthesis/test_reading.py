@@ -2,8 +2,8 @@
 
 import re
 
-from stepdr_jax.judge.matching import cited_ids, contains
 from stepdr_jax.synthesis import reading
+from stepdr_jax.text.matching import cited_ids, contains
 from tests.synthesis import small_world
 
 KNOWN = small_world.known(0.2)

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.runtime import checkpoint
 from stepdr_jax.sharding.mesh import make_mesh
-from stepdr_jax.training import checkpoint, program, state
+from stepdr_jax.training import program, state
 from stepdr_jax.training.optimizer import optimizer_of
 from tests.training.tiny import VOCAB, tiny_config
 

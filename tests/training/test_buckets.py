@@ -11,7 +11,8 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import buckets, checkpoint, chunks, loop, saving, state, storage
+from stepdr_jax.runtime import buckets, checkpoint, chunks, saving, storage
+from stepdr_jax.training import loop, state
 from tests.training import kills, stores, tiny
 from tests.training.test_checkpoint import TREE
 from tests.training.test_multihost import wait_for

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import checkpoint, saving
-from stepdr_jax.training.watchdog import Watchdog
+from stepdr_jax.runtime import checkpoint, saving
+from stepdr_jax.runtime.watchdog import Watchdog
 from tests.training import tiny
 
 TREE = {

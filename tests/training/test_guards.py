@@ -9,7 +9,8 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import checkpoint, guards, loop
+from stepdr_jax.runtime import checkpoint
+from stepdr_jax.training import guards, loop
 from tests.training import tiny
 from tests.training.test_resume import checkpoints, rows
 

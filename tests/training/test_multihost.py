@@ -6,7 +6,7 @@ import time
 import pytest
 
 from stepdr_jax import files
-from stepdr_jax.training import checkpoint
+from stepdr_jax.runtime import checkpoint
 from tests.training import kills
 
 FIELDS = kills.TINY | {"midtrain1.steps": 40}

@@ -14,7 +14,8 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import checkpoint, loop, metrics, state
+from stepdr_jax.runtime import checkpoint
+from stepdr_jax.training import loop, metrics, state
 from tests.training import tiny
 
 SCRIPT = Path(tiny.__file__)

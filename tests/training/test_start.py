@@ -8,7 +8,8 @@ import pytest
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.training import checkpoint, program, settings, state
+from stepdr_jax.runtime import checkpoint
+from stepdr_jax.training import program, settings, state
 from tests.training.tiny import VOCAB, tiny_config
 
 

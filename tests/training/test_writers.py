@@ -16,7 +16,8 @@ from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.sizes import SIZES
-from stepdr_jax.training import metrics, writers
+from stepdr_jax.runtime import writers
+from stepdr_jax.training import metrics
 from tests.training import tiny, traced
 
 

@@ -4,9 +4,9 @@ import math
 import re
 from collections.abc import Callable, Mapping
 
-from stepdr_jax.reporting import plots
+from stepdr_jax.pages import plots
+from stepdr_jax.pages.plots import Line
 from stepdr_jax.reporting.collect import Curves, Run
-from stepdr_jax.reporting.plots import Line
 
 
 def several(

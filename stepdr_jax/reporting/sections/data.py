@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from stepdr_jax.reporting import plots
+from stepdr_jax.pages import plots
 from stepdr_jax.reporting.collect import TITLES, Run
 from stepdr_jax.reporting.sections.wording import KIND_TITLES, LANG_TITLES, Section, counted, table
 

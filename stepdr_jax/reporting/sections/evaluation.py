@@ -6,9 +6,9 @@ from typing import Any
 
 from stepdr_jax.evaluation import results, statistics
 from stepdr_jax.evaluation.statistics import Interval
-from stepdr_jax.reporting import plots
+from stepdr_jax.pages import plots
+from stepdr_jax.pages.plots import Dot
 from stepdr_jax.reporting.collect import TITLES, Run
-from stepdr_jax.reporting.plots import Dot
 from stepdr_jax.reporting.sections.headline import interval_note, stage_dots
 from stepdr_jax.reporting.sections.wording import KIND_TITLES, LANG_TITLES, Section, counted, ranged, table
 

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from stepdr_jax.evaluation import results, statistics
 from stepdr_jax.evaluation.statistics import Interval
+from stepdr_jax.pages import plots
+from stepdr_jax.pages.plots import Dot
 from stepdr_jax.progress import clock
-from stepdr_jax.reporting import plots
 from stepdr_jax.reporting.collect import TITLES, Run
-from stepdr_jax.reporting.plots import Dot
 from stepdr_jax.reporting.sections.wording import Section, counted, listed, shown
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-from stepdr_jax.reporting import plots
+from stepdr_jax.pages import plots
 from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.measures import band
 from stepdr_jax.reporting.sections.curves import matching, rest, several

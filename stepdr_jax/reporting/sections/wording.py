@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdr_jax.evaluation.statistics import Interval
-from stepdr_jax.reporting import plots
+from stepdr_jax.pages import plots
 from stepdr_jax.reporting.collect import Curves
 
 Section = dict[str, Any]

@@ -13,7 +13,6 @@ import jax
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import metrics
 
 
 def flat(row: dict, prefix: str = "") -> dict[str, float]:
@@ -25,6 +24,16 @@ def flat(row: dict, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float):
             out[prefix + name] = value
     return out
+
+
+def truncate_rows(path: str | os.PathLike, step: int, *, key: str = "step") -> list[dict]:
+    """Removes rows past `step`, which the resumed run will write again, and returns the rest."""
+    if not Path(path).exists():
+        return []
+    rows = files.read_jsonl(path)
+    kept = [row for row in rows if row[key] <= step]
+    files.write_jsonl(path, kept)  # also drops a torn last line
+    return kept
 
 
 class Journal:
@@ -51,7 +60,7 @@ class Journal:
             return
         events = read_events(self.home)
         self.first_start = events[0]["time"] if events else self.first_start
-        self.rows = metrics.rewind(self.home / "metrics.jsonl", step, key=key)
+        self.rows = truncate_rows(self.home / "metrics.jsonl", step, key=key)
         if config.log.tensorboard:
             from tensorboardX import SummaryWriter  # here: protobuf takes half a second to import
 

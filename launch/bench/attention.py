@@ -58,7 +58,7 @@ def _in_process(*job, flags: str = "") -> dict:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
     }
-    command = [sys.executable, "-m", "launch.bench_attention", json.dumps(job)]
+    command = [sys.executable, "-m", "launch.bench.attention", json.dumps(job)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import chunks, distributed, storage
+from stepdr_jax.runtime import chunks, distributed, storage
 
 HIDDEN = ".writing-"
 PATIENCE = 1800.0  # seconds that all processes together may take to write a checkpoint

@@ -1,6 +1,6 @@
 """Host memory and time of loading and saving a Hugging Face checkpoint; `launch.bench --what=convert` runs it.
 
-Each measurement is a process of its own, so that its peak is its own: python -m launch.bench_convert make|load|save SIZE
+Each measurement is a process of its own, so that its peak is its own: python -m launch.bench.convert make|load|save SIZE
 DIRECTORY. On a CPU the arrays themselves are host memory, so what counts is the peak above them.
 """
 
@@ -30,7 +30,7 @@ def measure(size: str) -> dict:
 
 
 def _child(what: str, size: str, folder: Path) -> dict:
-    command = [sys.executable, "-m", "launch.bench_convert", what, size, str(folder)]
+    command = [sys.executable, "-m", "launch.bench.convert", what, size, str(folder)]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)
 

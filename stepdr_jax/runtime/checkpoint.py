@@ -23,9 +23,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import chunks, distributed, storage
-from stepdr_jax.training.saving import Saver, save
-from stepdr_jax.training.storage import steps
+from stepdr_jax.runtime import chunks, distributed, storage
+from stepdr_jax.runtime.saving import Saver, save
+from stepdr_jax.runtime.storage import steps
 
 __all__ = [
     "Restored",

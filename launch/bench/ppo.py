@@ -14,14 +14,14 @@ import threading
 
 import numpy as np
 
-from launch import bench_peers
+from launch.bench import peers
 
 PROMPT, COMPLETION, MINIBATCHES = 128, 128, 4
 
 
 def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
     """Seconds of an iteration of both sides, in turns. rows: of them in one forward and backward pass."""
-    bench_peers.require_tunix()
+    peers.require_tunix()
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.training import state
 
@@ -51,13 +51,13 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
         theirs.close()
     ours, theirs = sides(MINIBATCHES)
     try:
-        times = bench_peers.in_turns({"ours": ours, "tunix": theirs}, rounds)
+        times = peers.in_turns({"ours": ours, "tunix": theirs}, rounds)
     finally:
         theirs.close()
     return {
         "what": "ppo",
         "unit": "iterations per second, compilation, sampling and rewards excluded",
-        **bench_peers.comparison(1, times, 3),
+        **peers.comparison(1, times, 3),
         "update_correlation": correlation,
         "episodes": episodes,
         "tokens": {"prompt": PROMPT, "completion": COMPLETION},
@@ -65,7 +65,7 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
         "rows_at_once": rows,
         "model": dict(config.model),
         "vocabulary": model.vocab_size,
-        **bench_peers.conditions(rounds),
+        **peers.conditions(rounds),
     }
 
 
@@ -192,14 +192,12 @@ def _learner(config, params, model, tokens_ET, rewards_E):
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.CRITIC, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
     # A critic is a model whose unembedding is replaced by a head of one value.
     untied = dataclasses.replace(model, tie_embeddings=False)
-    critic = rl_utils.create_critic_model(
-        bench_peers.tunix_model(untied, {"unembedding": params["embedding"]} | params)
-    )
+    critic = rl_utils.create_critic_model(peers.tunix_model(untied, {"unembedding": params["embedding"]} | params))
     critic.lm_head.kernel[...] = np.zeros_like(critic.lm_head.kernel[...])  # as ours starts
     cluster = rl_cluster.RLCluster(
-        actor=bench_peers.tunix_model(model, params),
+        actor=peers.tunix_model(model, params),
         critic=critic,
-        tokenizer=bench_peers.NumberTokenizer(),
+        tokenizer=peers.NumberTokenizer(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(roles, mesh),
             rollout_engine=Recorded,

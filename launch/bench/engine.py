@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from launch import bench_peers
+from launch.bench import peers
 from stepdr_jax.errors import UserError
 
 SLOTS, REQUESTS = 32, 128
@@ -50,7 +50,7 @@ def requests_of(vocabulary: int, *, even: bool) -> Requests:
 
 def staggered(config, rounds: int) -> dict:
     """Sampled tokens a second at SLOTS slots, prompts included, ours against Tunix's sampler and transformers' generate."""
-    bench_peers.require_tunix()
+    peers.require_tunix()
     params, model = _weights(config)
     found = {
         "what": "staggered",
@@ -71,9 +71,9 @@ def staggered(config, rounds: int) -> dict:
         found[name] = {
             "sampled_tokens": asked.sampled,
             "prompt_tokens": sum(map(len, asked.prompts)),
-            **bench_peers.comparison(asked.sampled, bench_peers.in_turns(sides, rounds)),
+            **peers.comparison(asked.sampled, peers.in_turns(sides, rounds)),
         }
-    return found | bench_peers.conditions(rounds)
+    return found | peers.conditions(rounds)
 
 
 def _model(config):
@@ -134,7 +134,7 @@ def tunix_answers(params, model, asked: Requests):
 
 def transformers_answers(config, params, asked: Requests):
     """`generate` in groups, padded on the left to the longest prompt, to the longest answer of the group."""
-    torch, model = bench_peers.transformers_sampler(config, params)
+    torch, model = peers.transformers_sampler(config, params)
     groups = []
     for group in asked.groups():
         width = max(map(len, group.prompts))
@@ -154,7 +154,7 @@ def transformers_answers(config, params, asked: Requests):
                 )
                 assert out.shape[1] == ids.shape[1] + new
 
-    bench_peers.faster_threads(torch, lambda: answer([(*groups[0][:2], 16)]))
+    peers.faster_threads(torch, lambda: answer([(*groups[0][:2], 16)]))
     return answer
 
 
@@ -165,8 +165,8 @@ class TunixSampler:
         from tunix.generate import sampler
 
         size = sampler.CacheConfig(cache, model.num_layers, model.num_kv_heads, model.head_dim)
-        theirs = bench_peers.tunix_model(model, params)
-        self._sampler = sampler.Sampler(theirs, bench_peers.NumberTokenizer(), size)
+        theirs = peers.tunix_model(model, params)
+        self._sampler = sampler.Sampler(theirs, peers.NumberTokenizer(), size)
         self._seed = 0
 
     @staticmethod
@@ -187,7 +187,7 @@ def episode(config, rounds: int) -> dict:
     A turn samples TURN tokens and gets OBSERVATION more. Prefill is timed by itself, too: the same episodes, whose sampled
     tokens come with the observation, one token sampled a turn.
     """
-    bench_peers.require_tunix()
+    peers.require_tunix()
     params, model = _weights(config)
     found: dict = {
         "what": "episode",
@@ -204,17 +204,17 @@ def episode(config, rounds: int) -> dict:
             TunixEpisodes(params, model, sampled),
         )
         sides = {"ours": parked, "ours_again": again, "tunix": theirs}
-        times = bench_peers.in_turns(sides, rounds)
+        times = peers.in_turns(sides, rounds)
         found[name] = {
             side: {
                 "seconds": round(statistics.median(times[side].wall), 3),
                 "prefilled_tokens": sides[side].prefilled,
-                **bench_peers.ratios(times).get(side, {}),
+                **peers.ratios(times).get(side, {}),
             }
             for side in sides
         }
         found[name]["tunix"]["prefilled_with_padding"] = theirs.padded
-    return found | bench_peers.conditions(rounds)
+    return found | peers.conditions(rounds)
 
 
 def _longest() -> int:

@@ -1,6 +1,6 @@
 """Thousands of episodes at once from one process, against a real tool host: what they cost and whether any is left waiting.
 
-    python -m launch.bench_episodes --episodes=2000
+    python -m launch.bench.episodes --episodes=2000
 
 The episodes are those of PPO (the episode loop, token sessions, the client of the tool host, the judge); only the model is a
 script that thinks for a random time, writes a note, searches, reads its notes back and answers. Every episode must end answered,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stepdr_jax import files
-from stepdr_jax.training.buckets import BucketPath
+from stepdr_jax.runtime.buckets import BucketPath
 
 A, B = TypeVar("A"), TypeVar("B")
 MANIFEST = "manifest.json"

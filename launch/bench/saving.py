@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from stepdr_jax.training import checkpoint
+from stepdr_jax.runtime import checkpoint
 
 
 def measure(gigabytes: float, steps: int = 160, every: int = 40) -> dict:

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.training import buckets, distributed
+from stepdr_jax.runtime import buckets, distributed
 
 FORMAT = "zarr3"
 PIECE = 2**26  # bytes; S3 takes at most 5 GiB in one request

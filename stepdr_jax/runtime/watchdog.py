@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from stepdr_jax.training import distributed
+from stepdr_jax.runtime import distributed
 
 REMEMBERED = 100  # steps
 

@@ -33,16 +33,8 @@ import sys
 
 from absl import flags
 
-from launch import (
-    bench_ahead,
-    bench_attention,
-    bench_convert,
-    bench_engine,
-    bench_peers,
-    bench_ppo,
-    bench_saving,
-    entry,
-)
+from launch import entry
+from launch.bench import ahead, attention, convert, engine, peers, ppo, saving
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import process
 
@@ -65,20 +57,20 @@ _BANDWIDTH = flags.DEFINE_float(
 
 def main(config) -> None:
     if _TEN_MILLION.value:
-        config = bench_peers.ten_million(config)
+        config = peers.ten_million(config)
     benches = {
         "train": train,
         "sample": sample,
-        "staggered": bench_engine.staggered,
-        "episode": bench_engine.episode,
-        "ppo": lambda config, rounds: bench_ppo.step(config, rounds, episodes=_EPISODES.value, rows=_ROWS.value),
-        "ahead": bench_ahead.measure,
-        "decode": lambda config, rounds: bench_engine.decode(
+        "staggered": engine.staggered,
+        "episode": engine.episode,
+        "ppo": lambda config, rounds: ppo.step(config, rounds, episodes=_EPISODES.value, rows=_ROWS.value),
+        "ahead": ahead.measure,
+        "decode": lambda config, rounds: engine.decode(
             config, _SIZE.value, rounds, slots=_SLOTS.value, context=_CONTEXT.value, bandwidth=_BANDWIDTH.value
         ),
-        "convert": lambda *_: bench_convert.measure(_SIZE.value or "0.5B"),
-        "attention": lambda _, rounds: bench_attention.measure(rounds),
-        "saving": lambda *_: [bench_saving.measure(gigabytes) for gigabytes in (0.01, 0.4)],
+        "convert": lambda *_: convert.measure(_SIZE.value or "0.5B"),
+        "attention": lambda _, rounds: attention.measure(rounds),
+        "saving": lambda *_: [saving.measure(gigabytes) for gigabytes in (0.01, 0.4)],
     }
     if _WHAT.value not in benches:
         raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
@@ -91,16 +83,16 @@ def train(config, rounds: int) -> dict:
     """Interleaved training steps of both sides on random packed rows of one segment."""
     batch = _random_batch(config.midtrain1.batch, config.midtrain1.context, config.tokenizer.vocab_size)
     sides = {"ours": _our_step(config, batch), "transformers": _their_step(config, batch)}
-    times = bench_peers.in_turns(sides, rounds)
+    times = peers.in_turns(sides, rounds)
     return {
         "what": "train",
         "unit": "tokens per second",
-        **bench_peers.comparison(batch["tokens"].size, times),
+        **peers.comparison(batch["tokens"].size, times),
         "rows": config.midtrain1.batch,
         "context": config.midtrain1.context,
         "vocabulary": config.tokenizer.vocab_size,
         "model": dict(config.model),
-        **bench_peers.conditions(rounds),
+        **peers.conditions(rounds),
     }
 
 
@@ -109,18 +101,18 @@ def sample(config, rounds: int) -> dict:
     slots, prompt, new = config.sampler.slots, 96, 128
     prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
-    times = bench_peers.in_turns(sides, rounds)
+    times = peers.in_turns(sides, rounds)
     return {
         "what": "sample",
         "unit": "sampled tokens per second, prompts' prefill included",
-        **bench_peers.comparison(slots * new, times),
+        **peers.comparison(slots * new, times),
         "sequences": slots,
         "prompt_tokens": prompt,
         "sampled_tokens": new,
         "cache_tokens": config.agent.max_episode_tokens,
         "shards": config.sampler.shards,
         "model": dict(config.model),
-        **bench_peers.conditions(rounds),
+        **peers.conditions(rounds),
     }
 
 
@@ -163,7 +155,7 @@ def _our_step(config, batch: dict):
 
 
 def _their_step(config, batch: dict):
-    torch, model = bench_peers.transformers_model(config, use_cache=False)
+    torch, model = peers.transformers_model(config, use_cache=False)
     model.train()
     settings = config.midtrain1
     optimizer = torch.optim.AdamW(
@@ -219,7 +211,7 @@ def _their_sampler(config, prompts, new: int):
     from stepdr_jax.training import state
 
     ours = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
-    torch, model = bench_peers.transformers_sampler(config, state.initial_params(ours, config.seed))
+    torch, model = peers.transformers_sampler(config, state.initial_params(ours, config.seed))
     ids = torch.from_numpy(prompts.astype("int64"))
     settings = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, min_new_tokens=new)
 
@@ -228,7 +220,7 @@ def _their_sampler(config, prompts, new: int):
             out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
         assert out.shape[1] == ids.shape[1] + new
 
-    bench_peers.faster_threads(torch, run)
+    peers.faster_threads(torch, run)
     return run
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks; docs/benchmarks.md has their commands and figures."""

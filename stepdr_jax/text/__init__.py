@@ -1,0 +1,1 @@
+"""Pure functions on strings: matching, repetition, citations, scripts and languages."""
