@@ -51,8 +51,8 @@ def get_config() -> ConfigDict:
     config.midtrain1.mixture.copying = 0.0  # the model can copy already
     config.midtrain1.update(
         dict(
-            context=32768,  # paper
-            batch=32,  # rows; 1M tokens a step as below, ours (the paper is silent)
+            seq_len=32768,  # paper
+            batch_size=32,  # rows; 1M tokens a step as below, ours (the paper is silent)
             steps=143051,  # paper: 150B tokens / 1,048,576 a step
             microbatches=4,  # a row at a time per fsdp group
             checkpoint_every=4768,  # steps; paper: every 5B tokens
@@ -60,16 +60,16 @@ def get_config() -> ConfigDict:
     )
     config.midtrain2.update(
         dict(
-            context=131072,  # paper
-            batch=8,  # rows; 1,048,576 tokens a step, ours (the paper is silent)
+            seq_len=131072,  # paper
+            batch_size=8,  # rows; 1,048,576 tokens a step, ours (the paper is silent)
             steps=14305,  # 15B tokens, a tenth of stage I, ours (the paper is silent)
             checkpoint_every=4768,
         )
     )
     config.sft.update(
         dict(
-            context=131072,  # the longest episodes of the paper; it is silent on SFT's length
-            batch=8,
+            seq_len=131072,  # the longest episodes of the paper; it is silent on SFT's length
+            batch_size=8,
             steps=1000,  # 1B tokens, ours
             checkpoint_every=250,
         )
@@ -82,8 +82,8 @@ def get_config() -> ConfigDict:
                 warmup_steps=200,
                 weight_decay=0.1,  # as Qwen2.5 and most pre-training
                 loss_chunk=512,  # tokens whose logits exist at a time: 0.29 GiB in float32
-                opening="",
-                opening_steps=0,
+                warmup_data="",
+                warmup_data_steps=0,
                 keep_checkpoints=3,
                 heldout_every=500,  # steps
             )

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.run_dir = "runs/midtrain_128k_v6e_256"
     config.mesh.update(dict(data=1, fsdp=16, context=16, tensor=1))  # 8,192 tokens a chip
     config.midtrain1.microbatches = 2  # a row at a time per fsdp group
-    config.midtrain2.batch = config.sft.batch = 16  # a row for each fsdp group: 2,097,152 tokens a step
+    config.midtrain2.batch_size = config.sft.batch_size = 16  # a row for each fsdp group: 2,097,152 tokens a step
     config.midtrain2.steps //= 2  # the same tokens
     config.midtrain2.checkpoint_every //= 2
     config.sft.steps //= 2

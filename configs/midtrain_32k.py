@@ -21,5 +21,5 @@ def get_config() -> ConfigDict:
         config.midtrain2,
         config.sft,
     ):  # 128K rows need midtrain_128k's mesh; here they would be 4 times the batch
-        stage.batch = 32
+        stage.batch_size = 32
     return config.lock()

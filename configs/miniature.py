@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # training seed: initialisation, data order, sampling
     config.data_seed = 0  # world, tasks, trajectories and splits; shared by all training seeds
 
-    config.world = ConfigDict(
+    config.offline_web = ConfigDict(
         dict(
             documents="",  # folder of your own md/html/txt/pdf documents, added to the built-in web
             as_of="2026-06-01",  # the date the agent is told; the built-in pages are dated before it
@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
             subgraph_nodes=(10, 40),  # paper section 3.2
             super_node_degree=1000,  # paper section 3.2: larger ones are leaves
             episode_concurrency=16,  # expert episodes at once
-            reading_copies=6,  # renamed copies of each passage in the reading data of mid-training
+            document_copies=6,  # renamed copies of each passage in the reading data of mid-training
             trajectory_copies=6,  # renamed copies of each trajectory in mid-training II and SFT
         )
     )
@@ -118,9 +118,9 @@ def get_config() -> ConfigDict:
     config.initial_checkpoint = ""  # folder from launch.convert that first_stage starts from; empty = random parameters
     config.first_stage = "midtrain1"  # midtrain2 or sft leave out what comes before
     config.mesh = ConfigDict(dict(data=1, fsdp=1, context=1, tensor=1))
-    config.saving = ConfigDict(
+    config.checkpointing = ConfigDict(
         dict(
-            checkpoints="",  # folder, gs://BUCKET/PATH or s3://BUCKET/PATH that gets the stages' checkpoints and
+            directory="",  # folder, gs://BUCKET/PATH or s3://BUCKET/PATH that gets the stages' checkpoints and
             # milestones as seed<k>/<stage>/...; empty = beside everything else in run_dir
             background=True,  # training goes on while a checkpoint is written
             keep_every=0,  # steps; checkpoints of its multiples are kept for good; 0 = none
@@ -156,8 +156,8 @@ def get_config() -> ConfigDict:
 
     def stage(**overrides) -> ConfigDict:
         base = dict(
-            context=256,  # tokens in a row
-            batch=8,  # rows in a step; small ones learn to copy from fewer tokens
+            seq_len=256,  # tokens in a row
+            batch_size=8,  # rows in a step; small ones learn to copy from fewer tokens
             steps=100,
             learning_rate=2.5e-3,  # at twice this, copying is never learned
             final_learning_rate=2.5e-4,
@@ -182,22 +182,22 @@ def get_config() -> ConfigDict:
                     loss_rise=1.5,  # nats per token above the running mean of the same sources: a spike; 0 = never
                     loss_window=5,  # log rows of that mean; a source is not judged before it has so many
                     max_skips=5,  # of log_every steps; with so many the run goes back to the last good checkpoint
-                    max_rewinds=3,  # how often a stage may go back before it stops; 0 = log only. PaLM: about 20 times
+                    max_rollbacks=3,  # how often a stage may go back before it stops; 0 = log only. PaLM: about 20 times
                 )
             ),
             trajectory_loss="all",  # of trajectories in the data: all tokens (ours), or the assistant's only
             # mixture name -> rate; the rates of the paper's Table 1 and 2 are not published
             mixture=ConfigDict(),
-            remix=(),  # ((step, dict(component=rate)), ...): from that step on these rates; others stay
-            opening="",  # component of the mixture that the first steps read alone
-            opening_steps=0,
+            mixture_schedule=(),  # ((step, dict(component=rate)), ...): from that step on these rates; others stay
+            warmup_data="",  # component of the mixture that the first steps read alone
+            warmup_data_steps=0,
         )
         return ConfigDict(base | overrides)
 
     config.midtrain1 = stage(
         steps=2600,
-        opening="copying",  # ours: spans of random ids and the same again; without it quoting is not learned in minutes
-        opening_steps=1000,
+        warmup_data="copying",  # ours: spans of random ids and the same again; without it quoting is not learned in minutes
+        warmup_data_steps=1000,
         mixture=ConfigDict(
             dict(
                 copying=0.05,
@@ -211,8 +211,8 @@ def get_config() -> ConfigDict:
         ),
     )
     config.midtrain2 = stage(
-        context=640,
-        batch=4,
+        seq_len=640,
+        batch_size=4,
         steps=1200,
         learning_rate=1.5e-3,
         final_learning_rate=1.5e-4,
@@ -229,8 +229,8 @@ def get_config() -> ConfigDict:
         ),
     )
     config.sft = stage(
-        context=640,
-        batch=4,
+        seq_len=640,
+        batch_size=4,
         steps=600,
         learning_rate=1e-3,
         final_learning_rate=1e-4,
@@ -240,8 +240,8 @@ def get_config() -> ConfigDict:
     config.ppo = ConfigDict(
         dict(
             iterations=60,
-            prompts=32,  # tasks per iteration; Open-Reasoner-Zero: 128
-            samples=2,  # episodes per task; Open-Reasoner-Zero: 64
+            prompts_per_iteration=32,  # tasks per iteration; Open-Reasoner-Zero: 128
+            samples_per_prompt=2,  # episodes per task; Open-Reasoner-Zero: 64
             gamma=1.0,  # paper
             gae_lambda=1.0,  # paper
             clip=0.2,  # Open-Reasoner-Zero
@@ -252,7 +252,7 @@ def get_config() -> ConfigDict:
             warmup_steps=5,
             actor_minibatches=1,  # Open-Reasoner-Zero: 1 actor update per iteration
             critic_minibatches=4,  # Open-Reasoner-Zero: 12
-            critic_only_iterations=3,  # ours
+            critic_warmup_iterations=3,  # ours
             kl_coefficient=0.0,  # Open-Reasoner-Zero
             entropy_coefficient=0.0,
             loss_aggregation="token_mean",  # token_mean, seq_mean or seq_sum
@@ -260,13 +260,13 @@ def get_config() -> ConfigDict:
             temperature=1.0,
             clip_norm=1.0,
             beta2=0.95,  # Open-Reasoner-Zero
-            unfinished="worst",  # reward without an answer: worst (all flaws of the rubrics, none of their merits) or zero
+            truncated_reward="worst",  # reward without an answer: worst (all flaws of the rubrics, none of their merits) or zero
             max_masked_share=0.3,  # above it the iteration is sampled again, then the run stops
             checkpoint_every=5,  # iterations
             keep_checkpoints=2,
             staleness=0,  # 1: an iteration is sampled while the one before is learned from, with the weights before that
-            importance_cap=0.0,  # above 0 actions weigh min(trainer's / sampler's probability, this); 0: all alike
-            microbatch_rows=1,  # rows of agent.max_episode_tokens in one forward and backward pass
+            tis_cap=0.0,  # above 0 actions weigh min(trainer's / sampler's probability, this); 0: all alike
+            microbatch_sequences=1,  # rows of agent.max_episode_tokens in one forward and backward pass
             remat="none",  # as parallel.remat
             guard=ConfigDict(
                 dict(  # ours; 0 = no limit. Healthy runs of the miniature stay far within (docs/ppo.md)
@@ -280,13 +280,13 @@ def get_config() -> ConfigDict:
     )
     config.sampler = ConfigDict(
         dict(
-            slots=64,  # sequences decoded together
-            shards=4,  # independent parts on one replica, a thread each; times replicas divides slots
-            page=0,  # tokens of a page of K/V; 0: pages of whole episodes, which costs memory and saves work
-            pages=0,  # in all shards and replicas; 0: enough for every slot's longest episode
-            rows=4,  # sequences of one prefill call
-            chunk=32,  # tokens of each in one prefill call
-            steps=8,  # tokens of one decode call
+            max_num_seqs=64,  # sequences decoded together
+            pools=4,  # independent parts on one replica, a thread each; times replicas divides slots
+            page_size=0,  # tokens of a page of K/V; 0: pages of whole episodes, which costs memory and saves work
+            num_pages=0,  # in all shards and replicas; 0: enough for every slot's longest episode
+            prefill_batch=4,  # sequences of one prefill call
+            prefill_chunk=32,  # tokens of each in one prefill call
+            decode_steps=8,  # tokens of one decode call
             prefill_calls=0,  # before each decode call at most so many; 0: all that is pending
             host_gb=2.0,  # host memory for the K/V of episodes that lost their pages; beyond it they are prefilled again
             replicas=1,  # copies of the model, each on `tensor` devices
@@ -294,15 +294,15 @@ def get_config() -> ConfigDict:
             attention="auto",  # reference, or ragged: the Pallas kernel, for TPUs
         )
     )
-    config.roles = ConfigDict(
+    config.placement = ConfigDict(
         dict(
-            # shared: the sampler takes turns with the learner on the first replicas * tensor devices of the process;
-            # separate: it has the last ones for itself, and config.mesh the others
-            sampler="shared",
+            # colocated: the sampler takes turns with the learner on the first replicas * tensor devices of the process;
+            # disaggregated: it has the last ones for itself, and config.mesh the others
+            sampler="colocated",
             # idle: weights and moments of the network that is not at work, and all of the learner's while the sampler
             # works, lie in pinned host memory; none: what fits on the devices stays there
             offload="none",
-            transfer_gb=1.0,  # GiB, most of the weights on their way from learner to sampler at once; ours
+            weight_sync_bucket_gb=1.0,  # GiB, most of the weights on their way from learner to sampler at once; ours
         )
     )
     config.judge = ConfigDict(
@@ -329,7 +329,7 @@ def get_config() -> ConfigDict:
             temperature=1.0,  # the official repository's setting
             price_per_million_tokens=1.0,  # arbitrary unit: makes cost comparable, not real
             every_tokens=0,  # training tokens between evaluations while a stage trains; recipe: 5B; 0 = none
-            milestone_tasks=40,  # held-out tasks of such an evaluation
+            checkpoint_tasks=40,  # held-out tasks of such an evaluation
             inline=True,  # training waits for it; False: launch.evaluate --watch does it on another machine
         )
     )

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     # component -> share of tokens; changing a number mixes anew and leaves every component's own order as it is
     for stage in (config.midtrain1, config.midtrain2, config.sft):
         stage.mixture = ConfigDict(dict(articles=0.8, chats=0.2))
-        stage.update(dict(steps=200, opening="", opening_steps=0))
+        stage.update(dict(steps=200, warmup_data="", warmup_data_steps=0))
         rate = 2e-5 if HF else 1e-3  # what is trained already must not be shaken
         stage.update(dict(learning_rate=rate, final_learning_rate=rate / 10))
     config.sft.mixture = ConfigDict(dict(chats=1.0))

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.ppo.update(
         dict(
             iterations=500,  # ours
-            microbatch_rows=8,  # a row of 131,072 tokens for each fsdp group
+            microbatch_sequences=8,  # a row of 131,072 tokens for each fsdp group
             remat="layer",  # as in training: 5 GiB of layer inputs a chip
             checkpoint_every=5,  # iterations; ours: a checkpoint holds two networks and their moments, 0.8 TB
             max_masked_share=0.1,  # ours
@@ -27,23 +27,23 @@ def get_config() -> ConfigDict:
         dict(
             replicas=1,  # on each host; every host samples its own share of the episodes
             tensor=4,  # the chips of a v5p host: 15.3 GiB of weights on each
-            shards=1,
-            slots=32,  # a host's pages hold so many episodes of 32K tokens
-            page=128,  # tokens: 8 MiB a chip over 64 layers
-            pages=8192,  # a host's: 64 GiB a chip, 8 episodes of full length (the planner says how many fit)
-            rows=4,  # sequences of one prefill call
-            chunk=2048,  # tokens of each: 8,192 a call keep the matrix units busy
-            steps=16,  # tokens of one decode call
+            pools=1,
+            max_num_seqs=32,  # a host's pages hold so many episodes of 32K tokens
+            page_size=128,  # tokens: 8 MiB a chip over 64 layers
+            num_pages=8192,  # a host's: 64 GiB a chip, 8 episodes of full length (the planner says how many fit)
+            prefill_batch=4,  # sequences of one prefill call
+            prefill_chunk=2048,  # tokens of each: 8,192 a call keep the matrix units busy
+            decode_steps=16,  # tokens of one decode call
             prefill_calls=1,  # between decode calls, so that a long observation does not hold up the others
             host_gb=192.0,  # of a host's 417 GiB; beyond it parked episodes are prefilled again
             attention="auto",  # the Pallas kernel on TPUs
         )
     )
-    config.roles.update(
+    config.placement.update(
         dict(
-            sampler="shared",
+            sampler="colocated",
             offload="none",  # 5.7 GiB of the learner's state a chip: it need not make room
-            transfer_gb=2.0,  # the embedding alone is 1.45 GiB
+            weight_sync_bucket_gb=2.0,  # the embedding alone is 1.45 GiB
         )
     )
     return config.lock()

@@ -8,8 +8,8 @@ clipped, a learned critic, gamma = lambda = 1, and prints no other value.
 from ml_collections import ConfigDict
 
 ORZ = dict(
-    prompts=128,  # Open-Reasoner-Zero
-    samples=64,  # Open-Reasoner-Zero
+    prompts_per_iteration=128,  # Open-Reasoner-Zero
+    samples_per_prompt=64,  # Open-Reasoner-Zero
     gamma=1.0,  # Open-Reasoner-Zero
     gae_lambda=1.0,  # Open-Reasoner-Zero
     staleness=0,  # Open-Reasoner-Zero: strictly on policy
@@ -23,24 +23,27 @@ ORZ = dict(
     clip_norm=1.0,  # Open-Reasoner-Zero
     actor_minibatches=1,  # Open-Reasoner-Zero: 1 actor update an iteration
     critic_minibatches=12,  # Open-Reasoner-Zero: 12 critic updates an iteration
-    critic_only_iterations=0,  # Open-Reasoner-Zero: freezing_actor_steps -1, none
+    critic_warmup_iterations=0,  # Open-Reasoner-Zero: freezing_actor_steps -1, none
     kl_coefficient=0.0,  # Open-Reasoner-Zero
     entropy_coefficient=0.0,  # Open-Reasoner-Zero
     loss_aggregation="token_mean",  # Open-Reasoner-Zero: all tokens of the buffer alike
     whiten=True,  # Open-Reasoner-Zero: mean and deviation over all action tokens
     temperature=1.0,  # Open-Reasoner-Zero; top_p 1 and top_k off, which the sampler has no other of
-    unfinished="zero",  # Open-Reasoner-Zero: 0 unless the episode stopped by itself
-    importance_cap=0.0,  # Open-Reasoner-Zero: no correction
+    truncated_reward="zero",  # Open-Reasoner-Zero: 0 unless the episode stopped by itself
+    tis_cap=0.0,  # Open-Reasoner-Zero: no correction
 )
-STEPDR = ORZ | dict(
-    prompts=64,  # ours: the paper is silent, and an episode is of up to 128K tokens where Open-Reasoner-Zero's is of 8K
-    samples=8,  # ours; deep-research recipes take 8 to 16
-    gamma=1.0,  # paper
-    gae_lambda=1.0,  # paper
-    staleness=0,  # paper: on policy
-    critic_only_iterations=5,  # ours: first values are 0, and the actor should not learn from them
-    unfinished="worst",  # ours: rubrics may have negative weights, so that 0 would reward giving up
-    importance_cap=2.0,  # ours: sampler and trainer round differently in bfloat16; 2 is Tunix's and SkyRL's cap
+STEPDR = (
+    ORZ
+    | dict(
+        prompts_per_iteration=64,  # ours: the paper is silent, and an episode is of up to 128K tokens where Open-Reasoner-Zero's is of 8K
+        samples_per_prompt=8,  # ours; deep-research recipes take 8 to 16
+        gamma=1.0,  # paper
+        gae_lambda=1.0,  # paper
+        staleness=0,  # paper: on policy
+        critic_warmup_iterations=5,  # ours: first values are 0, and the actor should not learn from them
+        truncated_reward="worst",  # ours: rubrics may have negative weights, so that 0 would reward giving up
+        tis_cap=2.0,  # ours: sampler and trainer round differently in bfloat16; 2 is Tunix's and SkyRL's cap
+    )
 )
 
 

@@ -30,7 +30,7 @@ def main(config) -> None:
     for stage, components in built.items():
         rows, tokens, dropped = (sum(counts) for counts in zip(*map(_counts, components.values()), strict=True))
         say(
-            f"{stage}  {len(components)} components  {rows} rows of {config[stage].context}  {tokens} tokens  "
+            f"{stage}  {len(components)} components  {rows} rows of {config[stage].seq_len}  {tokens} tokens  "
             f"{dropped} examples dropped  {time.monotonic() - began:.0f}s gone"
         )
     card.write_card(config.run_dir, built, {stage: dict(config[stage].mixture) for stage in built})

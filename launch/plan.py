@@ -35,7 +35,7 @@ _CACHE = flags.DEFINE_string("cache", "runs/plans", "folder of finished results;
 
 
 def main(config) -> int:
-    stage = _STAGE.value or max(("midtrain2", "sft", "midtrain1"), key=lambda name: config[name].context)
+    stage = _STAGE.value or max(("midtrain2", "sft", "midtrain1"), key=lambda name: config[name].seq_len)
     if stage not in (*configuration.STAGES, "ppo"):
         raise UserError(f"--stage: expected one of {', '.join((*configuration.STAGES, 'ppo'))}, got {stage!r}")
     if not _TOPOLOGY.value and not _TABLE.value:

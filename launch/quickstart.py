@@ -4,7 +4,7 @@ Finished stages are skipped and an interrupted one continues, so the same comman
 
     python -m launch.quickstart
     python -m launch.quickstart --seeds=3
-    python -m launch.quickstart --config.run_dir=runs/mine --config.world.documents=path/to/my/documents
+    python -m launch.quickstart --config.run_dir=runs/mine --config.offline_web.documents=path/to/my/documents
 """
 
 from absl import flags

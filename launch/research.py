@@ -26,13 +26,13 @@ flags.DEFINE_string("endpoint", "", "OpenAI-compatible base URL of a model that 
 flags.DEFINE_string("model", "", "model name at the endpoint")
 flags.DEFINE_integer("seed", 0, "sampling seed; another seed gives another attempt")
 flags.DEFINE_float("temperature", None, "sampling temperature; default eval.temperature of the config", lower_bound=0.0)
-flags.DEFINE_string("as_of", "", "the date the agent is told, as 2026-06-01; default world.as_of of the config")
+flags.DEFINE_string("as_of", "", "the date the agent is told, as 2026-06-01; default offline_web.as_of of the config")
 flags.DEFINE_string("out", "", "folder for answer.md and answer.html; default a folder in run_dir/research")
 
 
 def main(config) -> None:
     question = ask.clean_question(entry.arguments())
-    as_of = FLAGS.as_of or config.world.as_of
+    as_of = FLAGS.as_of or config.offline_web.as_of
     temperature = config.eval.temperature if FLAGS.temperature is None else FLAGS.temperature
     console = rich.console.Console(highlight=False)
     if FLAGS.endpoint:
@@ -71,7 +71,7 @@ def main(config) -> None:
         from tools_env.world.build import build_world
 
         world = Path(config.run_dir) / "world"
-        build_world(world, seed=config.data_seed, documents=config.world.documents)
+        build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
         with tool_host.own(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)

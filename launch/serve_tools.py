@@ -31,7 +31,7 @@ def main(config) -> None:
         from tools_env.world.build import build_world
 
         world = str(Path(config.run_dir) / "world")
-        build_world(world, seed=config.data_seed, documents=config.world.documents)
+        build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(
         world_dir=world,

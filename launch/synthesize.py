@@ -13,7 +13,7 @@ from tools_env.world.build import build_world
 
 def main(config) -> None:
     run_dir = Path(config.run_dir)
-    build_world(run_dir / "world", seed=config.data_seed, documents=config.world.documents)
+    build_world(run_dir / "world", seed=config.data_seed, documents=config.offline_web.documents)
     card = pipeline.finished(config)
     if card:
         pass

@@ -1,4 +1,4 @@
-"""Builds the offline web: pages of real facts, and your own documents (--config.world.documents), in run_dir/world.
+"""Builds the offline web: pages of real facts, and your own documents (--config.offline_web.documents), in run_dir/world.
 
 Left alone when it is built already from the same inputs.
 """
@@ -12,7 +12,7 @@ from tools_env.world.build import build_world
 
 def main(config) -> None:
     folder = Path(config.run_dir) / "world"
-    build_world(folder, seed=config.data_seed, documents=config.world.documents)
+    build_world(folder, seed=config.data_seed, documents=config.offline_web.documents)
     with open(folder / "documents.jsonl", "rb") as rows:
         print(f"world  {sum(1 for _ in rows)} pages in {folder}", file=sys.stderr)
 

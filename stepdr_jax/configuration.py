@@ -18,10 +18,10 @@ STAGES = ("midtrain1", "midtrain2", "sft")
 FREE = ("mixture", "kind_weights", "sources", "evaluation_sets")  # sections whose keys are data, not fields
 MAY_BE_NEGATIVE = ("seed", "data_seed")
 MAY_BE_ZERO = frozenset(
-    "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_only_iterations noise_share "
+    "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_warmup_iterations noise_share "
     "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
-    "heldout_tasks reading_copies trajectory_copies opening_steps norm_factor loss_rise max_rewinds heldout_rows "
-    "heldout_every every_tokens process keep_every factor page pages prefill_calls host_gb importance_cap max_missing "
+    "heldout_tasks document_copies trajectory_copies warmup_data_steps norm_factor loss_rise max_rollbacks heldout_rows "
+    "heldout_every every_tokens process keep_every factor page_size num_pages prefill_calls host_gb tis_cap max_missing "
     "staleness dual_clip max_kl min_entropy max_repetition".split()
 )
 SHARES = frozenset(
@@ -40,14 +40,14 @@ CHOICES = {
     "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
     "ppo.guard.action": ("stop", "skip"),  # rl.guards
     "ppo.staleness": (0, 1),
-    "ppo.unfinished": ("worst", "zero"),
+    "ppo.truncated_reward": ("worst", "zero"),
     "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),
     "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
     "parallel.remat": REMAT,
     "ppo.remat": REMAT,
     "sampler.attention": ("auto", "reference", "ragged"),
-    "roles.sampler": ("shared", "separate"),
-    "roles.offload": ("none", "idle"),
+    "placement.sampler": ("colocated", "disaggregated"),
+    "placement.offload": ("none", "idle"),
     "judge.kind": ("programmatic", "endpoint"),
     "judge.mapping": ("strict", "ternary"),
     "model.dtype": ("float32", "bfloat16"),
@@ -117,26 +117,28 @@ def check_values(config: ConfigDict) -> None:
         low_high = tuple(config.synthesis[section])
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise UserError(f"synthesis.{section}: expected (low, high) with 0 < low <= high, got {low_high}")
-    if config.ppo.staleness and not config.ppo.importance_cap:
+    if config.ppo.staleness and not config.ppo.tis_cap:
         raise UserError(
-            "ppo.importance_cap: expected a number above 0 where ppo.staleness is 1 (episodes of older weights are weighed "
-            "by what the present ones make of them), got 0; for example --config.ppo.importance_cap=2"
+            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (episodes of older weights are weighed "
+            "by what the present ones make of them), got 0; for example --config.ppo.tis_cap=2"
         )
     first, last = (*config.profile.steps, 0, 0)[:2]
     if len(config.profile.steps) != 2 or not 0 <= first <= last:
         raise UserError(f"profile.steps: expected (first, last), or (0, 0) for none, got {tuple(config.profile.steps)}")
     try:
-        datetime.date.fromisoformat(config.world.as_of)
+        datetime.date.fromisoformat(config.offline_web.as_of)
     except ValueError:
-        raise UserError(f"world.as_of: expected a date such as 2026-06-01, got {config.world.as_of!r}") from None
+        raise UserError(
+            f"offline_web.as_of: expected a date such as 2026-06-01, got {config.offline_web.as_of!r}"
+        ) from None
     _check_model(config)
     for stage in STAGES:
         section = config[stage]
         if section.schedule not in SCHEDULES:
             raise UserError(f"{stage}.schedule: expected one of {', '.join(SCHEDULES)}, got {section.schedule!r}")
-        if section.batch % section.microbatches:
+        if section.batch_size % section.microbatches:
             raise UserError(
-                f"{stage}.microbatches: expected a divisor of {stage}.batch {section.batch}, got {section.microbatches}"
+                f"{stage}.microbatches: expected a divisor of {stage}.batch_size {section.batch_size}, got {section.microbatches}"
             )
         if not any(section.mixture.values()):
             raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")

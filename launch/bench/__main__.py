@@ -4,7 +4,7 @@
 the same model, batch and optimiser in transformers on PyTorch. Both run in this process on the same number of threads,
 in turns, so that a busy machine slows both; the medians are compared.
 
---what=sample: tokens sampled per second by `sampler.slots` sequences of config.model at once, prompts included, ours against
+--what=sample: tokens sampled per second by `sampler.max_num_seqs` sequences of config.model at once, prompts included, ours against
 `generate` of transformers on the same weights.
 
 --what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
@@ -81,15 +81,15 @@ def main(config) -> None:
 
 def train(config, rounds: int) -> dict:
     """Interleaved training steps of both sides on random packed rows of one segment."""
-    batch = _random_batch(config.midtrain1.batch, config.midtrain1.context, config.tokenizer.vocab_size)
+    batch = _random_batch(config.midtrain1.batch_size, config.midtrain1.seq_len, config.tokenizer.vocab_size)
     sides = {"ours": _our_step(config, batch), "transformers": _their_step(config, batch)}
     times = peers.in_turns(sides, rounds)
     return {
         "what": "train",
         "unit": "tokens per second",
         **peers.comparison(batch["tokens"].size, times),
-        "rows": config.midtrain1.batch,
-        "context": config.midtrain1.context,
+        "rows": config.midtrain1.batch_size,
+        "context": config.midtrain1.seq_len,
         "vocabulary": config.tokenizer.vocab_size,
         "model": dict(config.model),
         **peers.conditions(rounds),
@@ -97,8 +97,8 @@ def train(config, rounds: int) -> dict:
 
 
 def sample(config, rounds: int) -> dict:
-    """Interleaved batches of `sampler.slots` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
-    slots, prompt, new = config.sampler.slots, 96, 128
+    """Interleaved batches of `sampler.max_num_seqs` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
+    slots, prompt, new = config.sampler.max_num_seqs, 96, 128
     prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
     times = peers.in_turns(sides, rounds)
@@ -110,7 +110,7 @@ def sample(config, rounds: int) -> dict:
         "prompt_tokens": prompt,
         "sampled_tokens": new,
         "cache_tokens": config.agent.max_episode_tokens,
-        "shards": config.sampler.shards,
+        "shards": config.sampler.pools,
         "model": dict(config.model),
         **peers.conditions(rounds),
     }
@@ -187,8 +187,8 @@ def _our_sampler(config, prompts, new: int):
     engine = JaxEngine(
         state.initial_params(model, config.seed),
         model,
-        slots=config.sampler.slots,
-        shards=config.sampler.shards,
+        slots=config.sampler.max_num_seqs,
+        shards=config.sampler.pools,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(),
     )

@@ -39,7 +39,7 @@ def measure(config, rounds: int) -> dict:
         "what": "ahead",
         **sides,
         "speedup": round(ratio, 3),
-        "episodes": config.ppo.prompts * config.ppo.samples,
+        "episodes": config.ppo.prompts_per_iteration * config.ppo.samples_per_prompt,
         "load": [round(load, 1) for load in os.getloadavg()],
         "cores": os.cpu_count(),
     }
@@ -51,10 +51,10 @@ def _side(config, folder: str, staleness: int, iterations: int):
     side.ppo.update(
         dict(
             staleness=staleness,
-            importance_cap=2.0,
+            tis_cap=2.0,
             iterations=iterations,
             checkpoint_every=SEGMENT,
-            critic_only_iterations=0,
+            critic_warmup_iterations=0,
         )
     )
     return side.lock()

@@ -93,7 +93,9 @@ def _engine(config, params, model, *, slots: int, max_len: int, **sizes):
     from stepdr_jax.engine.engine import JaxEngine
 
     s = config.sampler
-    settings = dict(shards=s.shards, rows=s.rows, chunk=s.chunk, steps=s.steps, prefill_calls=s.prefill_calls)
+    settings = dict(
+        shards=s.pools, rows=s.prefill_batch, chunk=s.prefill_chunk, steps=s.decode_steps, prefill_calls=s.prefill_calls
+    )
     return JaxEngine(params, model, slots=slots, max_len=max_len, stop_ids=(), **(settings | sizes))
 
 

@@ -36,8 +36,8 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
         with settings.unlocked():
             settings.agent.max_episode_tokens = PROMPT + COMPLETION
             settings.ppo.actor_minibatches = settings.ppo.critic_minibatches = minibatches
-            settings.ppo.critic_only_iterations = 0
-            settings.ppo.microbatch_rows = rows
+            settings.ppo.critic_warmup_iterations = 0
+            settings.ppo.microbatch_sequences = rows
             settings.ppo.guard.max_kl = settings.ppo.guard.min_entropy = 0.0  # the other side measures no divergence
         ours = OurStep(settings, params, model, tokens_ET, rewards_E)
         return ours, TunixStep(settings, params, model, tokens_ET, rewards_E)
@@ -184,8 +184,8 @@ def _learner(config, params, model, tokens_ET, rewards_E):
         eval_every_n_steps=1 << 40,
         max_steps=1 << 40,
         mini_batch_size=len(tokens_ET) // p.actor_minibatches,
-        train_micro_batch_size=p.microbatch_rows,
-        compute_logps_micro_batch_size=p.microbatch_rows,
+        train_micro_batch_size=p.microbatch_sequences,
+        compute_logps_micro_batch_size=p.microbatch_sequences,
         rollout_micro_batch_size=len(tokens_ET) // p.actor_minibatches,  # what advantages are whitened over
     )
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))

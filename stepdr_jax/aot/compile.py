@@ -34,7 +34,7 @@ ENVIRONMENT = dict(
     TPU_WORKER_HOSTNAMES="localhost",
 )
 _SECTIONS = ("model", "mesh", "parallel", "tokenizer")
-_PPO = (("agent", "sampler", "roles"), ("engine", "rl"))  # sections and sources that PPO's programs depend on, too
+_PPO = (("agent", "sampler", "placement"), ("engine", "rl"))  # sections and sources that PPO's programs depend on, too
 
 
 @dataclasses.dataclass(frozen=True)

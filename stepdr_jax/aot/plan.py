@@ -67,8 +67,8 @@ def plan(
         "devices": slices.devices,
         "limit_bytes": slices.generation.hbm,
         "mesh": {axis: config.mesh[axis] for axis in AXES},
-        "context": section.context,
-        "batch": section.batch,
+        "context": section.seq_len,
+        "batch": section.batch_size,
         "microbatches": section.microbatches,
         "parallel": config.parallel.to_dict(),
         "fits": all(program["status"] == "fits" for program in held.values()),
@@ -82,13 +82,13 @@ def _program(config, stage, slices, name, settings: Settings, advice: bool) -> d
     result = compile.run(request, limit=settings.limit, cache=settings.cache, label=f"{name} step of {stage}")
     if result["status"] == "fits":
         model, section, mesh = model_of(config), config[stage], config.mesh
-        tokens = section.context * section.batch
+        tokens = section.seq_len * section.batch_size
         backward = name == "train"
         strategy = _strategy(config, result)
         work = roofline.work_of(
             model,
-            context=section.context,
-            batch=section.batch,
+            context=section.seq_len,
+            batch=section.batch_size,
             remat=config.parallel.remat,
             strategy=strategy,
             shards=mesh.context,
@@ -123,8 +123,8 @@ def formula(config: ConfigDict, stage: str) -> dict[str, float]:
     return memory.estimate(
         model_of(config),
         config.mesh,
-        context=section.context,
-        batch=section.batch,
+        context=section.seq_len,
+        batch=section.batch_size,
         microbatches=section.microbatches,
         remat=config.parallel.remat,
         loss_chunk=section.loss_chunk,
@@ -137,8 +137,8 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
     section, mesh = config[stage], config.mesh
     needed, limit = shortage["needed"], shortage["limit"]
     said = []
-    for field in ("batch", "context"):
-        step = mesh.data * mesh.fsdp * section.microbatches if field == "batch" else 2 * mesh.context * 128
+    for field in ("batch_size", "seq_len"):
+        step = mesh.data * mesh.fsdp * section.microbatches if field == "batch_size" else 2 * mesh.context * 128
         size = _largest(config, stage, slices, name, field, step, needed, limit, settings)
         if size:
             said.append(f"{stage}.{field}={size} fits (compiled); {section[field]} does not")
@@ -147,10 +147,10 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
         if config.model.param_dtype == "float32":
             light = copy.deepcopy(config).unlock()
             light.model.param_dtype = "bfloat16"
-            size = _largest(light.lock(), stage, slices, name, "context", 256 * mesh.context, needed, limit, settings)
+            size = _largest(light.lock(), stage, slices, name, "seq_len", 256 * mesh.context, needed, limit, settings)
             if size:
                 said.append(
-                    f"model.param_dtype=bfloat16 (parameters and moments) with {stage}.context={size} fits (compiled)"
+                    f"model.param_dtype=bfloat16 (parameters and moments) with {stage}.seq_len={size} fits (compiled)"
                 )
     weaker = [r for r in REMAT_LADDER[REMAT_LADDER.index(config.parallel.remat) + 1 :]]
     if weaker:
@@ -159,7 +159,7 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
         said.append(
             f"parallel.vocab_tiles={tiles_of(config)} never has the whole unembedding or its gradient on a device"
         )
-    if section.microbatches < section.batch // (mesh.data * mesh.fsdp):
+    if section.microbatches < section.batch_size // (mesh.data * mesh.fsdp):
         said.append(f"{stage}.microbatches={section.microbatches * 2} halves the tokens in flight")
     if config.parallel.context_strategy == "all_gather":
         said.append("parallel.context_strategy=ring holds no gathered keys")

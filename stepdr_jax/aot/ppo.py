@@ -40,15 +40,15 @@ _ACTIONS = ("weight", "share", "advantage", "old_logprob", "old_value", "return_
 def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[jax.Device]]:
     """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.roles.Roles.of` has them there.
 
-    The learner has all devices or, with roles.sampler separate, those that no host keeps for its own sampler: its last ones.
+    The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler: its last ones.
 
     Raises:
         UserError: the sizes of config.mesh or config.sampler are not those of the slice.
     """
-    s, hosts, separate = config.sampler, _hosts(slices), config.roles.sampler == "separate"
+    s, hosts, separate = config.sampler, _hosts(slices), config.placement.sampler == "disaggregated"
     wanted, local = s.replicas * s.tensor, len(hosts[0])
     if wanted + separate > local:
-        most = f"fewer than the {local} devices of a host of {slices}, as with roles.sampler=separate the learner has the others"
+        most = f"fewer than the {local} devices of a host of {slices}, as with placement.sampler=disaggregated the learner has the others"
         most = (
             most if separate else f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
         )
@@ -91,15 +91,17 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
     model = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
     if name in SAMPLER:
         s, layout = config.sampler, sampler.layout_of(config, model, replica)
-        slots = s.slots // (s.shards * s.replicas)
+        slots = s.max_num_seqs // (s.pools * s.replicas)
         if name == "decode":
-            return sampler.decode(layout, replica[0], slots=slots, steps=s.steps)
-        return sampler.prefill(layout, replica[0], rows=min(s.rows, slots), chunk=s.chunk)
+            return sampler.decode(layout, replica[0], slots=slots, steps=s.decode_steps)
+        return sampler.prefill(layout, replica[0], rows=min(s.prefill_batch, slots), chunk=s.prefill_chunk)
     learning = learner.PPOConfig.from_config(config, model, mesh)
     state = roles.abstract_state(model, learning, mesh)
     if name == "transfer":
         return _largest_cut(
-            state["params"], sampler.layout_of(config, model, replica), int(config.roles.transfer_gb * 2**30)
+            state["params"],
+            sampler.layout_of(config, model, replica),
+            int(config.placement.weight_sync_bucket_gb * 2**30),
         )
     network = "critic" if name in ("values", "critic", "update_critic") else "params"
     params = state[network]
@@ -126,7 +128,7 @@ def _largest_cut(params, layout, limit: int):
     try:
         every = list(weights.cuts(params, layout, limit))
     except ValueError as error:
-        raise UserError(f"roles.transfer_gb: {error}; raise it") from None
+        raise UserError(f"placement.weight_sync_bucket_gb: {error}; raise it") from None
     _, program, arguments = max(every, key=lambda found: found[0].count * len(found[0].names))
     return program, arguments
 

@@ -69,9 +69,9 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
         "limit_bytes": slices.generation.hbm,
         "mesh": {axis: config.mesh[axis] for axis in AXES},
         "context": config.agent.max_episode_tokens,
-        "microbatch_rows": config.ppo.microbatch_rows,
+        "microbatch_sequences": config.ppo.microbatch_sequences,
         "parallel": config.parallel.to_dict() | {"remat": config.ppo.remat},
-        "roles": config.roles.to_dict(),
+        "roles": config.placement.to_dict(),
         "sampler": config.sampler.to_dict(),
         "load": dataclasses.asdict(load),
         "programs": held,
@@ -81,7 +81,7 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
         advice = {name: _advise(config, slices, name, held[name], settings) for name in short}
         return made | {"fits": False, "advice": advice}
     placements = [_placement(config, offload, held, hosts, slices, load) for offload in OFFLOADS]
-    own = next(p for p in placements if p["offload"] == config.roles.offload)
+    own = next(p for p in placements if p["offload"] == config.placement.offload)
     speed = ppo_speed.estimate(config, held, hosts, slices, load, own["episodes"])
     advice = {} if own["fits"] else {"together": _advise_together(config, own, placements)}
     return made | {"fits": own["fits"], "placements": placements, "estimate": speed, "advice": advice}
@@ -111,7 +111,7 @@ def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
 
 def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
     """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by role, "total"}."""
-    state, shared = state_bytes(config, held), config.roles.sampler == "shared"
+    state, shared = state_bytes(config, held), config.placement.sampler == "colocated"
     sampler = {role: held["decode"]["roles"][role] for role in ("sampler weights", "pages")}
 
     def kept(*working: str) -> dict[str, int]:
@@ -141,14 +141,14 @@ def _placement(config, offload, held, hosts, slices, load: Load) -> dict:
     listed, limit = phases(config, offload, held), slices.generation.hbm
     sampling = next(row for row in listed if row["phase"] == "sampling")
     s, pages = config.sampler, held["decode"]["roles"]["pages"]
-    replicas = s.replicas * s.shards
-    count = s.pages // replicas if s.pages else (s.slots // replicas) * _columns(config)
+    replicas = s.replicas * s.pools
+    count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
     page_bytes = pages / count
     room = int((limit - (sampling["total"] - pages)) // page_bytes)
     state = sum(state_bytes(config, held).values())
     learners = math.prod(config.mesh[axis] for axis in AXES) // hosts
     return {
-        "sampler": config.roles.sampler,
+        "sampler": config.placement.sampler,
         "offload": offload,
         "fits": all(row["total"] <= limit for row in listed),
         "phases": listed,
@@ -164,14 +164,14 @@ def _placement(config, offload, held, hosts, slices, load: Load) -> dict:
 
 
 def _columns(config: ConfigDict) -> int:
-    return -(-config.agent.max_episode_tokens // (config.sampler.page or config.agent.max_episode_tokens))
+    return -(-config.agent.max_episode_tokens // (config.sampler.page_size or config.agent.max_episode_tokens))
 
 
 def _episodes(config, pages: int, replicas: int, hosts: int, load: Load, *, slots: bool = True) -> dict:
     """Episodes that so many pages of each replica hold at once, `of full length` and `of mean length`, and that decode
     together where `slots` are counted; per host and in all."""
-    page = config.sampler.page or config.agent.max_episode_tokens
-    most = config.sampler.slots // replicas if slots else pages
+    page = config.sampler.page_size or config.agent.max_episode_tokens
+    most = config.sampler.max_num_seqs // replicas if slots else pages
     full, mean = (min(most, pages // -(-size // page)) for size in (config.agent.max_episode_tokens, load.tokens))
     return {
         "full_length_per_host": full * replicas,
@@ -186,15 +186,15 @@ def _advise(config, slices, name, program, settings) -> list[str]:
     over = program["shortage"]["needed"] - program["shortage"]["limit"]
     if name in ("decode", "prefill"):
         s, pages = config.sampler, program["roles"]["pages"]
-        replicas = s.replicas * s.shards
-        count = s.pages // replicas if s.pages else (s.slots // replicas) * _columns(config)
+        replicas = s.replicas * s.pools
+        count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
         fewer = (count - math.ceil(over * 1.02 / (pages / count))) * replicas
         said = []
         if fewer >= _columns(config) * replicas and _columns(config) > 1:
             other = copy.deepcopy(config).unlock()
-            other.sampler.pages = fewer
+            other.sampler.num_pages = fewer
             if _compiled(other.lock(), slices, name, settings)["status"] == "fits":
-                said.append(f"sampler.pages={fewer} fits (compiled); {count * replicas} do not")
+                said.append(f"sampler.num_pages={fewer} fits (compiled); {count * replicas} do not")
         if not said:
             said.append(
                 f"the weights take {program['roles']['sampler weights'] / 2**30:.1f} GiB of each device: no pages fit"
@@ -202,8 +202,8 @@ def _advise(config, slices, name, program, settings) -> list[str]:
         return [*said, "sampler.tensor twice as large halves weights and pages on a device"]
     rows = config.mesh.data * config.mesh.fsdp
     said = [f"ppo.remat={r} keeps less for the backward pass" for r in _weaker(config)[:1] if "update" not in name]
-    if config.ppo.microbatch_rows > rows:
-        said.append(f"ppo.microbatch_rows={rows}, a row for each of data * fsdp, is the fewest")
+    if config.ppo.microbatch_sequences > rows:
+        said.append(f"ppo.microbatch_sequences={rows}, a row for each of data * fsdp, is the fewest")
     if config.parallel.vocab_tiles < planning.tiles_of(config):
         said.append(f"parallel.vocab_tiles={planning.tiles_of(config)} never has the whole unembedding on a device")
     said.append("mesh.context twice as large, or a slice of twice the chips, halves the tokens of a device")
@@ -221,9 +221,9 @@ def _advise_together(config, own: dict, placements: list[dict]) -> list[str]:
         f"each program fits alone, but in the phase '{worst['phase']}' a device holds {worst['total'] / 2**30:.2f} GiB"
     ]
     if worst["phase"] == "sampling":
-        replicas = config.sampler.replicas * config.sampler.shards
-        said.append(f"sampler.pages={own['pages_that_fit'] * replicas} fit beside what is there")
+        replicas = config.sampler.replicas * config.sampler.pools
+        said.append(f"sampler.num_pages={own['pages_that_fit'] * replicas} fit beside what is there")
     other = next(p for p in placements if p is not own)
     if other["fits"]:
-        said.append(f"roles.offload={other['offload']} fits as it is")
+        said.append(f"placement.offload={other['offload']} fits as it is")
     return said

@@ -20,7 +20,7 @@ def text(plan: dict, width: int = 120) -> str:
         f"{plan['config']}  ppo  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, {plan['hosts']} hosts"
     )
     console.print(
-        f"learner {mesh}, {plan['microbatch_rows']} rows of {plan['context']:,} tokens a call, remat {plan['parallel']['remat']}; "
+        f"learner {mesh}, {plan['microbatch_sequences']} rows of {plan['context']:,} tokens a call, remat {plan['parallel']['remat']}; "
         f"sampler {s['replicas']} x {s['tensor']} devices on each host, {roles['sampler']}, offload {roles['offload']}",
     )
     console.print()
@@ -87,7 +87,7 @@ def _programs(plan: dict) -> Table:
 def _heading(placement: dict, limit: float, own: bool) -> str:
     most = max(row["total"] for row in placement["phases"])
     verdict = "FITS" if placement["fits"] else "DOES NOT FIT"
-    named = "this config" if own else f"with --config.roles.offload={placement['offload']}"
+    named = "this config" if own else f"with --config.placement.offload={placement['offload']}"
     return (
         f"sampler {placement['sampler']}, offload {placement['offload']} ({named}): {verdict}, "
         f"at most {gib(most)} of {gib(limit)} GiB a device ({most / limit:.0%})"
@@ -115,7 +115,7 @@ def _phases(placement: dict) -> Table:
 
 def _episodes(placement: dict, plan: dict, load: dict) -> list[str]:
     now, most = placement["episodes"], placement["episodes_that_fit"]
-    page = plan["sampler"]["page"] or plan["context"]
+    page = plan["sampler"]["page_size"] or plan["context"]
     said = [
         f"pages of {page} tokens, {placement['page_bytes'] / 2**20:.1f} MiB a device: {placement['pages']:,} are asked for, "
         f"{placement['pages_that_fit']:,} fit",

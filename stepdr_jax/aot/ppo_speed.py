@@ -18,7 +18,7 @@ ASSUMPTIONS = (
     "none waits for a tool, and the last ones of an iteration run in as large a company as the first",
     "K/V is read once a step, weights once; their traffic and the arithmetic overlap, transfers within a replica do not",
     "rows of the learner hold whole episodes of mean length",
-    "the links' latency is not counted, nor time for tools, judges, checkpoints, the host's memory (roles.offload) or the network between hosts",
+    "the links' latency is not counted, nor time for tools, judges, checkpoints, the host's memory (placement.offload) or the network between hosts",
 )
 
 
@@ -97,18 +97,18 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
         seconds by program, seconds}; assumptions.
     """
     model, s, c = planning.model_of(config), config.sampler, config.ppo
-    replicas, parts = s.replicas * hosts, s.shards  # a replica's shards take turns on its devices
+    replicas, parts = s.replicas * hosts, s.pools  # a replica's shards take turns on its devices
     common = dict(tensor=s.tensor, slices=slices)
-    step = [t | {"times": t["times"] / s.steps} for t in held["decode"]["collectives"]]
-    share = -(-c.prompts * c.samples // hosts)  # of an iteration's episodes
+    step = [t | {"times": t["times"] / s.decode_steps} for t in held["decode"]["collectives"]]
+    share = -(-c.prompts_per_iteration * c.samples_per_prompt // hosts)  # of an iteration's episodes
     rows = max(min(episodes["mean_length_per_host"], share) // (s.replicas * parts), 1)
     full = max(min(episodes["full_length_per_host"], share) // (s.replicas * parts), 1)
     mean = decode(model, rows=rows, length=load.tokens / 2, transfers=step, **common)
     longest = decode(model, rows=full, length=config.agent.max_episode_tokens, transfers=step, **common)
-    chunks = dict(rows=min(s.rows, s.slots), chunk=s.chunk, length=load.tokens / 2)
+    chunks = dict(rows=min(s.prefill_batch, s.max_num_seqs), chunk=s.prefill_chunk, length=load.tokens / 2)
     filled = prefill(model, transfers=held["prefill"]["collectives"], **chunks, **common)
 
-    count, per_row = c.prompts * c.samples, config.agent.max_episode_tokens // load.tokens
+    count, per_row = c.prompts_per_iteration * c.samples_per_prompt, config.agent.max_episode_tokens // load.tokens
     sampled, given = count * load.sampled, count * (load.tokens - load.sampled)
     sampling = {
         "decode": sampled / (mean["tokens_per_second"] * replicas),
@@ -116,7 +116,7 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
     }
 
     def calls(groups: int) -> int:
-        return groups * math.ceil(math.ceil(count / groups / per_row) / c.microbatch_rows)
+        return groups * math.ceil(math.ceil(count / groups / per_row) / c.microbatch_sequences)
 
     number = {
         "logprobs": calls(1) * (2 if c.kl_coefficient else 1),
@@ -130,7 +130,7 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
     learning = {name: number[name] * each[name] for name in number}
     way = held["decode"]["roles"]["sampler weights"] / slices.generation.speeds.link
     turns = sum(sampling.values()), sum(learning.values())
-    ahead = config.roles.sampler == "separate" and c.staleness > 0  # both at once
+    ahead = config.placement.sampler == "disaggregated" and c.staleness > 0  # both at once
     return {
         "label": "estimate, not measured",
         "sampler": {
@@ -161,7 +161,7 @@ def _seconds(config: ConfigDict, model: Qwen2Config, name: str, program: dict, s
     if name.startswith("update"):
         held = program["memory"]
         return (held["arguments"] + held["outputs"]) / slices.generation.speeds.hbm
-    mesh, rows, context = config.mesh, config.ppo.microbatch_rows, config.agent.max_episode_tokens
+    mesh, rows, context = config.mesh, config.ppo.microbatch_sequences, config.agent.max_episode_tokens
     backward = name in ("actor", "critic")
     work = roofline.work_of(
         model,
@@ -177,7 +177,7 @@ def _seconds(config: ConfigDict, model: Qwen2Config, name: str, program: dict, s
     local = context * rows // (mesh.data * mesh.fsdp * mesh.context)
     hbm = roofline.hbm_bytes(model, mesh, tokens=local, remat=config.ppo.remat, backward=backward)
     devices = mesh.data * mesh.fsdp * mesh.context * mesh.tensor
-    share = slices.devices / devices  # with roles.sampler separate the learner has only a part of the slice
+    share = slices.devices / devices  # with placement.sampler=disaggregated the learner has only a part of the slice
     found = roofline.estimate(work, hbm, program["collectives"], slices, tokens=context * rows)["seconds"]
     arithmetic = (found["products"] + found["attention"]) * share
     return max(arithmetic, found["hbm"], found["hidden_transfers"]) + found["exposed_transfers"]

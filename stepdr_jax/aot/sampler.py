@@ -33,16 +33,18 @@ def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[ja
         UserError: sizes that do not fit each other; the message names the section.
     """
     s = config.sampler
-    count = s.shards * s.replicas
-    if s.slots % count:
-        raise UserError(f"sampler.slots: expected a multiple of shards * replicas = {count}, got {s.slots}")
+    count = s.pools * s.replicas
+    if s.max_num_seqs % count:
+        raise UserError(
+            f"sampler.max_num_seqs: expected a multiple of shards * replicas = {count}, got {s.max_num_seqs}"
+        )
     try:
         return engine.layout_of(
             model,
-            s.slots // count,
+            s.max_num_seqs // count,
             config.agent.max_episode_tokens,
-            page=s.page,
-            pages=s.pages // count,
+            page=s.page_size,
+            pages=s.num_pages // count,
             attention=s.attention,
             devices=devices,
         )

@@ -31,13 +31,13 @@ def candidates(config: ConfigDict, stage: str, slices: topology.Topology) -> lis
         if mesh["context"] == 1 and strategy != STRATEGIES[0]:
             continue  # there is nothing to choose
         rows = mesh["data"] * mesh["fsdp"]
-        for batch in sorted({rows, 2 * rows, max(rows, section.batch // rows * rows)}):
+        for batch in sorted({rows, 2 * rows, max(rows, section.batch_size // rows * rows)}):
             other = planning.changed(
                 config,
                 stage,
                 mesh=mesh,
                 parallel=dict(remat=remat, context_strategy=strategy),
-                batch=batch,
+                batch_size=batch,
                 microbatches=1,
             )
             if (
@@ -45,7 +45,7 @@ def candidates(config: ConfigDict, stage: str, slices: topology.Topology) -> lis
                 or planning.formula(other, stage)["total"] > _MARGIN * slices.generation.hbm
             ):
                 continue
-            found.append((_seconds(other, stage, slices, model) / (batch * section.context), other))
+            found.append((_seconds(other, stage, slices, model) / (batch * section.seq_len), other))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -53,7 +53,7 @@ def _possible(config, stage, model) -> bool:
     mesh, parallel = config.mesh, config.parallel
     try:
         context_layout.check_layout(
-            config[stage].context,
+            config[stage].seq_len,
             model.num_heads // mesh.tensor,
             model.num_kv_heads // mesh.tensor,
             strategy=parallel.context_strategy,
@@ -63,18 +63,18 @@ def _possible(config, stage, model) -> bool:
         )
     except UserError:
         return False
-    return config[stage].context // mesh.context >= 256  # below, a device's part of a kernel's block is empty
+    return config[stage].seq_len // mesh.context >= 256  # below, a device's part of a kernel's block is empty
 
 
 def _seconds(config, stage, slices, model) -> float:
     """A step by formula alone, with the transfers that the program is known to make."""
     section, mesh, parallel = config[stage], config.mesh, config.parallel
-    tokens = section.context * section.batch
+    tokens = section.seq_len * section.batch_size
     local = tokens / (mesh.data * mesh.fsdp * mesh.context)
     work = roofline.work_of(
         model,
-        context=section.context,
-        batch=section.batch,
+        context=section.seq_len,
+        batch=section.batch_size,
         remat=parallel.remat,
         strategy=parallel.context_strategy,
         shards=mesh.context,
@@ -90,12 +90,12 @@ def _seconds(config, stage, slices, model) -> float:
     ]
     seconds = roofline.estimate(work, hbm, transfers, slices, tokens=tokens)["seconds"]["step"]
     if mesh.context > 1:
-        rows = section.batch / (mesh.data * mesh.fsdp)
+        rows = section.batch_size / (mesh.data * mesh.fsdp)
         seconds += (
             rows
             * model.num_layers
             * context_layout.layer_seconds(
-                section.context,
+                section.seq_len,
                 model.num_heads // mesh.tensor,
                 model.num_kv_heads // mesh.tensor,
                 model.head_dim,
@@ -122,7 +122,7 @@ def search(
     listed = _varied(candidates(config, stage, slices), tries)
     if not listed:
         raise UserError(
-            f"{stage}: nothing fits on {slices} even by formula; take a larger slice, or shorten {stage}.context"
+            f"{stage}: nothing fits on {slices} even by formula; take a larger slice, or shorten {stage}.seq_len"
         )
     progress, plans = Progress(f"search on {slices}", len(listed), "candidates"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache)

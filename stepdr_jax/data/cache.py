@@ -104,7 +104,7 @@ def _shards(config, stage: str, component: str, selected: selection.Selected | N
     shared = dict(
         layout=LAYOUT,
         tokenizer=tokenizer.fingerprint(),
-        context=config[stage].context,
+        context=config[stage].seq_len,
         seed=config.data_seed,
         trajectory_loss=config[stage].trajectory_loss,
         stage=stage,
@@ -190,7 +190,7 @@ def write_component(folder: Path, component: str, cards: list[dict], facts: dict
         raise UserError(
             f"component {component!r} of {inputs['stage']}.mixture has {total['examples']} examples and none is usable (longer "
             f"than context={inputs['context']}: {dropped['too_long']}, nothing to learn: {dropped['no_loss']}); raise "
-            f"{inputs['stage']}.context or take it out of the mixture"
+            f"{inputs['stage']}.seq_len or take it out of the mixture"
         )
     card = total | dict(
         stage=inputs["stage"],

@@ -35,7 +35,7 @@ def stages(
     if steps:
         if first not in found[0][1]:
             raise UserError(
-                f"expected {stage}.opening to be a component of its mixture ({', '.join(found[0][1])}), got {first!r}"
+                f"expected {stage}.warmup_data to be a component of its mixture ({', '.join(found[0][1])}), got {first!r}"
             )
         under = [rates for step, rates in found if step <= steps]
         found = [(0, {first: 1.0}), (steps, under[-1]), *((step, rates) for step, rates in found if step > steps)]
@@ -44,7 +44,9 @@ def stages(
 
 def components(settings, stage: str = "") -> list[str]:
     """Returns the components that a stage reads at any step, sorted. `settings`: the stage's section of a config."""
-    return sorted({name for _, rates in stages(settings.mixture, settings.remix, stage=stage) for name in rates})
+    return sorted(
+        {name for _, rates in stages(settings.mixture, settings.mixture_schedule, stage=stage) for name in rates}
+    )
 
 
 def _positive(rates: dict[str, float], where: str) -> dict[str, float]:

@@ -56,7 +56,7 @@ def select_tasks(tasks: Iterable[Task], count: int) -> list[Task]:
 def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[str, RubricSet]]:
     """The held-out tasks for a stage, or the fewer for a milestone, and their rubric sets by task id."""
     corpus = Path(config.run_dir) / "corpus"
-    count = config.eval.milestone_tasks if "@" in stage else config.eval.tasks
+    count = config.eval.checkpoint_tasks if "@" in stage else config.eval.tasks
     tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), count)
     if not tasks:
         raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
@@ -208,7 +208,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),
         json.loads(config.tools.to_json_best_effort()),
-        [config.eval.temperature, config.eval.samples, config.world.as_of, settings_of(config)],
+        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, settings_of(config)],
         [task.model_dump(mode="json") for task in tasks],
     ]
     return records.content_id("", *parts)
@@ -227,7 +227,7 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `stage` may be a milestone, STAGE@STEP (`training.state.milestones`), with config.eval.milestone_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be a milestone, STAGE@STEP (`training.state.milestones`), with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
@@ -292,10 +292,10 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
             seed=config.seed,
             fingerprint=mark,
             samples=config.eval.samples,
-            concurrency=config.sampler.slots,
+            concurrency=config.sampler.max_num_seqs,
             price=config.eval.price_per_million_tokens,
             prompt=config.agent.prompt,
-            as_of=config.world.as_of,
+            as_of=config.offline_web.as_of,
             finished=kept,
             on_result=on_result,
         )

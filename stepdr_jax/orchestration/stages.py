@@ -29,11 +29,11 @@ class Stage:
 
 
 def _tokens(stage: str) -> Callable[[ConfigDict], float]:
-    return lambda config: config[stage].steps * config[stage].batch * config[stage].context
+    return lambda config: config[stage].steps * config[stage].batch_size * config[stage].seq_len
 
 
 def _episodes(config: ConfigDict) -> float:
-    return config.ppo.iterations * config.ppo.prompts * config.ppo.samples
+    return config.ppo.iterations * config.ppo.prompts_per_iteration * config.ppo.samples_per_prompt
 
 
 def _tasks(config: ConfigDict) -> float:
@@ -41,7 +41,7 @@ def _tasks(config: ConfigDict) -> float:
 
 
 def _copies(config: ConfigDict) -> float:
-    return _tasks(config) * (config.synthesis.reading_copies + config.synthesis.trajectory_copies)
+    return _tasks(config) * (config.synthesis.document_copies + config.synthesis.trajectory_copies)
 
 
 # name: (seconds on two cores, amount of work those seconds were measured with as a function of the config)

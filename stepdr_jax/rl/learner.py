@@ -41,10 +41,10 @@ class PPOConfig:
     gae_lambda: float
     actor_minibatches: int
     critic_minibatches: int
-    critic_only_iterations: int
+    critic_warmup_iterations: int
     loss_aggregation: str
     whiten: bool
-    importance_cap: float
+    tis_cap: float
     rows: int
     context: int
     seed: int
@@ -80,15 +80,15 @@ class PPOConfig:
             gae_lambda=c.gae_lambda,
             actor_minibatches=c.actor_minibatches,
             critic_minibatches=c.critic_minibatches,
-            critic_only_iterations=c.critic_only_iterations,
+            critic_warmup_iterations=c.critic_warmup_iterations,
             loss_aggregation=c.loss_aggregation,
             whiten=c.whiten,
-            importance_cap=c.importance_cap,
-            rows=c.microbatch_rows,
+            tis_cap=c.tis_cap,
+            rows=c.microbatch_sequences,
             context=context,
             seed=config.seed,
             order=order,
-            offload=config.roles.offload == "idle",
+            offload=config.placement.offload == "idle",
             staleness=c.staleness,
             guard=Guard.of(c.guard),
         )
@@ -161,8 +161,8 @@ def update(
     )
     metrics = _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET)
     importance_ET = np.ones_like(old_ET)
-    if config.importance_cap:
-        importance_ET, more = _importance(old_ET, episodes, config.importance_cap)
+    if config.tis_cap:
+        importance_ET, more = _importance(old_ET, episodes, config.tis_cap)
         metrics |= more
     details = Details(values_ET, raw_ET, old_ET)
     if not mask_ET.any():
@@ -176,7 +176,7 @@ def update(
         reference_logprob=reference_ET,
         importance=importance_ET,
     )
-    acts = iteration >= config.critic_only_iterations
+    acts = iteration >= config.critic_warmup_iterations
     guarded = acts and _breaks(config.guard, {**known, **metrics})
     acts = acts and not guarded
     parts = ("params", "params_moments")

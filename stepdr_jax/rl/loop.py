@@ -142,9 +142,9 @@ async def _train(
 ) -> dict | None:
     """done.json; None when the process was told to end before that."""
     began, settings = time.monotonic(), config.ppo
-    if settings.prompts > len(parts.tasks):
+    if settings.prompts_per_iteration > len(parts.tasks):
         raise UserError(
-            f"ppo.prompts: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts}; "
+            f"ppo.prompts_per_iteration: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts_per_iteration}; "
             "lower it in the config"
         )
     keep_compiled(Path(config.run_dir) / ".jax_cache")
@@ -186,10 +186,10 @@ async def _train(
             "model": dataclasses.asdict(parts.model),
             "settings": asked,
             "iteration": done,
-            "prompt_cursor": done * settings.prompts,
+            "prompt_cursor": done * settings.prompts_per_iteration,
             "seconds": seconds + time.monotonic() - began,
         }
-        keep = dict(keep=settings.keep_checkpoints, keep_every=config.saving.keep_every)
+        keep = dict(keep=settings.keep_checkpoints, keep_every=config.checkpointing.keep_every)
         await asyncio.to_thread(saver.save, done, now, metadata, **keep, emergency=emergency)
 
     journal = Journal(home, config, "ppo", start - 1, key="iteration")
@@ -199,7 +199,7 @@ async def _train(
     if start < iterations:
         _say("ppo  compiling")
     saved, sampling_now = start, None
-    with checkpoint.Saver(kept / "checkpoints", background=config.saving.background) as saver, notice, watchdog:
+    with checkpoint.Saver(kept / "checkpoints", background=config.checkpointing.background) as saver, notice, watchdog:
         try:
             for iteration in range(start, iterations):
                 profiler.before(iteration + 1)

@@ -1,9 +1,9 @@
 """Which devices the learner and the sampler work on, where the learner's state is meanwhile, and how it begins.
 
-    roles.sampler = shared      the sampler works on the first devices of each process, by turns with the learner; it gives
+    placement.sampler = colocated   the sampler works on the first devices of each process, by turns with the learner; it gives
                                 its weights and K/V back before the learner begins (`JaxEngine.release`)
-    roles.sampler = separate    it has the last devices of each process for itself; the learner's mesh is made of the others
-    roles.offload = idle        what is not at work is in pinned host memory: the critic while the actor learns, the actor
+    placement.sampler = disaggregated it has the last devices of each process for itself; the learner's mesh is made of the others
+    placement.offload = idle        what is not at work is in pinned host memory: the critic while the actor learns, the actor
                                 while the critic does, all of the learner while the sampler works by turns with it
 
 A process samples on devices of its own alone; a learner's mesh spans all processes. Numbers do not depend on any of this.
@@ -43,21 +43,23 @@ class Roles:
     @classmethod
     def of(cls, config) -> "Roles":
         """Raises UserError for sizes that the devices do not have, naming the fields."""
-        section, wanted = config.roles, config.sampler.replicas * config.sampler.tensor
-        separate, here = section.sampler == "separate", jax.local_devices()
+        section, wanted = config.placement, config.sampler.replicas * config.sampler.tensor
+        separate, here = section.sampler == "disaggregated", jax.local_devices()
         if wanted + separate > len(here):
             rest = ", and one for the learner" if separate else ""
             raise UserError(
                 f"sampler.replicas * sampler.tensor: expected at most the {len(here)} devices of a process{rest}, "
-                f"got {wanted}; lower them, or use roles.sampler=shared"
+                f"got {wanted}; lower them, or use placement.sampler=colocated"
             )
         if section.offload == "idle" and not memory.has_host_memory(here[0]):
-            raise UserError(f"roles.offload: {here[0].device_kind} has no pinned host memory; use roles.offload=none")
+            raise UserError(
+                f"placement.offload: {here[0].device_kind} has no pinned host memory; use placement.offload=none"
+            )
         ahead = config.ppo.staleness > 0
         if ahead and not separate and (section.offload == "idle" or len(here) > 1):
             raise UserError(
-                "ppo.staleness samples while the learner works: with more than one device, or roles.offload=idle, that "
-                "takes devices of its own; set roles.sampler=separate"
+                "ppo.staleness samples while the learner works: with more than one device, or placement.offload=idle, that "
+                "takes devices of its own; set placement.sampler=disaggregated"
             )
         mesh = make_mesh(**config.mesh, devices=_learners(wanted if separate else 0))
         if jax.process_count() > 1 and len({device.process_index for device in mesh.devices.flat}) == 1:
@@ -69,7 +71,7 @@ class Roles:
             sampler=tuple(here[-wanted:] if separate else here[:wanted]),
             by_turns=not separate and not ahead,
             offload=section.offload == "idle",
-            transfer_bytes=int(section.transfer_gb * 2**30),
+            transfer_bytes=int(section.weight_sync_bucket_gb * 2**30),
         )
 
     def param_shardings(self, model: Qwen2Config) -> Any:

@@ -131,9 +131,9 @@ class Live:
             rubric_sets=parts.rubric_sets,
             limits=Limits.from_config(config.agent),
             prompt=config.agent.prompt,
-            as_of=config.world.as_of,
-            concurrency=config.sampler.slots,
-            unfinished=settings.unfinished,
+            as_of=config.offline_web.as_of,
+            concurrency=config.sampler.max_num_seqs,
+            unfinished=settings.truncated_reward,
             run_episode=parts.run_episode,
         )
 
@@ -144,8 +144,10 @@ class Live:
         recorded = hosts.of_lead(lambda: recordings.load(self.directory, iteration, known, self.mark), known)
         if recorded is not None:
             return recorded
-        chosen = rollouts.choose_tasks(len(parts.tasks), config.ppo.prompts, seed=config.seed, iteration=iteration)
-        tasks = [parts.tasks[index] for index in chosen for _ in range(config.ppo.samples)]
+        chosen = rollouts.choose_tasks(
+            len(parts.tasks), config.ppo.prompts_per_iteration, seed=config.seed, iteration=iteration
+        )
+        tasks = [parts.tasks[index] for index in chosen for _ in range(config.ppo.samples_per_prompt)]
         seeds = [rollouts.episode_seed(config.seed, iteration, index) for index in range(len(tasks))]
         episodes = await self._enough(tasks, seeds, iteration)
         if distributed.is_lead():

@@ -29,7 +29,7 @@ def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
         | settings_of(config)
         | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
     )
-    return settings | {"seed": config.seed, "world.as_of": config.world.as_of, "origin": parts.origin}
+    return settings | {"seed": config.seed, "offline_web.as_of": config.offline_web.as_of, "origin": parts.origin}
 
 
 def mark(config: ConfigDict, asked: dict[str, Any]) -> str:

@@ -107,14 +107,14 @@ async def run(
                     client,
                     limits,
                     prompt=prompt,
-                    as_of=config.world.as_of,
+                    as_of=config.offline_web.as_of,
                     seed=seed + attempt,
                 )
                 if result.trajectory.finish.is_policy_outcome:
                     break
                 await asyncio.sleep(0.2 * 2**again)
             if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
-                told = prompts.system_prompt(config.agent.prompt, config.world.as_of, specs, job.task.lang)
+                told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
                 result.trajectory.messages[0].content = told
             return _annotated(result.trajectory, job, policy)
 

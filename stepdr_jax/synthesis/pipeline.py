@@ -75,7 +75,7 @@ def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
     parts = [
         VERSION,
         config.data_seed,
-        *(config[name].to_dict() for name in ("world", "synthesis", "agent", "teacher")),
+        *(config[name].to_dict() for name in ("offline_web", "synthesis", "agent", "teacher")),
     ]
     parts.append([config.tools.topk, config.tools.max_observation_chars])
     digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
@@ -85,7 +85,7 @@ def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
 async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, fingerprint: str) -> dict:
     began = time.monotonic()
     settings = config.synthesis
-    known = knowledge.load(world_dir, heldout_share=config.world.heldout_share, seed=config.data_seed)
+    known = knowledge.load(world_dir, heldout_share=config.offline_web.heldout_share, seed=config.data_seed)
     documents = corpora.documents(world_dir)
     records.write(corpus / "documents.jsonl", documents)
     triples = corpora.triples(world_dir)
@@ -103,7 +103,7 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
             kind_weights=settings.kind_weights.to_dict(),
             chinese_share=settings.chinese_share,
             seed=config.data_seed,
-            as_of=config.world.as_of,
+            as_of=config.offline_web.as_of,
             hops=hops,
             walks=deep_search.walks(
                 known,
@@ -130,7 +130,7 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
     renamer = known.renamer()
     reading_rows, reading_counts = [], collections.Counter()
     for row in reading.rows(
-        known, copies=settings.reading_copies, chinese_share=settings.chinese_share, seed=config.data_seed
+        known, copies=settings.document_copies, chinese_share=settings.chinese_share, seed=config.data_seed
     ):
         reading_rows.append(row)
         reading_counts[row["component"]] += 1

@@ -150,18 +150,18 @@ def go_back(home: str | os.PathLike, stage: str, guard, rewinds: list[Rewind], r
     """Writes down that the run goes back, before anything is undone: one that is killed from here on finds it.
 
     Returns:
-        False when the config says never to go back (max_rewinds 0).
+        False when the config says never to go back (max_rollbacks 0).
 
     Raises:
-        UserError: it has gone back max_rewinds times already; or may not, and took no step at all in `row`.
+        UserError: it has gone back max_rollbacks times already; or may not, and took no step at all in `row`.
     """
-    if not guard.max_rewinds and row["grad_norm"] is not None:
+    if not guard.max_rollbacks and row["grad_norm"] is not None:
         return False
-    if len(rewinds) >= guard.max_rewinds:
+    if len(rewinds) >= guard.max_rollbacks:
         raise UserError(
             f"{stage}: {rewind.reason} at step {rewind.at}, after going back {len(rewinds)} times; lower "
             f"--config.{stage}.learning_rate and delete {home}, or let it go back more often with "
-            f"--config.{stage}.guard.max_rewinds={2 * len(rewinds) or 3}"
+            f"--config.{stage}.guard.max_rollbacks={2 * len(rewinds) or 3}"
         )
     if jax.process_index() == 0:
         _write(home, [*rewinds, rewind])

@@ -124,7 +124,7 @@ def train(
     )
     evaluate = eval_program(config, stage, mesh, vocab_size=model.vocab_size, num_sources=len(sources))[0]
     parallel = parallel_of(config, stage, mesh, model)
-    order = order_of(parallel, settings.context)
+    order = order_of(parallel, settings.seq_len)
     if mesh.size > 1:
         _say(f"{stage}  {mesh.size} devices, context strategy {parallel.strategy}: {parallel.reason}")
 
@@ -165,7 +165,7 @@ def train(
         return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
-    saver = checkpoint.Saver(kept / "checkpoints", background=config.saving.background)
+    saver = checkpoint.Saver(kept / "checkpoints", background=config.checkpointing.background)
     notice = distributed.Notice()
     watchdog = Watchdog(home / "hangs", config.watchdog)
     stragglers = Stragglers()
@@ -283,7 +283,7 @@ def train(
                     state.as_tree(now),
                     metadata | progress_so_far,
                     keep=settings.keep_checkpoints,
-                    keep_every=config.saving.keep_every,
+                    keep_every=config.checkpointing.keep_every,
                     spare=(watch.good,),
                     emergency=not scheduled,
                 )
@@ -333,12 +333,12 @@ def _open_data(config, stage: str) -> Batches:
         run_dir / "data",
         stage,
         dict(settings.mixture),
-        batch=settings.batch,
+        batch=settings.batch_size,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        opening=(settings.opening, settings.opening_steps),
+        opening=(settings.warmup_data, settings.warmup_data_steps),
         heldout_rows=settings.heldout_rows,
-        remix=settings.remix,
+        remix=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )
 

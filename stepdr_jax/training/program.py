@@ -41,12 +41,12 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
     context, tensor = mesh.shape["context"], mesh.shape["tensor"]
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     if stage == "ppo":
-        length, batch, remat = config.agent.max_episode_tokens, settings.microbatch_rows, settings.remat
-        fields = "ppo.microbatch_rows: expected a multiple of mesh.data * mesh.fsdp"
+        length, batch, remat = config.agent.max_episode_tokens, settings.microbatch_sequences, settings.remat
+        fields = "ppo.microbatch_sequences: expected a multiple of mesh.data * mesh.fsdp"
     else:
-        length, batch, remat = settings.context, settings.batch, asked.remat
+        length, batch, remat = settings.seq_len, settings.batch_size, asked.remat
         rows *= settings.microbatches
-        fields = f"{stage}.batch: expected a multiple of mesh.data * mesh.fsdp * {stage}.microbatches"
+        fields = f"{stage}.batch_size: expected a multiple of mesh.data * mesh.fsdp * {stage}.microbatches"
     if batch % rows:
         raise UserError(f"{fields} = {rows}, got {batch}")
     for name, size in (
@@ -162,6 +162,6 @@ def _with_shardings(shapes, shardings):
 
 def _abstract_batch(settings, mesh) -> dict:
     rows, row = rules.batch_sharding(mesh), rules.batch_sharding(mesh, ndim=1)
-    shape = (settings.batch, settings.context)
+    shape = (settings.batch_size, settings.seq_len)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, dtype in ROWS.items()}
     return batch | {"source": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=row)}

@@ -49,13 +49,13 @@ def engine_of(
         return JaxEngine(
             params,
             model,
-            slots=section.slots,
-            shards=section.shards,
-            page=section.page,
-            pages=section.pages,
-            rows=section.rows,
-            chunk=section.chunk,
-            steps=section.steps,
+            slots=section.max_num_seqs,
+            shards=section.pools,
+            page=section.page_size,
+            pages=section.num_pages,
+            rows=section.prefill_batch,
+            chunk=section.prefill_chunk,
+            steps=section.decode_steps,
             prefill_calls=section.prefill_calls,
             host_bytes=int(section.host_gb * 2**30),
             attention=section.attention,
@@ -85,5 +85,5 @@ def of_stage(config, stage: str) -> tuple[JaxEngine, Tokenizer]:
 def with_slots(config, slots: int):
     """A copy of the config whose sampler has so many slots in one shard."""
     other = config.copy_and_resolve_references().unlock()
-    other.sampler.update(dict(slots=slots, shards=1, pages=0))
+    other.sampler.update(dict(max_num_seqs=slots, pools=1, num_pages=0))
     return other.lock()

@@ -10,7 +10,7 @@ from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.training import state
 
 # These change when a run stops, logs and how it computes, not what it computes.
-FREE = ("checkpoint_every", "keep_checkpoints", "loss_chunk", "heldout_every", "guard.max_rewinds")
+FREE = ("checkpoint_every", "keep_checkpoints", "loss_chunk", "heldout_every", "guard.max_rollbacks")
 
 
 def of(config, stage: str, model: Qwen2Config, fingerprint: str) -> dict:

@@ -39,14 +39,14 @@ def stage_dir(config, seed: int, stage: str) -> Path:
 
 def kept_in(config, home: Path) -> Path | storage.BucketPath:
     """What holds the "checkpoints" and "milestones" of the stage whose folder is `home`: that, or its like in
-    config.saving.checkpoints, a folder or a bucket. Raises UserError when the field is neither."""
-    if not config.saving.checkpoints:
+    config.checkpointing.directory, a folder or a bucket. Raises UserError when the field is neither."""
+    if not config.checkpointing.directory:
         return home
-    return storage.location(config.saving.checkpoints) / home.parent.name / home.name
+    return storage.location(config.checkpointing.directory) / home.parent.name / home.name
 
 
 def require_place(config, home: Path) -> None:
-    """Raises UserError when the checkpoints of the stage at `home` lie elsewhere than config.saving.checkpoints says.
+    """Raises UserError when the checkpoints of the stage at `home` lie elsewhere than config.checkpointing.directory says.
 
     They may have been moved: a place that has some is taken.
     """
@@ -57,7 +57,7 @@ def require_place(config, home: Path) -> None:
     if checkpoint.steps(there):
         raise UserError(
             f"the checkpoints of {home} lie in {there}, there are none in {kept_in(config, home)}; give "
-            f"--config.saving.checkpoints={before!r} to continue it"
+            f"--config.checkpointing.directory={before!r} to continue it"
         )
 
 
@@ -70,7 +70,7 @@ def found_in(config, home: Path) -> Path | storage.BucketPath:
 def note_place(config, home: Path) -> None:
     """Writes down where a stage's checkpoints lie, for `require_place`."""
     if _place_before(home) != _place(config):
-        files.write_json(home / "place.json", {"saving.checkpoints": _place(config)})
+        files.write_json(home / "place.json", {"checkpointing.directory": _place(config)})
 
 
 def noted_place(home: Path) -> Path | storage.BucketPath:
@@ -80,13 +80,13 @@ def noted_place(home: Path) -> Path | storage.BucketPath:
 
 
 def _place(config) -> str:
-    return str(storage.location(config.saving.checkpoints)) if config.saving.checkpoints else ""
+    return str(storage.location(config.checkpointing.directory)) if config.checkpointing.directory else ""
 
 
 def _place_before(home: Path) -> str | None:
     """Empty is `home` itself, as in stages that never had the field; None is a stage that has not begun."""
     if (home / "place.json").exists():
-        return files.read_json(home / "place.json")["saving.checkpoints"]
+        return files.read_json(home / "place.json")["checkpointing.directory"]
     return "" if (home / "settings.json").exists() else None
 
 

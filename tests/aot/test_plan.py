@@ -29,7 +29,7 @@ def tiny(**stage):
     )
     config.mesh.update(dict(data=1, fsdp=2, context=2, tensor=1))
     config.parallel.update(dict(context_strategy="ring", remat="layer"))
-    config.midtrain2.update(dict(context=2048, batch=2) | stage)
+    config.midtrain2.update(dict(seq_len=2048, batch_size=2) | stage)
     return config.lock()
 
 
@@ -85,20 +85,20 @@ def test_the_key_of_a_result_covers_every_field_it_depends_on():
     def key(config, **fields):
         return compile.Request(config, "midtrain2", **(dict(program="train", topology="v5p:2x2x1") | fields)).key()
 
-    keys = [key(tiny()), key(tiny(batch=4)), key(tiny(), program="eval"), key(tiny(), topology="v6e:2x2")]
+    keys = [key(tiny()), key(tiny(batch_size=4)), key(tiny(), program="eval"), key(tiny(), topology="v6e:2x2")]
     assert len(set(keys)) == 4 and key(tiny()) == keys[0]
 
 
 @needs_libtpu
 def test_what_does_not_fit_says_so_with_a_context_that_does():
     slices = topology.parse("v5e:2x2")
-    wide = tiny(context=2**20).unlock()
+    wide = tiny(seq_len=2**20).unlock()
     wide.model.update(dict(num_layers=8, hidden_size=1024, intermediate_size=4096))
     config = plan.changed(wide.lock(), "midtrain2", parallel=dict(context_strategy="all_gather", remat="none"))
     found = plan.plan(config, "midtrain2", slices, ["train"], QUICK)
     train = found["programs"]["train"]
     assert not found["fits"] and train["shortage"]["needed"] > train["shortage"]["limit"]
-    assert any(s.startswith("midtrain2.context=") and "fits (compiled)" in s for s in train["advice"])
+    assert any(s.startswith("midtrain2.seq_len=") and "fits (compiled)" in s for s in train["advice"])
     assert any("parallel.remat=" in s for s in train["advice"])
     assert "DOES NOT FIT" in report.text(found)
 
@@ -106,7 +106,7 @@ def test_what_does_not_fit_says_so_with_a_context_that_does():
 @needs_libtpu
 def test_from_the_command_line_to_a_file(tmp_path):
     words = ["--topology=v5p:2x2x1", "--programs=eval", "--quick", f"--json={tmp_path}/plan.json", "--cache="]
-    words += [f"--config.{name}" for name in ("mesh.fsdp=4", "midtrain2.context=512", "model.head_dim=128")]
+    words += [f"--config.{name}" for name in ("mesh.fsdp=4", "midtrain2.seq_len=512", "model.head_dim=128")]
     done = run(*words)
     assert done.returncode == 0, done.stderr
     assert "eval step: FITS" in done.stdout
@@ -132,7 +132,7 @@ def test_mistakes_are_one_line_that_names_the_fix(words, said):
 @needs_libtpu
 def test_a_sequence_that_does_not_divide_is_one_line():
     with pytest.raises(UserError, match="context: expected a multiple of .* got 2046") as raised:
-        plan.plan(tiny(context=2046), "midtrain2", topology.parse("v5p:2x2x1"), ["train"], QUICK)
+        plan.plan(tiny(seq_len=2046), "midtrain2", topology.parse("v5p:2x2x1"), ["train"], QUICK)
     assert "\n" not in str(raised.value)
 
 
@@ -144,7 +144,7 @@ def test_candidates_of_a_search_are_possible_and_ranked():
     assert seconds == sorted(seconds) and len(ranked) > 20
     for _, other in ranked:
         topology.check_mesh(slices, other.mesh)
-        assert other.midtrain2.batch % (other.mesh.data * other.mesh.fsdp) == 0
+        assert other.midtrain2.batch_size % (other.mesh.data * other.mesh.fsdp) == 0
     assert config.mesh.fsdp == 8  # the config that was given is as it was
 
 
@@ -175,14 +175,14 @@ def test_configs_of_pods_have_the_fields_of_the_miniature_and_the_mesh_of_their_
     assert plan.model_of(config).vocab_size == 152064
     for stage in ("midtrain1", "midtrain2", "sft"):
         rows = config.mesh.data * config.mesh.fsdp * config[stage].microbatches
-        assert config[stage].batch % rows == 0
+        assert config[stage].batch_size % rows == 0
 
 
 def test_stage_one_reads_the_papers_tokens_and_saves_every_five_billion():
     for name in ("midtrain_128k", "midtrain_32k"):
         stage = entry.load(REPOSITORY / "configs" / f"{name}.py").midtrain1
-        tokens = stage.batch * stage.context
-        assert stage.context == 32768
+        tokens = stage.batch_size * stage.seq_len
+        assert stage.seq_len == 32768
         assert stage.steps * tokens == pytest.approx(150e9, rel=1e-4)
         assert stage.checkpoint_every * tokens == pytest.approx(5e9, rel=1e-3)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import miniature, ppo_128k, ppo_128k_separate, ppo_128k_v5p_256, ppo_presets
+from configs import miniature, ppo_128k, ppo_128k_disaggregated, ppo_128k_v5p_256, ppo_presets
 from launch import entry
 from launch import plan as planner
 from stepdr_jax.aot import plan, ppo, ppo_plan, ppo_report, ppo_speed
@@ -70,14 +70,14 @@ def test_a_shared_sampler_and_the_learner_hold_their_memory_by_turns():
 
 
 def test_a_separate_sampler_shares_no_chip_with_the_learner():
-    found = ppo_plan.phases(ppo_128k_separate.get_config(), "none", HELD)
+    found = ppo_plan.phases(ppo_128k_disaggregated.get_config(), "none", HELD)
     where = {row["phase"]: row["device"] for row in found}
     assert where.pop("sampling") == "sampler" and set(where.values()) == {"learner"}
-    assert totals(ppo_128k_separate.get_config(), "none")["sampling"] == 15 + 64 + 1
+    assert totals(ppo_128k_disaggregated.get_config(), "none")["sampling"] == 15 + 64 + 1
 
 
 def test_copies_of_the_actor_are_counted_where_the_settings_ask_for_them():
-    config = ppo_128k_separate.get_config()
+    config = ppo_128k_disaggregated.get_config()
     more = changed(config, ppo__kl_coefficient=0.1, ppo__staleness=1)
     assert totals(more, "none")["actor learns"] == totals(config, "none")["actor learns"] + 2
 
@@ -111,7 +111,7 @@ def test_parts_that_fit_alone_but_not_together_say_what_to_change(compiled, monk
     found = compiled(ppo_128k.get_config())
     assert not found["fits"]
     said = " ".join(found["advice"]["together"])
-    assert "'sampling'" in said and "sampler.pages=" in said and "roles.offload=idle fits as it is" in said
+    assert "'sampling'" in said and "sampler.num_pages=" in said and "placement.offload=idle fits as it is" in said
     assert "DOES NOT FIT" in ppo_report.text(found)
 
 
@@ -145,7 +145,7 @@ def test_an_iteration_counts_every_call_of_every_program(compiled):
     assert iteration["calls"] == dict(logprobs=16, values=16, critic=24, actor=16, update_critic=12, update_actor=1)
     turns = iteration["seconds_sampling"] + iteration["seconds_learning"]
     assert iteration["seconds_total"] == pytest.approx(turns + iteration["seconds"]["weights"])
-    ahead = changed(ppo_128k_separate.get_config(), ppo__staleness=1)
+    ahead = changed(ppo_128k_disaggregated.get_config(), ppo__staleness=1)
     iteration = compiled(ahead)["estimate"]["iteration"]
     assert iteration["seconds_total"] < iteration["seconds_sampling"] + iteration["seconds_learning"]
 
@@ -172,12 +172,12 @@ def test_mistakes_are_one_line_that_names_the_fix(words, said):
 
 PLACES = """
 import json, sys
-from configs import ppo_128k, ppo_128k_separate
+from configs import ppo_128k, ppo_128k_disaggregated
 from stepdr_jax.aot import ppo
 from stepdr_jax.errors import UserError
 from stepdr_jax.sharding import topology
 for sampler, changes in json.loads(sys.argv[1]):
-    config = (ppo_128k_separate if sampler == "separate" else ppo_128k).get_config().unlock()
+    config = (ppo_128k_disaggregated if sampler == "disaggregated" else ppo_128k).get_config().unlock()
     for name, value in changes.items():
         section, field = name.split(".")
         config[section][field] = value
@@ -195,20 +195,20 @@ def test_who_works_where_and_what_does_not_go():
     from stepdr_jax.aot.compile import ENVIRONMENT
 
     cases = [
-        ("shared", {}, "128 4 4 0"),
-        ("separate", {}, "64 2 0 0"),
+        ("colocated", {}, "128 4 4 0"),
+        ("disaggregated", {}, "64 2 0 0"),
         (
-            "shared",
+            "colocated",
             {"sampler.tensor": 8},
             "at most the 4 devices of a host of v5p:4x4x8, as a replica lies within a host, got 8",
         ),
-        ("separate", {"sampler.tensor": 4}, "fewer than the 4 devices of a host"),
+        ("disaggregated", {"sampler.tensor": 4}, "fewer than the 4 devices of a host"),
         (
-            "separate",
+            "disaggregated",
             {"mesh.fsdp": 8},
             "learner's 64 devices of v5p:4x4x8; the samplers have 2 of the 4 of each of 32 hosts",
         ),
-        ("shared", {"mesh.fsdp": 4}, "learner's 128 devices of v5p:4x4x8, got data=1, fsdp=4"),
+        ("colocated", {"mesh.fsdp": 4}, "learner's 128 devices of v5p:4x4x8, got data=1, fsdp=4"),
     ]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
     asked = json.dumps([case[:2] for case in cases])
@@ -233,18 +233,18 @@ def tiny():
         mesh__context=2,
         parallel__context_strategy="ring",
         agent__max_episode_tokens=1024,
-        ppo__microbatch_rows=2,
+        ppo__microbatch_sequences=2,
         ppo__remat="layer",
     )
     return changed(
         config,
         sampler__tensor=2,
-        sampler__shards=1,
-        sampler__slots=8,
-        sampler__page=64,
-        sampler__pages=64,
-        sampler__steps=4,
-        sampler__chunk=128,
+        sampler__pools=1,
+        sampler__max_num_seqs=8,
+        sampler__page_size=64,
+        sampler__num_pages=64,
+        sampler__decode_steps=4,
+        sampler__prefill_chunk=128,
     )
 
 
@@ -265,7 +265,12 @@ def test_presets_say_where_every_value_is_from_and_suit_any_size():
     for line in assigned:
         assert any(source in line for source in ("# Open-Reasoner-Zero", "# paper", "# ours")), line
     orz = ppo_presets.orz_paper(miniature.get_config().unlock()).ppo
-    assert (orz.prompts, orz.samples, orz.critic_minibatches, orz.actor_learning_rate) == (128, 64, 12, 1e-6)
+    assert (orz.prompts_per_iteration, orz.samples_per_prompt, orz.critic_minibatches, orz.actor_learning_rate) == (
+        128,
+        64,
+        12,
+        1e-6,
+    )
     small = ppo_presets.stepdr(miniature.get_config().unlock())
     assert small.ppo.gamma == small.ppo.gae_lambda == 1.0 and small.model.num_layers == 2
     assert entry.load(REPOSITORY / "configs" / "ppo_orz_paper.py").ppo.actor_minibatches == 1
@@ -273,16 +278,16 @@ def test_presets_say_where_every_value_is_from_and_suit_any_size():
 
 @pytest.mark.parametrize(
     ("config", "slices", "learners"),
-    [(ppo_128k, "v5p:4x4x8", 128), (ppo_128k_separate, "v5p:4x4x8", 64), (ppo_128k_v5p_256, "v5p:4x8x8", 256)],
+    [(ppo_128k, "v5p:4x4x8", 128), (ppo_128k_disaggregated, "v5p:4x4x8", 64), (ppo_128k_v5p_256, "v5p:4x8x8", 256)],
 )
 def test_configs_of_pods_suit_their_slice(config, slices, learners):
     c = entry.load(Path(config.__file__))
     assert c.mesh.data * c.mesh.fsdp * c.mesh.context * c.mesh.tensor == learners
-    assert c.ppo.microbatch_rows % (c.mesh.data * c.mesh.fsdp) == 0
+    assert c.ppo.microbatch_sequences % (c.mesh.data * c.mesh.fsdp) == 0
     assert c.agent.max_episode_tokens == 131072
     hosts = topology.parse(slices).chips // 4
-    assert c.ppo.prompts * c.ppo.samples % hosts == 0  # every host samples as many
-    assert c.sampler.pages * c.sampler.page >= c.agent.max_episode_tokens
+    assert c.ppo.prompts_per_iteration * c.ppo.samples_per_prompt % hosts == 0  # every host samples as many
+    assert c.sampler.num_pages * c.sampler.page_size >= c.agent.max_episode_tokens
 
 
 @pytest.mark.aot

@@ -30,9 +30,11 @@ def spy(patch, module, name, ran):
 
 
 def setting(tmp_path):
-    config = toy.config(tmp_path, critic_only_iterations=0, actor_minibatches=1, critic_minibatches=1).unlock()
+    config = toy.config(tmp_path, critic_warmup_iterations=0, actor_minibatches=1, critic_minibatches=1).unlock()
     config.tokenizer.vocab_size = 320
-    config.sampler.update(dict(slots=2, shards=1, page=16, pages=6, rows=2, chunk=8, steps=4))
+    config.sampler.update(
+        dict(max_num_seqs=2, pools=1, page_size=16, num_pages=6, prefill_batch=2, prefill_chunk=8, decode_steps=4)
+    )
     mesh = make_mesh(**config.mesh)
     return config.lock(), Qwen2Config.from_config(config.model, 320), mesh
 

@@ -43,7 +43,7 @@ for stage, context, mixture in (
     ("midtrain2", 128, dict(deep_search_tools=0.5, dialogue=0.25, copying=0.25)),
     ("sft", 128, dict(sft_deep_search=1.0)),
 ):
-    config[stage].context = context
+    config[stage].seq_len = context
     config[stage].mixture = ConfigDict(mixture)
 assert "tensorflow" not in sys.modules
 flags.FLAGS(["build_data"])
@@ -260,7 +260,7 @@ def test_duplicates_are_dropped_over_all_parts_of_a_component(report):
 
 def test_a_component_without_examples_is_named(run, report):
     assert "'nowhere' of sft.mixture in the sources reading, trajectories" in report["missing"]
-    assert "'only_long'" in report["too_long"] and "raise sft.context" in report["too_long"]
+    assert "'only_long'" in report["too_long"] and "raise sft.seq_len" in report["too_long"]
 
 
 def test_the_card_adds_up(run, report):
@@ -296,7 +296,7 @@ from launch import entry
 from stepdr_jax.data import cache
 config = entry.load("configs/miniature.py").unlock()
 config.run_dir = sys.argv[1]
-config.sft.context = 128
+config.sft.seq_len = 128
 config.sft.mixture = ConfigDict(dict(sft_deep_search=1.0))
 cache.build(config, ["sft"])
 sys.exit("tensorflow" in sys.modules)

@@ -112,7 +112,7 @@ def test_an_opening_reads_one_component_alone_and_then_the_mixture(data):
 
 
 def test_an_opening_outside_the_mixture_is_refused(data):
-    with pytest.raises(UserError, match="sft.opening to be a component of its mixture .* got 'nothing'"):
+    with pytest.raises(UserError, match="sft.warmup_data to be a component of its mixture .* got 'nothing'"):
         Loader(data, "sft", MIXTURE, 8, 0, "tok", opening=("nothing", 3))
 
 

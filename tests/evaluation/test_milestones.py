@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
     tokenizer = Tokenizer.train([task.query for task in tasks], 300)
     tokenizer.save(run_dir / "tokenizer" / "tokenizer.json")
     config = tiny.tiny_config(
-        run_dir, **{"eval.every_tokens": 500, "eval.milestone_tasks": 4, "sampler.slots": 4, "sampler.shards": 1}
+        run_dir, **{"eval.every_tokens": 500, "eval.checkpoint_tasks": 4, "sampler.max_num_seqs": 4, "sampler.pools": 1}
     )
     config.agent.update(dict(max_turns=2, max_turn_tokens=8, max_episode_tokens=512))
     world = write_world(run_dir / "world")

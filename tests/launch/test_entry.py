@@ -24,12 +24,12 @@ def test_fields_are_changed_by_their_type():
     config = parse(
         "--config.seed=3",
         "--config.ppo.clip=1",
-        "--config.world.as_of=2026-01-05",
+        "--config.offline_web.as_of=2026-01-05",
         "--config.model.tie_embeddings=false",
         "--config.synthesis.seed_degree=(1,2)",
         "--config.sft.mixture.sft_deep_search=1.0",
     )
-    assert config.seed == 3 and config.ppo.clip == 1.0 and config.world.as_of == "2026-01-05"
+    assert config.seed == 3 and config.ppo.clip == 1.0 and config.offline_web.as_of == "2026-01-05"
     assert config.model.tie_embeddings is False and config.synthesis.seed_degree == (1, 2)
     assert config.sft.mixture.sft_deep_search == 1.0
     assert entry.config_arguments()[0] == "--config.seed=3"
@@ -39,7 +39,7 @@ def test_fields_are_changed_by_their_type():
     ("word", "message"),
     [
         ("--config.sed=3", "did you mean seed"),
-        ("--config.ppo.sampels=3", "did you mean ppo.samples"),
+        ("--config.ppo.sample_per_promt=3", "did you mean ppo.samples_per_prompt"),
         ("--config.actor_learning_rate=3", "did you mean ppo.actor_learning_rate"),
         ("--config.seed.x=3", "seed has no field 'x'"),
         ("--config.seed=abc", "config.seed: expected an integer .now 0., got 'abc'"),
@@ -52,7 +52,7 @@ def test_fields_are_changed_by_their_type():
         ("--config.model.num_kv_heads=3", "model.num_kv_heads: expected a divisor of model.num_heads 2"),
         ("--config.sft.microbatches=5", "sft.microbatches: expected a divisor"),
         ("--config.agent.prompt=long", "agent.prompt: expected one of compact, full"),
-        ("--config.world.as_of=yesterday", "world.as_of: expected a date"),
+        ("--config.offline_web.as_of=yesterday", "offline_web.as_of: expected a date"),
         ("--config.synthesis.seed_degree=10,3", "synthesis.seed_degree: expected .low, high."),
         ("--config.run_dir=", "run_dir: expected a folder"),
         ("--config=configs/miniatur.py", "does not exist; did you mean configs/miniature.py"),

@@ -48,7 +48,7 @@ def test_a_manifest_fits_the_launcher_and_the_mesh(path):
     topology.check_mesh(slices, dict(config.mesh))
     assert math.prod(dict(config.mesh).values()) == chips * job["replicas"]
     for stage in ("midtrain1", "midtrain2"):
-        assert config[stage].batch % (config.mesh.data * config.mesh.fsdp * config[stage].microbatches) == 0
+        assert config[stage].batch_size % (config.mesh.data * config.mesh.fsdp * config[stage].microbatches) == 0
     assert config.distributed.coordinator == "auto"
     assert config.run_dir.startswith(container["volumeMounts"][0]["mountPath"])
 

@@ -23,7 +23,7 @@ def test_a_replica_of_the_sampler_is_a_host_and_episodes_are_shared_out_evenly()
     config = entry.load(GKE.parents[1] / flags["--config"])
     assert config.sampler.replicas * config.sampler.tensor == int(container["resources"]["limits"]["google.com/tpu"])
     assert math.prod(config.mesh.values()) == template["parallelism"] * config.sampler.tensor
-    assert config.ppo.prompts * config.ppo.samples % template["parallelism"] == 0
+    assert config.ppo.prompts_per_iteration * config.ppo.samples_per_prompt % template["parallelism"] == 0
 
 
 def test_it_calls_the_tool_hosts_service_with_their_token_and_authority():

@@ -28,7 +28,7 @@ from stepdr_jax.runtime import distributed
 ROOT = Path(__file__).parents[2]
 PHASES = ("sampling", "learning", "saving", "told to end")
 PATIENCE = 600.0  # seconds to come to a phase
-SMALL = {"ppo.iterations": 16, "ppo.prompts": 8, "ppo.checkpoint_every": 3}
+SMALL = {"ppo.iterations": 16, "ppo.prompts_per_iteration": 8, "ppo.checkpoint_every": 3}
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ def _job(folder: Path, name: str) -> Job:
         shutil.copytree(source / part, run_dir / part)
     fields = SMALL | {"run_dir": run_dir}
     if _STALENESS.value:
-        fields |= {"ppo.staleness": _STALENESS.value, "ppo.importance_cap": 2.0}
+        fields |= {"ppo.staleness": _STALENESS.value, "ppo.tis_cap": 2.0}
     words = [f"--config.{field}={value}" for field, value in fields.items()]
     return Job(run_dir, [sys.executable, "-m", "launch.ppo", *words])
 

@@ -23,7 +23,9 @@ MODEL = qwen2.Qwen2Config(64, 16, 1, 4, 2, 8, 24, 1e4, 1e-6, False)
 def config_of(**mesh):
     config = miniature.get_config().unlock()
     config.agent.max_episode_tokens = CONTEXT
-    config.ppo.update(dict(microbatch_rows=4, critic_only_iterations=0, critic_minibatches=2, kl_coefficient=0.1))
+    config.ppo.update(
+        dict(microbatch_sequences=4, critic_warmup_iterations=0, critic_minibatches=2, kl_coefficient=0.1)
+    )
     config.parallel.vocab_tiles = 2
     config.mesh.update(dict(data=1, fsdp=1, context=1, tensor=1) | mesh)
     return config

@@ -66,14 +66,14 @@ def watched_transfer() -> dict:
 
 def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
     config = (
-        toy.config(folder, iterations=2, critic_only_iterations=0, checkpoint_every=2)
+        toy.config(folder, iterations=2, critic_warmup_iterations=0, checkpoint_every=2)
         .copy_and_resolve_references()
         .unlock()
     )
     config.model.num_kv_heads = 2
     config.mesh.update(dict(mesh))
-    config.sampler.update(dict(shards=1) | dict(sampling))
-    config.roles.update(roles)
+    config.sampler.update(dict(pools=1) | dict(sampling))
+    config.placement.update(roles)
     at_samples, at_updates, on_host = [], [], []
     update = learner.update
 
@@ -112,12 +112,12 @@ print(
         {
             "transfer": watched_transfer(),
             "plain": run(folder / "plain"),
-            "idle": run(folder / "idle", offload="idle", transfer_gb=2.0**-14),
-            "separate": run(
-                folder / "separate",
+            "idle": run(folder / "idle", offload="idle", weight_sync_bucket_gb=2.0**-14),
+            "disaggregated": run(
+                folder / "disaggregated",
                 mesh=dict(fsdp=4),
                 sampling=dict(replicas=2, tensor=2),
-                sampler="separate",
+                sampler="disaggregated",
                 offload="idle",
             ),
         }

@@ -32,10 +32,10 @@ def settings(**changes) -> learner.PPOConfig:
             gae_lambda=1.0,
             actor_minibatches=1,
             critic_minibatches=2,
-            critic_only_iterations=0,
+            critic_warmup_iterations=0,
             loss_aggregation="token_mean",
             whiten=True,
-            importance_cap=0.0,
+            tis_cap=0.0,
             rows=8,
             context=CONTEXT,
             seed=0,
@@ -126,7 +126,7 @@ async def walks_of(engine, iteration):
 @pytest.fixture(scope="module")
 def taught():
     """A critic after watching the random policy."""
-    state, config = fresh(), settings(critic_only_iterations=1000)
+    state, config = fresh(), settings(critic_warmup_iterations=1000)
     for iteration in range(120):
         state, _, _ = learner.update(state, arrays(random_walks(iteration)), config, iteration)
     return state
@@ -150,7 +150,7 @@ def test_the_critic_finds_the_values_whatever_stands_between_the_turns(taught):
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_ppo_finds_the_policy_that_walks_the_chain(taught, staleness):
     """Also from walks of the weights one iteration before, weighed by what the present ones make of them."""
-    state, config = jax.tree.map(jnp.copy, taught), settings(importance_cap=2.0 * staleness)
+    state, config = jax.tree.map(jnp.copy, taught), settings(tis_cap=2.0 * staleness)
     success, waiting = [], []
     engine = JaxEngine(state["params"], MODEL, slots=EPISODES, max_len=CONTEXT, stop_ids=(), rows=8, chunk=8, steps=1)
     for iteration in range(40):

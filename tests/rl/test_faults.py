@@ -17,7 +17,7 @@ from tests.rl import faulty, toy
 ITERATIONS = 6
 # Neither set of minibatches divides the episodes that survive.
 SPLIT = dict(
-    iterations=ITERATIONS, actor_minibatches=2, critic_minibatches=3, critic_only_iterations=0, max_masked_share=0.9
+    iterations=ITERATIONS, actor_minibatches=2, critic_minibatches=3, critic_warmup_iterations=0, max_masked_share=0.9
 )
 
 

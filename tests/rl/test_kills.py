@@ -7,7 +7,7 @@ import sys
 from stepdr_jax.rl import loop
 from tests.rl import kills, toy, toy_process
 
-FIELDS = {"mesh.fsdp": 1, "saving.background": True, "ppo.iterations": 3}
+FIELDS = {"mesh.fsdp": 1, "checkpointing.background": True, "ppo.iterations": 3}
 
 
 def config_of(run_dir):

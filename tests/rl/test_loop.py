@@ -154,8 +154,8 @@ def test_too_many_masked_episodes_stop_the_run_with_one_sentence_and_a_whole_sta
 
 
 def test_too_many_prompts_are_named(tmp_path):
-    config = toy.config(tmp_path, prompts=9)
-    with pytest.raises(UserError, match="ppo.prompts: expected at most the 8"):
+    config = toy.config(tmp_path, prompts_per_iteration=9)
+    with pytest.raises(UserError, match="ppo.prompts_per_iteration: expected at most the 8"):
         loop.train(config, toy.parts(config))
 
 
@@ -164,11 +164,11 @@ def test_reward_rises_on_a_toy_task(tmp_path):
     config = toy.config(
         tmp_path,
         iterations=60,
-        prompts=8,
-        samples=4,
+        prompts_per_iteration=8,
+        samples_per_prompt=4,
         actor_learning_rate=1e-2,
         critic_learning_rate=1e-2,
-        microbatch_rows=8,
+        microbatch_sequences=8,
         checkpoint_every=60,
     )
     loop.train(config, toy.parts(config))

@@ -33,10 +33,10 @@ CONFIG = learner.PPOConfig(
     gae_lambda=1.0,
     actor_minibatches=1,
     critic_minibatches=2,
-    critic_only_iterations=0,
+    critic_warmup_iterations=0,
     loss_aggregation="token_mean",
     whiten=True,
-    importance_cap=0.0,
+    tis_cap=0.0,
     rows=2,
     context=CONTEXT,
     seed=0,
@@ -256,7 +256,7 @@ def test_samples_of_other_weights_weigh_what_the_trainer_makes_of_them_up_to_a_c
     def updated(shift, cap):
         episodes = make_episodes()
         claimed = np.where(mask, details.logprobs_ET - shift, 0).astype(np.float32)
-        config = dataclasses.replace(CONFIG, importance_cap=cap, actor_optimizer=optax.sgd(1.0))
+        config = dataclasses.replace(CONFIG, tis_cap=cap, actor_optimizer=optax.sgd(1.0))
         state = make_state()
         state["params_moments"] = config.actor_optimizer.init(state["params"])
         return learner.update(state, dataclasses.replace(episodes, logprobs_ET=claimed), config, 0)
@@ -287,7 +287,7 @@ def test_critic_only_iterations_leave_the_actor_alone():
     before = make_state()
     expected = jax.device_get(before["params"])
     state, metrics, _ = learner.update(
-        before, make_episodes(), dataclasses.replace(CONFIG, critic_only_iterations=1), 0
+        before, make_episodes(), dataclasses.replace(CONFIG, critic_warmup_iterations=1), 0
     )
     leaves_close(state["params"], expected, atol=0)
     assert "policy_loss" not in metrics and metrics["value_loss"] > 0

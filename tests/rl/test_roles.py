@@ -39,8 +39,8 @@ def test_results_are_the_same_bits_whatever_waits_on_the_host(found):
 
 
 def test_a_sampler_on_devices_of_its_own_samples_the_same_and_losses_are_those_of_another_mesh(found):
-    assert found["separate"]["answers"] == found["plain"]["answers"]
-    np.testing.assert_allclose(found["separate"]["losses"], found["plain"]["losses"], atol=1e-5)
+    assert found["disaggregated"]["answers"] == found["plain"]["answers"]
+    np.testing.assert_allclose(found["disaggregated"]["losses"], found["plain"]["losses"], atol=1e-5)
 
 
 def test_a_shared_sampler_holds_nothing_while_the_learner_works_and_an_idle_learner_nothing_while_it_samples(found):
@@ -54,10 +54,10 @@ def test_a_shared_sampler_holds_nothing_while_the_learner_works_and_an_idle_lear
 
 
 def test_separate_roles_share_no_device(found):
-    sampling = found["separate"]["sampling"]
+    sampling = found["disaggregated"]["sampling"]
     assert all(sampling[str(device)] > 0.5 for device in range(4, 8))  # half of the weights, and pages
     assert all(sampling[str(device)] < 0.1 for device in range(1, 4))  # the learner's parts wait on the host
-    assert all(found["separate"]["hosted"][str(device)] > 1.4 for device in range(4))
+    assert all(found["disaggregated"]["hosted"][str(device)] > 1.4 for device in range(4))
     assert all(found["plain"]["sampling"][str(device)] == 0 for device in range(1, 8))
 
 
@@ -65,9 +65,9 @@ def test_separate_roles_share_no_device(found):
     "fields, message",
     [
         ({"sampler.tensor": 3}, "expected at most the 1 devices of a process, got 3"),
-        ({"roles.sampler": "separate"}, "the 1 devices of a process, and one for the learner, got 1"),
+        ({"placement.sampler": "disaggregated"}, "the 1 devices of a process, and one for the learner, got 1"),
         ({"mesh.fsdp": 2}, "product is the 1 devices"),
-        ({"ppo.staleness": 1, "roles.offload": "idle"}, "devices of its own; set roles.sampler=separate"),
+        ({"ppo.staleness": 1, "placement.offload": "idle"}, "devices of its own; set placement.sampler=disaggregated"),
     ],
 )
 def test_roles_that_the_devices_cannot_have_are_named(tmp_path, fields, message):

@@ -14,7 +14,7 @@ from stepdr_jax.rl import learner, loop, recordings, rows
 from stepdr_jax.runtime import checkpoint, distributed
 from tests.rl import toy
 
-STALE = dict(staleness=1, importance_cap=2.0)
+STALE = dict(staleness=1, tis_cap=2.0)
 
 
 def table(config):
@@ -146,9 +146,9 @@ def test_told_to_end_it_saves_where_it_is_and_loses_no_more_than_the_iteration_i
 def test_stale_episodes_need_weighing():
     config = miniature.get_config().unlock()
     config.ppo.staleness = 1
-    with pytest.raises(UserError, match="ppo.importance_cap: expected a number above 0 where ppo.staleness is 1"):
+    with pytest.raises(UserError, match="ppo.tis_cap: expected a number above 0 where ppo.staleness is 1"):
         configuration.check_values(config)
-    config.ppo.importance_cap = 2.0
+    config.ppo.tis_cap = 2.0
     configuration.check_values(config)
     config.ppo.staleness = 2
     with pytest.raises(UserError, match="ppo.staleness: expected one of 0, 1, got 2"):

@@ -30,18 +30,18 @@ def config(run_dir, **ppo) -> ConfigDict:
     config.ppo.update(
         dict(
             iterations=4,
-            prompts=4,
-            samples=2,
+            prompts_per_iteration=4,
+            samples_per_prompt=2,
             warmup_steps=1,
-            critic_only_iterations=1,
+            critic_warmup_iterations=1,
             critic_minibatches=2,
             checkpoint_every=2,
-            microbatch_rows=4,
+            microbatch_sequences=4,
             guard=NO_GUARD,
         )
         | ppo
     )
-    config.sampler.update(dict(slots=config.ppo.prompts * config.ppo.samples, shards=4))
+    config.sampler.update(dict(max_num_seqs=config.ppo.prompts_per_iteration * config.ppo.samples_per_prompt, pools=4))
     return config.lock()
 
 

@@ -14,10 +14,10 @@ from tests.rl import toy
 
 FIELDS = {
     "mesh.fsdp": 4,
-    "ppo.critic_only_iterations": 0,
+    "ppo.critic_warmup_iterations": 0,
     "ppo.critic_minibatches": 1,
-    "sampler.shards": 1,
-    "saving.background": False,
+    "sampler.pools": 1,
+    "checkpointing.background": False,
 }
 
 

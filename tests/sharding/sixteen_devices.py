@@ -39,12 +39,12 @@ CASES = {  # mesh, overrides of the config, train too
 
 def outcome(axes: dict[str, int], overrides: dict, train: bool) -> dict:
     """Norms of the gradient, the share of a kernel on one device, losses of four steps, and a loss without gradient."""
-    config = tiny_config("unused", **{"model.tie_embeddings": False, "midtrain1.batch": 8} | overrides)
+    config = tiny_config("unused", **{"model.tie_embeddings": False, "midtrain1.batch_size": 8} | overrides)
     config.model.update(dict(num_heads=4, num_kv_heads=2))
     mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
     model = Qwen2Config.from_config(config.model, VOCAB)
     parallel = parallel_of(config, "midtrain1", mesh, model)
-    order = order_of(parallel, config.midtrain1.context)
+    order = order_of(parallel, config.midtrain1.seq_len)
     program, abstract, abstract_batch = train_program(config, "midtrain1", mesh, vocab_size=VOCAB, num_sources=2)
     fresh = state.new_state(state.initial_params(model, 0), optimizer_of(config.midtrain1), 2)
     now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))

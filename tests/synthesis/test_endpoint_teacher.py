@@ -71,7 +71,7 @@ def test_a_model_teaches_and_its_corrections_look_spontaneous(endpoint, tmp_path
         config.teacher.endpoint, config.teacher.model = endpoint["url"], "model"
         config.synthesis.tasks_per_entity, config.synthesis.heldout_tasks = 6, 1
         config.synthesis.kind_weights = {"fact": 1.0, "deep_search": 0.0, "verification": 0.0, "report": 0.0}
-        config.synthesis.trajectory_copies = config.synthesis.reading_copies = 0
+        config.synthesis.trajectory_copies = config.synthesis.document_copies = 0
     with ToolHost(tmp_path / "world", web_port=9, log_path=tmp_path / "host.log") as host:
         card = pipeline.run(config, host.address)
         rows = records.read(tmp_path / "corpus" / "trajectories.jsonl", Trajectory)

@@ -23,7 +23,7 @@ def config_for(run_dir):
         config.synthesis.tasks_per_entity = 30
         config.synthesis.heldout_tasks = 12
         config.synthesis.trajectory_copies = 2
-        config.synthesis.reading_copies = 1
+        config.synthesis.document_copies = 1
     return config
 
 

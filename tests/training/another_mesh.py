@@ -19,7 +19,7 @@ from stepdr_jax.training import program, state
 from stepdr_jax.training.optimizer import optimizer_of
 from tests.training.tiny import VOCAB, tiny_config
 
-config = tiny_config("unused", **{"midtrain1.batch": 8, "model.num_kv_heads": 2})
+config = tiny_config("unused", **{"midtrain1.batch_size": 8, "model.num_kv_heads": 2})
 
 
 def abstract(**sizes: int) -> state.TrainState:

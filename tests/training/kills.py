@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 DEVICES = 8
 FIELDS = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.context": 2, "distributed.join_seconds": 60.0}
 TINY = FIELDS | {
-    "midtrain1.batch": 8,
+    "midtrain1.batch_size": 8,
     "model.num_kv_heads": 2,
     "midtrain1.log_every": 5,
     "midtrain1.checkpoint_every": 10,
@@ -131,7 +131,7 @@ def main(_) -> None:
     with tempfile.TemporaryDirectory() as folder:
         jobs = []
         for name in ("whole", "killed"):
-            fields = FIELDS | {"midtrain1.opening_steps": _STEPS.value // 4} if _RUN_DIR.value else TINY
+            fields = FIELDS | {"midtrain1.warmup_data_steps": _STEPS.value // 4} if _RUN_DIR.value else TINY
             job = Job(Path(folder) / name, fields | {"midtrain1.steps": _STEPS.value}, real=bool(_RUN_DIR.value))
             job.run_dir.mkdir()
             for part in ("data", "tokenizer") if job.real else ():

@@ -108,7 +108,7 @@ def test_it_restores_on_another_mesh_and_on_fewer_devices(store):
 
 
 def test_a_stage_is_the_same_in_a_bucket_and_its_readers_find_it(store, tmp_path):
-    field = {"saving.checkpoints": f"{store.url}/stage", "eval.every_tokens": 600, "eval.inline": False}
+    field = {"checkpointing.directory": f"{store.url}/stage", "eval.every_tokens": 600, "eval.inline": False}
     done = {}
     for name, fields in {"bucket": field, "folder": {}}.items():
         config = tiny.tiny_config(tmp_path / name, **fields)
@@ -123,7 +123,7 @@ def test_a_stage_is_the_same_in_a_bucket_and_its_readers_find_it(store, tmp_path
     assert checkpoint.params_sha256(params) == done["bucket"]["params_sha256"]
     state.load_params(without, 0, f"midtrain1@{state.milestones(kept)[0]}")
     (home / "done.json").unlink()
-    with pytest.raises(UserError, match=r"there are none in .*give --config.saving.checkpoints='.*/stage'"):
+    with pytest.raises(UserError, match=r"there are none in .*give --config.checkpointing.directory='.*/stage'"):
         loop.train(without, "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
 
 
@@ -163,7 +163,7 @@ def test_a_store_that_turns_requests_away_is_asked_again(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_that_are_killed_while_they_save_to_a_bucket_continue_with_the_same_bits(s3, tmp_path):
-    field = {"saving.checkpoints": s3.url}
+    field = {"checkpointing.directory": s3.url}
     fields = kills.TINY | {"midtrain1.steps": 40}
     whole, job = kills.Job(tmp_path / "whole", fields), kills.Job(tmp_path / "killed", fields | field)
     for made in (whole, job):

@@ -122,7 +122,7 @@ def test_two_spikes_in_a_row_of_the_log_take_the_run_back_past_their_data(rewoun
     assert done["steps"] == 14
 
 
-KILLED = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3, "saving.background": False}
+KILLED = REWOUND | {"midtrain1.guard.max_skips": 1, "midtrain1.checkpoint_every": 3, "checkpointing.background": False}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_kill_after_going_back_reads_on_past_the_same_data(tmp_path, rewound):
 
 def test_a_loss_that_jumps_takes_the_run_back(tmp_path):
     """Without a limit on norms the poison is learnt, and the next rows pay for it."""
-    guard = {"loss_rise": 0.5, "loss_window": 2, "max_rewinds": 1}
+    guard = {"loss_rise": 0.5, "loss_window": 2, "max_rollbacks": 1}
     overrides = OFF | {f"midtrain1.guard.{name}": value for name, value in guard.items()}
     overrides |= {"midtrain1.learning_rate": 0.2, "midtrain1.log_every": 1, "midtrain1.checkpoint_every": 2}
     with pytest.raises(UserError, match=r"above its running mean at step \d+, after going back 1 times; lower"):
@@ -174,7 +174,7 @@ def test_a_loss_that_jumps_takes_the_run_back(tmp_path):
 
 
 def test_without_leave_to_go_back_spikes_are_only_counted_until_no_step_is_taken(tmp_path):
-    never = SPIKES | {"midtrain1.guard.max_rewinds": 0, "midtrain1.guard.max_skips": 1}
+    never = SPIKES | {"midtrain1.guard.max_rollbacks": 0, "midtrain1.guard.max_skips": 1}
     train(tmp_path / "one", Poisoned(6, 1), **never)
     assert sum(row["spikes"] for row in files.read_jsonl(home(tmp_path / "one") / "metrics.jsonl")) == 1
     with pytest.raises(UserError, match=r"2 steps skipped .* after going back 0 times; lower"):

@@ -60,7 +60,7 @@ def tiny_config(run_dir, **overrides):
     )
     for stage in ("midtrain1", "midtrain2", "sft"):
         config[stage].update(
-            dict(batch=4, context=32, steps=12, warmup_steps=3, log_every=3, checkpoint_every=5, loss_chunk=64)
+            dict(batch_size=4, seq_len=32, steps=12, warmup_steps=3, log_every=3, checkpoint_every=5, loss_chunk=64)
         )
     for name, value in overrides.items():
         *sections, leaf = name.split(".")
@@ -80,7 +80,7 @@ def main(argv):
     config = tiny_config(run_dir, **overrides)
 
     def work(config):
-        print(json.dumps(loop.train(config, stage, loader=Memory(config[stage].batch), vocab_size=VOCAB)))
+        print(json.dumps(loop.train(config, stage, loader=Memory(config[stage].batch_size), vocab_size=VOCAB)))
 
     sys.exit(entry.among_others(lambda: config, work))
 
