@@ -4,8 +4,7 @@ import jinja2
 
 from stepdr_jax.pages import TEMPLATES, plots
 
-NAMES = {"midtrain1": "Mid-training I", "midtrain2": "Mid-training II", "sft": "Supervised fine-tuning"}
-MANY = 12  # bars of a chart; the rest is added up
+MAX_BARS = 12  # of a chart; the rest is summed
 
 
 def page(card: dict, name: str) -> str:
