@@ -11,6 +11,7 @@ does not import jax.
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ from stepdr_jax import files
 
 if TYPE_CHECKING:
     from stepdr_jax.runtime.buckets import BucketPath
+
+
+# Names in a run directory that a run writes.
+ENTRIES = re.compile(
+    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
+)
 
 
 def _storage():
