@@ -107,9 +107,7 @@ def side_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _list_shards(
-    config, stage: str, component: str, selected: selection.Selection | None
-) -> list[tuple[Path, dict]]:
+def _list_shards(config, stage: str, component: str, selected: selection.Selection | None) -> list[tuple[Path, dict]]:
     """Returns the path and inputs of each shard of a component in a stage."""
     folder = Path(config.run_dir) / "data" / stage
     tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
@@ -218,11 +216,7 @@ def write_component_card(folder: Path, component: str, cards: list[dict], facts:
         fill=round(total["tokens"] / (total["sequences"] * inputs["seq_len"]), 4),
         examples_by_length=sorted(lengths.items()),
         **{name: sum_counts(card[name] for card in cards) for name in cards[0] if name.startswith("tokens_by_")},
-        **{
-            name: facts[name]
-            for name in SELECTION_COUNTS
-            if name in facts
-        },
+        **{name: facts[name] for name in SELECTION_COUNTS if name in facts},
         shards=[{name: card[name] for name in ("file", "sequences", "tokens", "bytes")} for card in cards],
         fingerprint=digest_of([card["inputs"] for card in cards]),
     )
@@ -240,4 +234,3 @@ def write_component_card(folder: Path, component: str, cards: list[dict], facts:
     ):
         files.write_json(path, card)
     return card
-

@@ -44,9 +44,7 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def split_windows(
-    tokens_T: np.ndarray, loss_mask_T: np.ndarray, seq_len: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def split_windows(tokens_T: np.ndarray, loss_mask_T: np.ndarray, seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Splits an example into windows of at most `seq_len` tokens so that every token is predicted exactly once.
 
     Neighboring windows share one token, the last of one and the first of the next. The first token of a window has
