@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from stepdr_jax.runtime import stages
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
@@ -97,7 +99,7 @@ NOT_SHOWN = re.compile(r"iteration|step|episodes|eta_seconds|slowest_host(/.*)?"
 
 def arranged(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]:
     """(metric, title, measure) for every metric of `names` that a reader wants, in order; unknown ones last."""
-    known, names = PPO if stage.startswith("ppo") else TRAINING, list(dict.fromkeys(names))
+    known, names = PPO if stages.stage_named(stage).program == "ppo" else TRAINING, list(dict.fromkeys(names))
     out, used = [], set()
     for measure in known:
         for name in names:
