@@ -21,7 +21,7 @@ from typing import Protocol
 
 from stepdr_jax.judge import verdicts
 from stepdr_jax.records import Judgment, Rubric, RubricSet, Source, Task, Trajectory, Verdict
-from stepdr_jax.text import matching, repetition
+from stepdr_jax.text import citations, matching, repetition
 
 VERDICT_WORDS = {
     "supported": ("supported", "正确"),
@@ -94,7 +94,7 @@ class ProgrammaticJudge:
         """All judgments and what they add up to."""
         fatal = [rubric.rid for rubric in rubric_set.rubrics if rubric.fatal]
         reward = verdicts.aggregate(judgments, self._mapping, self._max_missing, fatal=fatal)
-        cited = bool(view.ids) and all(id_ in view.sources for id_ in view.ids)
+        cited = bool(view.ids) and citations.resolves(view.ids, view.sources)
         return Verdict(reward=reward, judgments=judgments, correct=_correct(task, view), cited=cited)
 
     def _longer_names(self, value: str) -> tuple[str, ...]:
@@ -117,8 +117,8 @@ class View:
 
     def __init__(self, answer: str, sources: dict[str, Source], longer_names: Callable[[str], tuple[str, ...]]) -> None:
         self.answer = answer
-        self.prose = matching.strip_citations(answer)
-        self.ids = matching.cited_ids(answer)
+        self.prose = citations.strip_citations(answer)
+        self.ids = citations.cited_ids(answer)
         self.sources = sources
         self.cited = [sources[id_] for id_ in self.ids if id_ in sources]
         self._longer_names = longer_names
@@ -148,7 +148,7 @@ def _authoritative(check: dict, view: View) -> bool:
 
 
 def _unresolved_citation(check: dict, view: View) -> bool:
-    return any(id_ not in view.sources for id_ in view.ids)
+    return not citations.resolves(view.ids, view.sources)
 
 
 def _degenerate(check: dict, view: View) -> bool:

@@ -14,7 +14,9 @@ import markupsafe
 
 from stepdr_jax.pages import TEMPLATES
 from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.viewer import CITATION, cited, segments
+from stepdr_jax.reporting.viewer import cited, segments
+from stepdr_jax.text.citations import CITATION
+from stepdr_jax.text.scripts import question_language
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}
 ENDINGS = {
@@ -77,7 +79,7 @@ def render_html(trajectory: Trajectory, query: str) -> str:
         environment.get_template("research.html.j2")
         .render(
             query=query,
-            lang="zh" if re.search(r"[\u4e00-\u9fff]", query) else "en",
+            lang=question_language(query),
             paragraphs=_paragraphs(trajectory.answer or "", numbers, sources),
             no_answer="" if trajectory.answer else _no_answer(trajectory),
             notes=notes,

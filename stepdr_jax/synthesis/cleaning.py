@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping
 from stepdr_jax.records import Finish, Message, Task, Trajectory, Verdict
 from stepdr_jax.synthesis import planning, reflection, reports, verification
 from stepdr_jax.text import repetition
-from stepdr_jax.text.matching import HAN, cited_ids, contains, normalise
+from stepdr_jax.text.citations import cited_ids, resolves
+from stepdr_jax.text.matching import contains, normalise
+from stepdr_jax.text.scripts import CHINESE_CHARACTER
 
 MAX_SAME_CALL = 2  # the third identical call is a loop
 MAX_SAME_SENTENCE = 3
@@ -93,7 +95,7 @@ def wrong_time_anchor(query: str, messages: Iterable[Message], as_of: str) -> st
 def mixed_language(text: str, lang: str) -> bool:
     """Whether a text mixes Chinese and English beyond names: by density of characters and of plain Latin words."""
     prose = _NOT_PROSE.sub(" ", text)
-    han = len(HAN.findall(prose))
+    han = len(CHINESE_CHARACTER.findall(prose))
     words = re.findall(r"[A-Za-zÀ-ÿ]+", prose)
     plain = sum(word.islower() and len(word) > 3 for word in words)
     total = han + len(words)
@@ -134,7 +136,7 @@ def citation_fault(trajectory: Trajectory) -> str | None:
     ids, seen = cited_ids(answer), trajectory.sources()
     if not ids:
         return "uncited"
-    if any(id_ not in seen for id_ in ids):
+    if not resolves(ids, seen):
         return "unresolved citation"
     if any(line.startswith("#") and cited_ids(line) for line in answer.splitlines()):
         return "citation in a heading"

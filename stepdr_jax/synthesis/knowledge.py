@@ -15,6 +15,7 @@ from stepdr_jax.records import Document
 from stepdr_jax.synthesis import corpora, sentences
 from stepdr_jax.synthesis.renaming import Renamer
 from stepdr_jax.text.matching import normalise
+from stepdr_jax.text.scripts import has_chinese
 
 LANGS = ("en", "zh")
 MAX_VALUES = 4  # elements of a list that is asked for; an answer must fit into one turn of a small model
@@ -91,12 +92,8 @@ class Knowledge:
         swap = collections.defaultdict(list)
         for name, kind in self.kinds.items():
             if name not in self.private:
-                swap[kind, "zh" if not name.isascii() and _han(name) else "en"].append(name)
+                swap[kind, "zh" if has_chinese(name) else "en"].append(name)
         return Renamer(self.kinds, swap)
-
-
-def _han(name: str) -> bool:
-    return any("\u3400" <= letter <= "\u9fff" for letter in name)
 
 
 def split_entities(ids: Iterable[str], share: float, seed: int) -> frozenset[str]:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from stepdr_jax.agent.policy import Policy, PolicySession
 from stepdr_jax.records import Finish, Message, Trajectory, Verdict
-from stepdr_jax.text.matching import strip_citations
+from stepdr_jax.text.citations import strip_citations
 
 REFLECT = {
     "en": "Your answer is incorrect. Think about what went wrong, check the sources again and answer anew.",

@@ -9,7 +9,8 @@ Questions, search queries and reports use the same words, so a small model can c
 import dataclasses
 import re
 
-from stepdr_jax.text.matching import normalise, strip_citations
+from stepdr_jax.text.citations import strip_citations
+from stepdr_jax.text.matching import normalise
 
 RELATIONS = (
     "capital",

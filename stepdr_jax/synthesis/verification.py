@@ -15,7 +15,8 @@ from stepdr_jax.records import Answer, Document, PlanStep, Source, Task, Traject
 from stepdr_jax.synthesis import deep_search, sentences
 from stepdr_jax.synthesis.knowledge import Knowledge
 from stepdr_jax.synthesis.rubrics import Brief
-from stepdr_jax.text.matching import cited_ids, contains, normalise
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import contains, normalise
 
 POINT_TYPES = {
     "capital": "place",

@@ -1,4 +1,4 @@
-"""When a text says a value: normalisation, word boundaries in two scripts, and citation marks.
+"""When a text states a value: normalization, and word boundaries in English and Chinese.
 
 Nothing here knows about rubrics or tasks; the judge and the cleaning rules of synthesis share it.
 """
@@ -8,25 +8,14 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-CITATION = re.compile(r"\\cite\{([^{}]*)\}")
-CITATION_ID = re.compile(r"web_[a-z]{8}\b")
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+from stepdr_jax.text.scripts import HAN, has_chinese
+
 # Between a Chinese character and a Latin letter or digit, where a word ends although \b sees none
-_SEAM = re.compile(r"(?<=[\u3400-\u4dbf\u4e00-\u9fff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u3400-\u4dbf\u4e00-\u9fff])")
+_SEAM = re.compile(f"(?<=[{HAN}])(?=[0-9a-z])|(?<=[0-9a-z])(?=[{HAN}])")
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
 # Zero-width characters, soft hyphens and marks of direction: nobody sees them, so they must not hide a value
 _INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
-
-
-def cited_ids(text: str) -> list[str]:
-    r"""Ids of every `\cite{a}` or `\cite{a, b}` mark in reading order, repeats kept; empty ids are kept as ''."""
-    return [part.strip() for mark in CITATION.findall(text) for part in mark.split(",")]
-
-
-def strip_citations(text: str) -> str:
-    r"""Removes `\cite{...}` marks and the space before them."""
-    return re.sub(r"\s*\\cite\{[^{}]*\}", "", text)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -46,7 +35,7 @@ def _seamed(text: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def _pattern(needle: str) -> re.Pattern:
     body = re.escape(needle)
-    if HAN.search(needle):  # Chinese has no spaces: a substring is a mention
+    if has_chinese(needle):  # Chinese has no spaces: a substring is a mention
         return re.compile(body)
     # a number inside a longer one ("3" in "0.3" or "3.5") is another number
     before = r"(?<!\w)(?<!\d[.,])" if needle[:1].isdigit() else r"(?<!\w)"

@@ -6,7 +6,9 @@ and independent of any tokenizer. Splitting on spaces, as English-centred filter
 
 import re
 
-_UNIT = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3400-\u4dbf\u4e00-\u9fff]+|[^\w\s]")
+from stepdr_jax.text.scripts import HAN
+
+_UNIT = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
 
 # Shares of units inside an n-gram seen before; measured on good and on degenerate agent text (100 percent = all repeated)
 MAX_DUPLICATE_10 = 0.30

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdr_jax.text import matching
+from stepdr_jax.text import citations, matching
 
 
 @pytest.mark.parametrize(
@@ -41,5 +41,5 @@ def test_a_name_inside_a_longer_known_name_is_not_stated():
 
 def test_citations_are_read_in_order_with_several_ids_in_one_mark():
     text = r"A. \cite{web_bakotefi} B. \cite{web_dufalomi, web_bakotefi} C. \cite{}"
-    assert matching.cited_ids(text) == ["web_bakotefi", "web_dufalomi", "web_bakotefi", ""]
-    assert matching.strip_citations(text) == "A. B. C."
+    assert citations.cited_ids(text) == ["web_bakotefi", "web_dufalomi", "web_bakotefi", ""]
+    assert citations.strip_citations(text) == "A. B. C."

@@ -10,7 +10,8 @@ from stepdr_jax import files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import RubricSet, Task, Trajectory
 from stepdr_jax.synthesis import cleaning, knowledge, pipeline
-from stepdr_jax.text.matching import cited_ids, contains
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import contains
 from stepdr_jax.tokens import chat
 from tests.synthesis import small_world
 from tools_env.process import ToolHost

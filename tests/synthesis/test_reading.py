@@ -3,7 +3,8 @@
 import re
 
 from stepdr_jax.synthesis import reading
-from stepdr_jax.text.matching import cited_ids, contains
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import contains
 from tests.synthesis import small_world
 
 KNOWN = small_world.known(0.2)
