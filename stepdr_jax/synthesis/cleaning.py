@@ -10,10 +10,10 @@ import collections
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from stepdr_jax.records import Finish, Message, Task, Trajectory, Verdict
-from stepdr_jax.synthesis import planning, reflection, reports, verification
+from stepdr_jax.synthesis import plan_alignment, reflection
 from stepdr_jax.text import repetition
 from stepdr_jax.text.citations import cited_ids, resolves
 from stepdr_jax.text.matching import contains, normalise
@@ -156,8 +156,14 @@ def answer_before_evidence(task: Task, trajectory: Trajectory) -> bool:
     return False
 
 
-def drop_reason(task: Task, trajectory: Trajectory, verdict: Verdict) -> str | None:
-    """The first rule that an episode breaks, as a short name for the counts; None keeps it."""
+def drop_reason(
+    task: Task, trajectory: Trajectory, verdict: Verdict, answer_fault: Callable[[Task, Trajectory], str | None]
+) -> str | None:
+    """The first rule that an episode breaks, as a short name for the counts; None keeps it.
+
+    Args:
+        answer_fault: the rule on answers of the task's kind: how the answer breaks its format or logic, or None.
+    """
     if trajectory.finish != Finish.ANSWERED:
         return f"ended as {trajectory.finish}"
     if verdict.reward is None:
@@ -176,12 +182,10 @@ def drop_reason(task: Task, trajectory: Trajectory, verdict: Verdict) -> str | N
         return "induction trace"
     if answer_before_evidence(task, trajectory):
         return "answer before evidence"
-    if task.kind == "report" and not reports.follows_plan(trajectory.answer or "", task):
-        return "report strays from its plan"
-    if task.kind in ("report", "deep_search") and not planning.alignment(task.plan, trajectory).consistent:
+    if fault := answer_fault(task, trajectory):
+        return fault
+    if task.kind in ("report", "deep_search") and not plan_alignment.alignment(task.plan, trajectory).consistent:
         return "episode strays from its plan"
-    if task.kind == "verification" and not verification.consistent(task, trajectory):
-        return "verdict does not follow from evidence"
     return None
 
 

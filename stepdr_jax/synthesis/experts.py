@@ -16,10 +16,14 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
-from stepdr_jax.synthesis import cleaning, knowledge, reflection, tasks, teacher
+from stepdr_jax.synthesis import cleaning, reflection
+from stepdr_jax.synthesis.scripted import knowledge, tasks
+from stepdr_jax.synthesis.scripted.expert import ScriptedExpert
+from stepdr_jax.synthesis.scripted.style import Style, draw_style
+from stepdr_jax.synthesis.teacher import Teacher
 from tools_env.client import ToolsClient
 
-SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keeps the exact share
+INJECTED_ERROR_SHARE = 0.2  # tasks that also get an episode with an injected error; cleaning keeps the exact share
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
 UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
@@ -47,23 +51,23 @@ class Job:
 
     task: Task
     rubric_set: RubricSet
-    style: teacher.Style
+    style: Style
 
     @property
     def key(self) -> str:
-        return f"{self.task.id} {self.style.slip or 'clean'}"
+        return f"{self.task.id} {self.style.injected_error or 'clean'}"
 
 
 def jobs_of(usable: list[tasks.Drawn], seed: int) -> list[Job]:
-    """A clean episode for every training task, and for some a second one with a mistake to recover from."""
+    """A clean episode for every training task, and for some a second one with an injected error to recover from."""
     jobs = []
     for item in usable:
         if item.task.split != "train":
             continue
         rng = random.Random(f"style {seed} {item.task.id}")
-        style = teacher.draw_style(item.task, rng, slip_share=SLIP_SHARE)
-        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, slip="")))
-        if style.slip:
+        style = draw_style(item.task, rng, error_share=INJECTED_ERROR_SHARE)
+        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, injected_error="")))
+        if style.injected_error:
             jobs.append(Job(item.task, item.rubric_set, style))
     return jobs
 
@@ -82,7 +86,12 @@ async def run(
     done = _read_journal(journal, fingerprint)
     open_jobs = [job for job in jobs if job.key not in done]
     progress = Progress("expert episodes", len(jobs), "episodes", start=len(jobs) - len(open_jobs))
-    teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
+    authority = _authority(world_dir)
+
+    def scripted(task: Task, style: Style, seed: int) -> ScriptedExpert:
+        return ScriptedExpert(task, authority, style, seed=seed, bad_urls=_bad_urls(known, task))
+
+    teach = Teacher(config, scripted)
     judge = ProgrammaticJudge(known.kinds)
     limits = Limits.from_config(config.agent)
     prompt = config.agent.prompt
@@ -121,7 +130,7 @@ async def run(
         def policy_for(attempt: int):
             style = job.style
             if attempt:  # a second try compares its sources
-                style = dataclasses.replace(style, slip="", open_page=False, check_again=True)
+                style = dataclasses.replace(style, injected_error="", open_page=False, check_again=True)
             return teach(job.task, style, seed + attempt)
 
         trajectory, verdict = await reflection.solve(
@@ -187,11 +196,10 @@ def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, V
 
 
 def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
-    """Adds what training needs to know; turns that are deliberate slips are taken out of the loss."""
+    """Adds the metadata that training needs; turns with an injected error are taken out of the loss."""
     acting = policy.policy if isinstance(policy, reflection.Continued) else policy
-    mistakes = getattr(acting, "mistakes", set())
     turns = [message for message in trajectory.messages if message.role == "assistant"]
-    for number in mistakes:
+    for number in getattr(acting, "injected_turns", ()):
         if number < len(turns):
             turns[number].train = False
     trajectory.id = records.content_id("trajectory_", job.key, trajectory.policy)

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import corpora, knowledge
+from stepdr_jax.synthesis import corpora
+from stepdr_jax.synthesis.scripted import knowledge
 
 FACTS = {
     "aut": (
@@ -101,7 +102,7 @@ def _values(row, lang):
 
 
 def documents() -> list[Document]:
-    from stepdr_jax.synthesis import sentences
+    from stepdr_jax.synthesis.scripted import sentences
 
     pages = []
     for country, row in FACTS.items():

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from stepdr_jax.records import Answer, Finish, Message, PlanStep, Source, Task, ToolCall, Trajectory, Verdict
-from stepdr_jax.synthesis import cleaning, planning, reflection
+from stepdr_jax.synthesis import cleaning, plan_alignment, reflection
+from stepdr_jax.synthesis.scripted import tasks
 from stepdr_jax.tokens import chat
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -59,7 +60,7 @@ def episode(*turns, answer=PASSAGE + r" \cite{web_bakotefi}", finish=Finish.ANSW
 
 
 def reason(trajectory, verdict=GOOD, task=TASK):
-    return cleaning.drop_reason(task, trajectory, verdict)
+    return cleaning.drop_reason(task, trajectory, verdict, tasks.answer_fault)
 
 
 def test_a_plain_good_episode_stays():
@@ -161,12 +162,12 @@ def test_the_shortest_correct_episode_stays():
 def test_plan_alignment_measures_coverage_order_and_strays():
     plan = [PlanStep(goal="a", query="capital of Austria"), PlanStep(goal="b", query="currency of Austria")]
     both = episode(search(0, "capital of Austria"), shown(0), search(1, "currency of Austria"), shown(1))
-    assert planning.alignment(plan, both) == planning.Alignment(1.0, 1.0, 0.0)
+    assert plan_alignment.alignment(plan, both) == plan_alignment.Alignment(1.0, 1.0, 0.0)
     swapped = episode(search(0, "currency of Austria"), shown(0), search(1, "capital of Austria"), shown(1))
-    assert planning.alignment(plan, swapped).order == 0.5
+    assert plan_alignment.alignment(plan, swapped).order == 0.5
     stray = episode(search(0, "capital of Austria"), shown(0), search(1, "weather"), shown(1))
-    assert planning.alignment(plan, stray) == planning.Alignment(0.5, 0.5, 0.5)
-    assert not planning.alignment(plan, stray).consistent
+    assert plan_alignment.alignment(plan, stray) == plan_alignment.Alignment(0.5, 0.5, 0.5)
+    assert not plan_alignment.alignment(plan, stray).consistent
 
 
 def test_induction_is_removed_from_thoughts_and_never_from_calls():

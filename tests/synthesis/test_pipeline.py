@@ -9,7 +9,8 @@ from configs.miniature import get_config
 from stepdr_jax import files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import RubricSet, Task, Trajectory
-from stepdr_jax.synthesis import cleaning, knowledge, pipeline
+from stepdr_jax.synthesis import cleaning, pipeline
+from stepdr_jax.synthesis.scripted import knowledge
 from stepdr_jax.text.citations import cited_ids
 from stepdr_jax.text.matching import contains
 from stepdr_jax.tokens import chat

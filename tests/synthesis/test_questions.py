@@ -6,7 +6,7 @@ import random
 import pytest
 
 from stepdr_jax.records import Link
-from stepdr_jax.synthesis import deep_search, knowledge, planning, reports, tasks, verification
+from stepdr_jax.synthesis.scripted import deep_search, knowledge, reports, tasks, verification
 from stepdr_jax.text.matching import contains
 from tests.synthesis import small_world
 
@@ -91,7 +91,7 @@ def test_a_report_is_reverse_engineered_from_a_page_in_its_order():
 
 def test_the_page_gives_no_more_points_than_it_has():
     document = next(d for d in small_world.documents() if d.id == "quickfacts:aut")
-    project = planning.reverse_engineer(document, random.Random(0), subject="Austria", relations=["capital"], size=3)
+    project = reports.reverse_engineer(document, random.Random(0), subject="Austria", relations=["capital"], size=3)
     assert project.relations == ("capital",)
 
 

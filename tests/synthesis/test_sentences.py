@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdr_jax.synthesis import sentences
+from stepdr_jax.synthesis.scripted import sentences
 
 
 @pytest.mark.parametrize(

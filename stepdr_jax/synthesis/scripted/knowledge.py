@@ -12,8 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import corpora, sentences
+from stepdr_jax.synthesis import corpora
 from stepdr_jax.synthesis.renaming import Renamer
+from stepdr_jax.synthesis.scripted import sentences
 from stepdr_jax.text.matching import normalise
 from stepdr_jax.text.scripts import has_chinese
 

@@ -8,10 +8,11 @@ import dataclasses
 import random
 from collections.abc import Mapping
 
-from stepdr_jax.records import RubricSet, Task
-from stepdr_jax.synthesis import deep_search, reports, rubrics, verification
-from stepdr_jax.synthesis.knowledge import Fact, Knowledge
+from stepdr_jax.records import RubricSet, Task, Trajectory
+from stepdr_jax.synthesis import rubrics
 from stepdr_jax.synthesis.rubrics import Brief
+from stepdr_jax.synthesis.scripted import deep_search, reports, verification
+from stepdr_jax.synthesis.scripted.knowledge import Fact, Knowledge
 
 FACTS = ("capital", "currency", "language", "region", "calling_code", "population", "area", "demonym")
 MAX_TRIES = 8  # draws per wanted task; entities with few facts give fewer tasks
@@ -83,7 +84,7 @@ def _of_country(knowledge, country, count, kind_weights, chinese_share, rng, as_
         if made is None or made[0].id in found:
             continue
         task, brief = made
-        rubric_set = rubrics.synthesise(task, brief)
+        rubric_set = rubrics.synthesize_rubrics(task, brief)
         task.rubric_set_id = rubric_set.id
         found[task.id] = Drawn(task, rubric_set)
         good += rubric_set.kept
@@ -135,6 +136,15 @@ def _claim(knowledge, country, relation, lang, rng, as_of) -> tuple[Task, Brief]
         ]
         value = rng.choice(said or others or [fact.value])
     return verification.claim_task(knowledge, country, relation, value, lang, rng, as_of)
+
+
+def answer_fault(task: Task, trajectory: Trajectory) -> str | None:
+    """Why a report or a verdict breaks the rules of its kind of task, or None."""
+    if task.kind == "report" and not reports.follows_plan(trajectory.answer or "", task):
+        return "report strays from its plan"
+    if task.kind == "verification" and not verification.consistent(task, trajectory):
+        return "verdict does not follow from evidence"
+    return None
 
 
 def counts(drawn: list[Drawn]) -> dict[str, dict[str, int]]:

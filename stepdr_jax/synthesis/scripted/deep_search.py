@@ -12,9 +12,10 @@ import random
 import numpy as np
 
 from stepdr_jax.records import Answer, Document, PlanStep, Task, Triple, content_id
-from stepdr_jax.synthesis import graph, sentences
-from stepdr_jax.synthesis.knowledge import Fact, Knowledge
+from stepdr_jax.synthesis import graph
 from stepdr_jax.synthesis.rubrics import Brief, Point
+from stepdr_jax.synthesis.scripted import sentences
+from stepdr_jax.synthesis.scripted.knowledge import Fact, Knowledge
 from stepdr_jax.text.matching import contains, normalise
 
 ASK = {
@@ -66,9 +67,10 @@ def point(knowledge: Knowledge, fact: Fact) -> Point:
     gold = answer(knowledge, fact)
     wrong = tuple(other.value for other in knowledge.wrong.get((fact.country, fact.relation, fact.lang), ()))
     subject = knowledge.countries[fact.country].name(fact.lang)
+    topic, words = sentences.topic(fact.relation, subject, fact.lang), sentences.names(fact.relation, fact.lang)
     if gold.type == "list":
-        return Point(fact.relation, subject, required=fact.values, wrong=())
-    return Point(fact.relation, subject, accepted=(gold.value, *gold.aliases), wrong=wrong)
+        return Point(topic, words, subject, required=fact.values)
+    return Point(topic, words, subject, accepted=(gold.value, *gold.aliases), wrong=wrong)
 
 
 def triple(fact: Fact) -> Triple:
@@ -151,6 +153,7 @@ def _task(
         lang=lang,
         points=(point(knowledge, last),),
         summary=f"{sentences.topic(last.relation, name, lang)}: {last.value}",
+        vocabulary=sentences.vocabulary(lang),
         hidden_entity=hidden,
         asks_sources=asks_sources,
     )

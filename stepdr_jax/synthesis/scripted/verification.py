@@ -12,9 +12,9 @@ import re
 
 from stepdr_jax.judge.judges import stated_verdict
 from stepdr_jax.records import Answer, Document, PlanStep, Source, Task, Trajectory, content_id
-from stepdr_jax.synthesis import deep_search, sentences
-from stepdr_jax.synthesis.knowledge import Knowledge
 from stepdr_jax.synthesis.rubrics import Brief
+from stepdr_jax.synthesis.scripted import deep_search, sentences
+from stepdr_jax.synthesis.scripted.knowledge import Knowledge
 from stepdr_jax.text.citations import cited_ids
 from stepdr_jax.text.matching import contains, normalise
 
@@ -124,6 +124,7 @@ def claim_task(
         lang=lang,
         points=(deep_search.point(knowledge, fact),),
         summary=f"{claim}: {verdict}",
+        vocabulary=sentences.vocabulary(lang),
         verdict=verdict,
     )
     return task, brief

@@ -72,6 +72,16 @@ def word(relation: str, lang: str, count: int = 1) -> str:
     return PLURAL[relation] if count > 1 and relation in PLURAL else EN[relation]
 
 
+def names(relation: str, lang: str) -> tuple[str, ...]:
+    """Every form of the relation's name: ("neighbour", "neighbours"), ("邻国",)."""
+    return tuple(dict.fromkeys(word(relation, lang, count) for count in (1, 2)))
+
+
+def vocabulary(lang: str) -> tuple[str, ...]:
+    """The names of all relations in one language."""
+    return tuple(name for relation in RELATIONS for name in names(relation, lang))
+
+
 def topic(relation: str, subject: str, lang: str) -> str:
     """What is asked for, and what is typed into a search: "capital of Austria", "奥地利的首都"."""
     return f"{subject}的{ZH[relation]}" if lang == "zh" else f"{EN[relation]} of {subject}"
