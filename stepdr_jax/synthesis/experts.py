@@ -138,7 +138,7 @@ async def run(
 
     async def record(job: Job, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
         trajectory, verdict = solved
-        if trajectory.finish.is_policy_outcome:
+        if verdict.reward is not None:
             row = {
                 "key": job.key,
                 "trajectory": trajectory.model_dump(mode="json", exclude_defaults=True),
@@ -153,7 +153,7 @@ async def run(
                     "check the tool host (and the teacher's endpoint) and run the same command again"
                 )
         progress.update(1, lost=len(lost))
-        return solved if trajectory.finish.is_policy_outcome else None
+        return None if verdict.reward is None else solved
 
     try:
         episodes = await runner.run_all(

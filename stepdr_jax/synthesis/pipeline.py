@@ -17,6 +17,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
+from stepdr_jax.agent import runner
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task, Trajectory, Triple, Verdict
 from stepdr_jax.synthesis import (
@@ -30,7 +31,7 @@ from stepdr_jax.synthesis import (
     tasks,
 )
 from stepdr_jax.synthesis.renaming import Renamer
-from tools_env.client import ToolInfraError, ToolsClient
+from tools_env.client import ToolInfraError, ToolResult, ToolsClient
 
 VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones are made again
 WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
