@@ -68,7 +68,7 @@ def main(config) -> None:
         trajectory = run(config.tools.address)
     else:
         # Here: a person who asks through a running tool host needs none of its packages.
-        from tools_env.world.build import build_world
+        from tools_env.offline_web.build import build_world
 
         world = Path(config.run_dir) / "world"
         build_world(world, seed=config.data_seed, documents=config.offline_web.documents)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch import entry, tool_host
 from stepdr_jax.synthesis import pipeline
-from tools_env.world.build import build_world
+from tools_env.offline_web.build import build_world
 
 
 def main(config) -> None:

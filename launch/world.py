@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launch import entry
-from tools_env.world.build import build_world
+from tools_env.offline_web.build import build_world
 
 
 def main(config) -> None:

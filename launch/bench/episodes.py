@@ -32,7 +32,7 @@ from stepdr_jax.records import Answer, Rubric, RubricSet, Task
 from stepdr_jax.rl import rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tools_env.load import family
+from tools_env.check.load import family
 
 _EPISODES = flags.DEFINE_integer("episodes", 2000, "at once", lower_bound=1)
 _THINK = flags.DEFINE_float("think", 4.0, "mean seconds that a turn takes to sample")

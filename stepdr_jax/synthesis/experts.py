@@ -1,6 +1,5 @@
 """Expert episodes of synthesis: which are run, the teacher's part in them, and the journal that survives a kill."""
 
-import asyncio
 import dataclasses
 import hashlib
 import random
@@ -10,7 +9,7 @@ from urllib.parse import urlsplit
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import prompts, react
+from stepdr_jax.agent import prompts, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
@@ -84,8 +83,7 @@ async def run(
     """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
     journal = corpus / "episodes.journal.jsonl"
     done = _read_journal(journal, fingerprint)
-    open_jobs = [job for job in jobs if job.key not in done]
-    progress = Progress("expert episodes", len(jobs), "episodes", start=len(jobs) - len(open_jobs))
+    progress = Progress("expert episodes", len(jobs), "episodes", start=sum(job.key in done for job in jobs))
     authority = _authority(world_dir)
 
     def scripted(task: Task, style: Style, seed: int) -> ScriptedExpert:
@@ -105,23 +103,24 @@ async def run(
     specs = await client.list_tools()
     lost: list[str] = []
 
-    async def one(job: Job) -> None:
+    async def tools() -> ToolsClient:
+        return client
+
+    async def solve(job: Job) -> tuple[Trajectory, Verdict]:
         seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
 
         async def episode(policy, attempt: int) -> Trajectory:
-            for again in range(INFRA_TRIES):
-                result = await react.run_episode(
-                    job.task,
-                    policy,
-                    client,
-                    limits,
-                    prompt=prompt,
-                    as_of=config.offline_web.as_of,
-                    seed=seed + attempt,
-                )
-                if result.trajectory.finish.is_policy_outcome:
-                    break
-                await asyncio.sleep(0.2 * 2**again)
+            result, _ = await runner.run_with_retries(
+                job.task,
+                policy,
+                tools,
+                limits,
+                prompt=prompt,
+                as_of=config.offline_web.as_of,
+                seed=seed + attempt,
+                attempts=INFRA_TRIES,
+                pause=0.2,
+            )
             if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
                 told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
                 result.trajectory.messages[0].content = told
@@ -133,22 +132,28 @@ async def run(
                 style = dataclasses.replace(style, injected_error="", open_page=False, check_again=True)
             return teach(job.task, style, seed + attempt)
 
-        trajectory, verdict = await reflection.solve(
+        async def judged(trajectory: Trajectory) -> Verdict:
+            scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
+            return scored.verdict or Verdict(reward=None, judgments=[])
+
+        return await reflection.solve(
             job.task.lang,
             policy_for,
             episode,
-            lambda t: judge.judge(job.task, job.rubric_set, t),
+            judged,
             lambda v: bool(v.correct) if v.correct is not None else (v.reward or 0) >= cleaning.MIN_REPORT_REWARD,
             config.synthesis.max_reflections,
         )
-        if trajectory.finish.is_policy_outcome:
+
+    async def record(job: Job, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
+        trajectory, verdict = solved
+        if verdict.reward is not None:
             row = {
                 "key": job.key,
                 "trajectory": trajectory.model_dump(mode="json", exclude_defaults=True),
                 "verdict": verdict.model_dump(mode="json"),
             }
             files.append_jsonl(journal, row)
-            done[job.key] = trajectory, verdict
         else:
             lost.append(f"{job.key}: {trajectory.metadata.get('cause', trajectory.finish)}")
             if len(lost) > max(10, MAX_LOST_SHARE * len(jobs)):
@@ -157,28 +162,19 @@ async def run(
                     "check the tool host (and the teacher's endpoint) and run the same command again"
                 )
         progress.update(1, lost=len(lost))
+        return None if verdict.reward is None else solved
 
     try:
-        await run_all(one, open_jobs, config.synthesis.episode_concurrency)
+        episodes = await runner.run_all(
+            {job.key: job for job in jobs},
+            solve,
+            record,
+            concurrency=config.synthesis.episode_concurrency,
+            recorded=done,
+        )
     finally:
         await teach.close()
-    return [done[job.key] for job in jobs if job.key in done]
-
-
-async def run_all(work, items: list, concurrency: int) -> None:
-    """Runs `work(item)` for all items, `concurrency` at a time; the first exception stops the rest and is raised."""
-    queue = iter(items)
-
-    async def worker() -> None:
-        for item in queue:
-            await work(item)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(items))):
-                group.create_task(worker())
-    except* Exception as errors:
-        raise errors.exceptions[0] from None
+    return [episode for episode in episodes.values() if episode is not None]
 
 
 def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, Verdict]]:

@@ -2,11 +2,11 @@
 
 from ml_collections import ConfigDict
 
+from stepdr_jax.agent import runner
 from stepdr_jax.records import Triple
-from stepdr_jax.synthesis.experts import run_all
 from stepdr_jax.synthesis.scripted import deep_search, sentences
 from stepdr_jax.synthesis.scripted.knowledge import LANGS, Fact, Knowledge
-from tools_env.client import ToolsClient
+from tools_env.client import ToolResult, ToolsClient
 
 VERIFY_BATCH = 2  # edges checked by one tool call: what fits into one observation
 
@@ -45,13 +45,16 @@ async def verified_pairs(client: ToolsClient, known: Knowledge, pairs: dict[str,
     try:
         batches = [edges[start : start + VERIFY_BATCH] for start in range(0, len(edges), VERIFY_BATCH)]
 
-        async def verify(number: int, batch: list) -> None:
+        async def search(numbered: tuple[int, list]) -> ToolResult:
+            number, batch = numbered
             queries = list(dict.fromkeys(wanted[edge][0] for edge in batch))
-            result = await session.call("batch_web_surfer", {"queries": queries, "topk": 2}, call_id=f"edges-{number}")
-            shown = {_stated(source.text) for source in result.sources if source.authority == 2}
-            supported.update(edge for edge in batch if wanted[edge][1] in shown)
+            return await session.call("batch_web_surfer", {"queries": queries, "topk": 2}, call_id=f"edges-{number}")
 
-        await run_all(lambda item: verify(*item), list(enumerate(batches)), 16)
+        async def keep(numbered: tuple[int, list], result: ToolResult) -> None:
+            shown = {_stated(source.text) for source in result.sources if source.authority == 2}
+            supported.update(edge for edge in numbered[1] if wanted[edge][1] in shown)
+
+        await runner.run_all(dict(enumerate(enumerate(batches))), search, keep, concurrency=16)
     finally:
         await session.close()
     kept = {
