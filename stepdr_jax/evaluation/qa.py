@@ -22,7 +22,7 @@ from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import STAGES, Result
-from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
@@ -57,10 +57,10 @@ def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[st
     """The held-out tasks for a stage, or the fewer for a milestone, and their rubric sets by task id."""
     corpus = Path(config.run_dir) / "corpus"
     count = config.eval.checkpoint_tasks if "@" in stage else config.eval.tasks
-    tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), count)
+    tasks = select_tasks(records.read_records(corpus / "tasks.jsonl", Task), count)
     if not tasks:
         raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(corpus / "rubrics.jsonl", RubricSet)}
     lacking = [task.id for task in tasks if task.id not in rubric_sets]
     if lacking:
         raise UserError(
@@ -196,7 +196,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),
         json.loads(config.tools.to_json_best_effort()),
-        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, settings_of(config)],
+        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, judge_settings(config)],
         [task.model_dump(mode="json") for task in tasks],
     ]
     return records.content_id("", *parts)
@@ -267,7 +267,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     run_dir = Path(config.run_dir)
     engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.of(config, host), judge_of(config, entity_names(run_dir))
+    tools, judge = Tools.of(config, host), make_judge(config, entity_names(run_dir))
     try:
         return await run_tasks(
             tasks,

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import judge_of
+from stepdr_jax.judge.choose import make_judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task
@@ -87,10 +87,10 @@ def prepare(config: ConfigDict) -> Parts:
     shardings = who.param_shardings(model) if who.mesh.size > 1 else None
     tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
     corpus = run_dir / "corpus"
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(corpus / "rubrics.jsonl", RubricSet)}
     tasks = [
         task
-        for task in records.read(corpus / "tasks.jsonl", Task)
+        for task in records.read_records(corpus / "tasks.jsonl", Task)
         if task.split == "train" and task.id in rubric_sets and rubric_sets[task.id].kept
     ]
     if not tasks:
@@ -109,7 +109,7 @@ def prepare(config: ConfigDict) -> Parts:
         actor=lambda: state.load_params(config, config.seed, "sft", shardings),
         tasks=tasks,
         rubric_sets=rubric_sets,
-        judge=judge_of(config, names),
+        judge=make_judge(config, names),
         origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 

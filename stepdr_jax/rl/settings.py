@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import settings_of
+from stepdr_jax.judge.choose import judge_settings
 from stepdr_jax.rl.sampling import Parts
 
 # These change when a run ends, saves and how it computes, not what it computes.
@@ -26,7 +26,7 @@ def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
     settings = {name: value for name, value in flat("ppo").items() if name.removeprefix("ppo.") not in FREE}
     settings |= (
         flat("agent")
-        | settings_of(config)
+        | judge_settings(config)
         | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
     )
     return settings | {"seed": config.seed, "offline_web.as_of": config.offline_web.as_of, "origin": parts.origin}

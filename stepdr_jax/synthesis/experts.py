@@ -45,7 +45,7 @@ CAPABILITY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class EpisodeJob:
     """One expert episode to run: a task with a style."""
 
     task: Task
@@ -57,7 +57,7 @@ class Job:
         return f"{self.task.id} {self.style.injected_error or 'clean'}"
 
 
-def jobs_of(usable: list[tasks.Drawn], seed: int) -> list[Job]:
+def expert_jobs(usable: list[tasks.DrawnTask], seed: int) -> list[EpisodeJob]:
     """A clean episode for every training task, and for some a second one with an injected error to recover from."""
     jobs = []
     for item in usable:
@@ -65,20 +65,20 @@ def jobs_of(usable: list[tasks.Drawn], seed: int) -> list[Job]:
             continue
         rng = random.Random(f"style {seed} {item.task.id}")
         style = draw_style(item.task, rng, error_share=INJECTED_ERROR_SHARE)
-        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, injected_error="")))
+        jobs.append(EpisodeJob(item.task, item.rubric_set, dataclasses.replace(style, injected_error="")))
         if style.injected_error:
-            jobs.append(Job(item.task, item.rubric_set, style))
+            jobs.append(EpisodeJob(item.task, item.rubric_set, style))
     return jobs
 
 
-async def run(
+async def run_expert_episodes(
     config: ConfigDict,
     client: ToolsClient,
     known: knowledge.Knowledge,
     world_dir: Path,
     corpus: Path,
     fingerprint: str,
-    jobs: list[Job],
+    jobs: list[EpisodeJob],
 ) -> list[tuple[Trajectory, Verdict]]:
     """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
     journal = corpus / "episodes.journal.jsonl"
@@ -106,7 +106,7 @@ async def run(
     async def tools() -> ToolsClient:
         return client
 
-    async def solve(job: Job) -> tuple[Trajectory, Verdict]:
+    async def solve(job: EpisodeJob) -> tuple[Trajectory, Verdict]:
         seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
 
         async def episode(policy, attempt: int) -> Trajectory:
@@ -136,7 +136,7 @@ async def run(
             scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
             return scored.verdict or Verdict(reward=None, judgments=[])
 
-        return await reflection.solve(
+        return await reflection.solve_with_reflection(
             job.task.lang,
             policy_for,
             episode,
@@ -145,7 +145,7 @@ async def run(
             config.synthesis.max_reflections,
         )
 
-    async def record(job: Job, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
+    async def record(job: EpisodeJob, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
         trajectory, verdict = solved
         if verdict.reward is not None:
             row = {
@@ -191,9 +191,9 @@ def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, V
     }
 
 
-def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
+def _annotated(trajectory: Trajectory, job: EpisodeJob, policy) -> Trajectory:
     """Adds the metadata that training needs; turns with an injected error are taken out of the loss."""
-    acting = policy.policy if isinstance(policy, reflection.Continued) else policy
+    acting = policy.policy if isinstance(policy, reflection.ContinuedPolicy) else policy
     turns = [message for message in trajectory.messages if message.role == "assistant"]
     for number in getattr(acting, "injected_turns", ()):
         if number < len(turns):

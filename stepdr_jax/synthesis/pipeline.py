@@ -28,7 +28,7 @@ VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones 
 WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
 
 
-def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
+def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
     """Makes the corpus in run_dir/corpus and returns its card; returns at once when it is already complete.
 
     Args:
@@ -40,7 +40,7 @@ def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None
         UserError: the world is missing, the tool host does not answer, or too many episodes were lost.
     """
     world_dir = Path(world_dir or Path(config.run_dir) / "world")
-    card = finished(config, world_dir=world_dir)
+    card = finished_card(config, world_dir=world_dir)
     if card is not None:
         return card
     corpus = Path(config.run_dir) / "corpus"
@@ -48,7 +48,7 @@ def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 
-def finished(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
+def finished_card(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
     """Returns the card of a corpus that is complete and was made from the same inputs, else None."""
     corpus = Path(config.run_dir) / "corpus"
     if not (corpus / "card.json").exists():
@@ -76,18 +76,18 @@ def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
 async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, fingerprint: str) -> dict:
     began = time.monotonic()
     settings = config.synthesis
-    known = knowledge.load(world_dir, heldout_share=config.offline_web.heldout_share, seed=config.data_seed)
-    documents = corpora.documents(world_dir)
-    records.write(corpus / "documents.jsonl", documents)
-    triples = corpora.triples(world_dir)
-    records.write(corpus / "triples.jsonl", triples)
+    known = knowledge.load_knowledge(world_dir, heldout_share=config.offline_web.heldout_share, seed=config.data_seed)
+    documents = corpora.read_documents(world_dir)
+    records.write_records(corpus / "documents.jsonl", documents)
+    triples = corpora.read_triples(world_dir)
+    records.write_records(corpus / "triples.jsonl", triples)
 
     client = ToolsClient(address, call_timeout=config.tools.call_timeout)
     try:
         await client.wait_ready(30.0)
         pairs = edges.hop_pairs(config, known, triples)
         hops, unverified = await edges.verified_pairs(client, known, pairs)
-        drawn = tasks.draw(
+        drawn = tasks.draw_tasks(
             known,
             tasks_per_entity=settings.tasks_per_entity,
             heldout_tasks=settings.heldout_tasks,
@@ -96,7 +96,7 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
             seed=config.data_seed,
             as_of=config.offline_web.as_of,
             hops=hops,
-            walks=deep_search.walks(
+            walks=deep_search.link_walks(
                 known,
                 documents,
                 max_chars=int(WALK_CHARS * config.agent.max_episode_tokens),
@@ -105,10 +105,10 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
             ),
         )
         usable = [item for item in drawn if item.rubric_set.kept]
-        records.write(corpus / "tasks.jsonl", [item.task for item in usable])
-        records.write(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
-        jobs = experts.jobs_of(usable, config.data_seed)
-        episodes = await experts.run(config, client, known, world_dir, corpus, fingerprint, jobs)
+        records.write_records(corpus / "tasks.jsonl", [item.task for item in usable])
+        records.write_records(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
+        jobs = experts.expert_jobs(usable, config.data_seed)
+        episodes = await experts.run_expert_episodes(config, client, known, world_dir, corpus, fingerprint, jobs)
     except ToolInfraError as error:
         raise UserError(
             f"the tool host at {address} failed ({error}); start it again and run the same command"
@@ -144,7 +144,7 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
         "documents": len(documents),
         "triples": len(triples),
         "edges": {"verified": sum(map(len, hops.values())), "unverified": unverified},
-        "tasks": tasks.counts(drawn),
+        "tasks": tasks.task_counts(drawn),
         "rubric_sets_dropped": _count(item.rubric_set.drop_reason for item in drawn if not item.rubric_set.kept),
         "episodes": _episode_card(trajectories, by_id),
         "trajectories": dict(sorted(trajectory_counts.items())),
@@ -176,7 +176,7 @@ def _cleaned(
             components = trajectory.metadata["components"]
             trajectory.metadata["components"] = list(dict.fromkeys([*components, "reflection_tools"]))
         trajectories.append(trajectory)
-    cleaning.select(trajectories, noise_share, random.Random(f"noise {seed}"))
+    cleaning.select_episodes(trajectories, noise_share, random.Random(f"noise {seed}"))
     return trajectories
 
 

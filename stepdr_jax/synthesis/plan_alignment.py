@@ -7,7 +7,7 @@ measures are computed, and the thresholds are ours.
 import dataclasses
 
 from stepdr_jax.records import PlanStep, Trajectory
-from stepdr_jax.text.matching import contains
+from stepdr_jax.text.matching import states_value
 
 MIN_COVERAGE = 0.8
 MIN_ORDER = 0.6
@@ -68,7 +68,7 @@ def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
 
 def _serves(query: str, wanted: str) -> bool:
     parts = [part for part in wanted.replace("{0}", " ").split() if part]
-    return all(contains(query, part) for part in parts)
+    return all(states_value(query, part) for part in parts)
 
 
 def _longest_increasing(sequence: list[int]) -> int:

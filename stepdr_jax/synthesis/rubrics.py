@@ -11,7 +11,7 @@ import dataclasses
 import re
 
 from stepdr_jax.records import Rubric, RubricSet, Task, content_id
-from stepdr_jax.text.matching import contains, normalise
+from stepdr_jax.text.matching import normalize, states_value
 
 FLAWS = frozenset({"unresolved_citation", "degenerate", "states_wrong"})
 SOURCE_REQUEST = re.compile(r"[Cc]ite[^.?!]*source|[Cc]ite[^.?!]*evidence|注明来源|给出依据")
@@ -140,10 +140,10 @@ def step_two(criterion: str, check: dict, query: str, vocabulary: tuple[str, ...
         values = [*check.get("any", ()), *check.get("all", ())]
         if VERDICT_REQUEST.search(query):
             return Reassessment("implicit", "the task asks whether a claim holds, not for the value")
-        if any(contains(query, value) for value in values):
-            return Reassessment("explicit", "the task names it", next(v for v in values if contains(query, v)))
+        if any(states_value(query, value) for value in values):
+            return Reassessment("explicit", "the task names it", next(v for v in values if states_value(query, v)))
         head = criterion.split(":")[0]
-        asked = [word for word in vocabulary if contains(head, word) and contains(query, word)]
+        asked = [word for word in vocabulary if states_value(head, word) and states_value(query, word)]
         if asked:
             return Reassessment("explicit", "the task asks for it by name", max(asked, key=len))
         return Reassessment("implicit", "the task does not name it")
@@ -156,10 +156,10 @@ def consistency(brief: Brief, rubrics: list[Rubric], query: str) -> dict:
     Returns `summary_task` (1 to 5: how much of the brief the task's words carry), `relevant` (share of value rubrics
     whose relation the task or the brief names) and `contradiction` (a value both wanted and punished).
     """
-    named = [point for point in brief.points if any(contains(query, word) for word in point.words)]
+    named = [point for point in brief.points if any(states_value(query, word) for word in point.words)]
     share = len(named) / max(len(brief.points), 1)
-    wanted = {normalise(v) for r in rubrics if r.weight > 0 for v in [*r.check.get("any", ()), *r.check.get("all", ())]}
-    punished = {normalise(v) for r in rubrics if r.check.get("kind") == "states_wrong" for v in r.check["any"]}
+    wanted = {normalize(v) for r in rubrics if r.weight > 0 for v in [*r.check.get("any", ()), *r.check.get("all", ())]}
+    punished = {normalize(v) for r in rubrics if r.check.get("kind") == "states_wrong" for v in r.check["any"]}
     about_values = [r for r in rubrics if r.check.get("kind") == "cites_support"]
     relevant = sum(any(point.topic in r.criterion for point in brief.points) for r in about_values) / max(
         len(about_values), 1

@@ -19,7 +19,7 @@ _INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202
 
 
 @functools.lru_cache(maxsize=65536)
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes, nothing invisible."""
     text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).translate(_QUOTES).casefold()
     text = _GROUPED.sub("", text)
@@ -29,7 +29,7 @@ def normalise(text: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def _seamed(text: str) -> str:
     """Normalised text in which words of different scripts are apart: "人口是8527230。" states a whole number."""
-    return _SEAM.sub("\x01", normalise(text))
+    return _SEAM.sub("\x01", normalize(text))
 
 
 @functools.lru_cache(maxsize=65536)
@@ -43,7 +43,7 @@ def _pattern(needle: str) -> re.Pattern:
     return re.compile(before + body + after)
 
 
-def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool:
+def states_value(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool:
     """Whether `text` states `value` as a whole word or number (a substring where the value is Chinese).
 
     Args:
@@ -67,4 +67,4 @@ def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool
 
 def states_any(text: str, values: Iterable[str], *, longer_names: Iterable[str] = ()) -> bool:
     """Whether the text states at least one of the values."""
-    return any(contains(text, value, longer_names=longer_names) for value in values)
+    return any(states_value(text, value, longer_names=longer_names) for value in values)

@@ -109,7 +109,7 @@ def documents() -> list[Document]:
         for lang in ("en", "zh"):
             name = row[0 if lang == "en" else 1]
             values = _values(row, lang) | {"population": (str(POPULATION[country]),)}
-            lines = [sentences.sentence(relation, name, value, lang) for relation, value in values.items()]
+            lines = [sentences.state_fact(relation, name, value, lang) for relation, value in values.items()]
             pages.append(
                 Document(
                     id=f"atlas:{lang}:{country}",
@@ -130,8 +130,8 @@ def documents() -> list[Document]:
                 title=f"{row[0]} in numbers",
                 text="\n".join(
                     [
-                        sentences.sentence("capital", row[0], (wrong,), "en"),
-                        sentences.sentence("population", row[0], (str(POPULATION[country] // 2),), "en"),
+                        sentences.state_fact("capital", row[0], (wrong,), "en"),
+                        sentences.state_fact("population", row[0], (str(POPULATION[country] // 2),), "en"),
                     ]
                 ),
                 lang="en",

@@ -23,10 +23,10 @@ class Card:
     values: Mapping[str, tuple[str, ...]]
 
     def sentence(self, relation: str) -> str:
-        return sentences.sentence(relation, self.subject, self.values[relation], self.lang)
+        return sentences.state_fact(relation, self.subject, self.values[relation], self.lang)
 
     def topic(self, relation: str) -> str:
-        return sentences.topic(relation, self.subject, self.lang)
+        return sentences.topic_of(relation, self.subject, self.lang)
 
 
 def real_card(knowledge: Knowledge, country: str, lang: str) -> Card:
@@ -96,12 +96,12 @@ def _date(rng: random.Random) -> str:
     return f"{rng.randint(2018, 2026)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
 
 
-def show(card: Card, relation: str, rng: random.Random, hosts: tuple[str, ...] = HOSTS) -> Shown:
+def shown_passage(card: Card, relation: str, rng: random.Random, hosts: tuple[str, ...] = HOSTS) -> Shown:
     host = rng.choice(hosts) if rng.random() < 0.7 else invented_name(rng, capitalised=False) + ".test"
     return Shown(card, relation, host, citation_id(rng))
 
 
-def search_results(shown: list[Shown], rng: random.Random) -> str:
+def render_search_results(shown: list[Shown], rng: random.Random) -> str:
     """Passages as a search shows them."""
     return "\n".join(
         f"{number}. {item.card.subject} | {item.host} | {_date(rng)}\n{item.quote}"
@@ -109,7 +109,7 @@ def search_results(shown: list[Shown], rng: random.Random) -> str:
     )
 
 
-def page(shown: list[Shown], rng: random.Random) -> str:
+def render_page(shown: list[Shown], rng: random.Random) -> str:
     """Passages as an opened page shows them."""
     first = shown[0]
     slug = "".join(letter if letter.isalnum() else "-" for letter in first.card.subject.lower())
@@ -117,5 +117,5 @@ def page(shown: list[Shown], rng: random.Random) -> str:
     return "\n".join([header, *(item.quote for item in shown)])
 
 
-def question(card: Card, relation: str, rng: random.Random) -> str:
+def question_on(card: Card, relation: str, rng: random.Random) -> str:
     return rng.choice(deep_search.ASK[card.lang]).format(topic=card.topic(relation))

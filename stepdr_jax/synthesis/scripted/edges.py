@@ -37,7 +37,7 @@ async def verified_pairs(client: ToolsClient, known: Knowledge, pairs: dict[str,
     wanted: dict[tuple, tuple[str, tuple]] = {}  # edge -> query, fact
     for listed in pairs.values():
         for clue, asked in listed:
-            wanted[clue, "clue"] = deep_search.clue(clue.relation, clue.value, clue.lang), _stated(clue.sentence)
+            wanted[clue, "clue"] = deep_search.clue_phrase(clue.relation, clue.value, clue.lang), _stated(clue.sentence)
             wanted[asked, "asked"] = deep_search.search_query(asked, known), _stated(asked.sentence)
     edges = list(wanted)
     supported: set[tuple] = set()
@@ -65,5 +65,5 @@ async def verified_pairs(client: ToolsClient, known: Knowledge, pairs: dict[str,
 
 
 def _stated(text: str) -> tuple | None:
-    statement = sentences.parse(text)
+    statement = sentences.parse_statement(text)
     return statement.fact if statement else None

@@ -16,7 +16,7 @@ from stepdr_jax.synthesis.renaming import misspell
 from stepdr_jax.synthesis.scripted import reports, sentences, verification
 from stepdr_jax.synthesis.scripted.passages import Passage, read_passages
 from stepdr_jax.synthesis.scripted.style import Style
-from stepdr_jax.text.matching import normalise
+from stepdr_jax.text.matching import normalize
 from stepdr_jax.tokens import chat
 
 _STORED = re.compile(r"stored in (results/[^\s;,]+)")
@@ -143,7 +143,7 @@ class ScriptedExpert:
             if passage.statement
             and not passage.statement.inverse
             and passage.statement.relation == relation
-            and normalise(passage.statement.subject) == normalise(subject)
+            and normalize(passage.statement.subject) == normalize(subject)
         ]
         return sorted(found, key=lambda passage: -self._rank(passage))
 
@@ -154,7 +154,7 @@ class ScriptedExpert:
         self, relation: str, subject: str, thought: str = "search", **fields
     ) -> Generator[str, list[str], list[Passage]]:
         """Searches until an authoritative statement is shown; at most three searches."""
-        topic = sentences.topic(relation, subject, self.task.lang)
+        topic = sentences.topic_of(relation, subject, self.task.lang)
         fields.setdefault("topic", topic)
         found = self._find((yield self._search(thought, [topic], **fields)), relation, subject)
         if found and self._rank(found[0]) == 2:
@@ -203,7 +203,7 @@ class ScriptedExpert:
     def _one(self, first_thought: str) -> Generator[str, list[str], list[Passage]]:
         """Finds the one fact of a task, by the style: with an injected error, page reading or a comparison of sources."""
         relation, subject = self.task.metadata["relations"][-1], self.task.metadata["subject"]
-        topic = sentences.topic(relation, subject, self.task.lang)
+        topic = sentences.topic_of(relation, subject, self.task.lang)
         thought = (yield from self._inject_error(topic, subject)) or first_thought
         if self.style.injected_error == "hasty":
             observed = yield self._search(thought, [topic], 4, topic=topic)
@@ -222,7 +222,7 @@ class ScriptedExpert:
     def _compare(self, found: list[Passage]) -> str:
         best = found[0]
         for other in found[1:]:
-            if normalise(other.statement.value) != normalise(best.statement.value) and other.host != best.host:
+            if normalize(other.statement.value) != normalize(best.statement.value) and other.host != best.host:
                 return self._say["compare"].format(host=other.host, value=other.statement.value, better=best.host)
         return ""
 
@@ -238,7 +238,7 @@ class ScriptedExpert:
         if not found:
             yield self._answer(self._say["unknown"])
             return
-        agrees = normalise(found[0].statement.value) == normalise(self.task.metadata["claimed"])
+        agrees = normalize(found[0].statement.value) == normalize(self.task.metadata["claimed"])
         verdict = verification.VERDICT[self.task.lang]["supported" if agrees else "refuted"]
         separator = "" if self.task.lang == "zh" else " "
         thought = self._compare(found) if self.style.check_again else ""
@@ -258,7 +258,7 @@ class ScriptedExpert:
                 for passage in passages
                 if passage.statement
                 and passage.statement.relation == clue_relation
-                and normalise(passage.statement.value) == normalise(value)
+                and normalize(passage.statement.value) == normalize(value)
             ]
             if matching:
                 name = max(matching, key=self._rank).statement.subject
@@ -268,13 +268,13 @@ class ScriptedExpert:
             yield self._answer(self._say["unknown"])
             return
         thought = "entity"
-        found = yield from self._look_up(asked, name, thought, name=name, topic=sentences.topic(asked, name, lang))
+        found = yield from self._look_up(asked, name, thought, name=name, topic=sentences.topic_of(asked, name, lang))
         yield self._answer(self._quote(found[0]) if found else self._say["unknown"])
 
     def _report(self) -> Script:
         lang, subject = self.task.lang, self.task.metadata["subject"]
         relations = self.task.metadata["relations"]
-        topics = {relation: sentences.topic(relation, subject, lang) for relation in relations}
+        topics = {relation: sentences.topic_of(relation, subject, lang) for relation in relations}
         thought = "batch"
         if self.style.todo:
             yield self._turn("plan", "todo", {"items": [step.goal for step in self.task.plan]})
@@ -298,7 +298,7 @@ class ScriptedExpert:
         if not all(found.values()):
             yield self._answer(self._say["unknown"])
             return
-        lines = [reports.title(subject), *(self._quote(found[relation][0]) for relation in relations)]
+        lines = [reports.report_title(subject), *(self._quote(found[relation][0]) for relation in relations)]
         yield self._answer("\n".join(lines))
 
     def _walk(self) -> Script:

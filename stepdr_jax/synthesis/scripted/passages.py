@@ -24,7 +24,7 @@ def read_passages(text: str) -> list[Passage]:
     for line in text.splitlines():
         line = line.strip()
         if match := _PASSAGE.fullmatch(line):
-            passages.append(Passage(host, match.group(1), match.group(2), sentences.parse(match.group(1))))
+            passages.append(Passage(host, match.group(1), match.group(2), sentences.parse_statement(match.group(1))))
         elif match := _SEARCH_HEADER.fullmatch(line) or _PAGE_HEADER.fullmatch(line):
             host = match.group(1)
     return passages
