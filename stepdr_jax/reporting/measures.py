@@ -63,7 +63,7 @@ PPO = (  # the most telling first: a low terminal shows only those
     Measure("episode", r"format_errors", "format errors"),
     Measure("episode", r"tool_errors", "tool errors", quiet=True),
     Measure("episode", r"sampled_tokens", "tokens sampled"),
-    Measure("episode", r"given_tokens", "tokens given"),
+    Measure("episode", r"observed_tokens", "tokens given"),
     Measure("speed", r"seconds", "s an iteration"),
     Measure("speed", r"seconds_sampling", "s sampling"),
     Measure("speed", r"seconds_training", "s training"),

@@ -242,7 +242,7 @@ def episodes_for_viewer(run: Run, max_bytes: int = viewer.MAX_BYTES) -> list[dic
 
 
 def _by(path: Path, kind: type, field: str) -> dict[str, Any]:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
