@@ -1,9 +1,9 @@
 """Measures the loader against plain tf.data and Hugging Face datasets doing the same work, on one core.
 
-The work: tokenized examples of three components are read from disk, shuffled, mixed by weights, packed to sequences with
-segment ids and positions, and batched. Our loader reads sequences that were packed when the data was built (`packing
-once`); the others pack while they read, with a shuffle buffer. All run on one core, one after another. Seconds are CPU
-seconds over all threads of the process, so that other work on the machine does not count.
+The work: tokenized examples of three components are read from disk, shuffled, mixed by weights, packed to sequences
+with segment ids and positions, and batched. Our loader reads sequences that were packed when the data was built
+(`packing once`); the others pack while they read, with a shuffle buffer. All run on one core, one after another.
+Seconds are CPU seconds over all threads of the process, so that other work on the machine does not count.
 """
 
 import os
@@ -37,7 +37,8 @@ def main(config) -> None:
     seq_len, batch_size, batches = _SEQ_LEN.value, _BATCH_SIZE.value, _BATCHES.value
     examples = {name: _examples(name, _TOKENS.value, seq_len) for name in WEIGHTS}
     print(
-        f"sequences of {seq_len} tokens, {batches} batches of {batch_size}, {len(WEIGHTS)} components of {_TOKENS.value:,} tokens"
+        f"sequences of {seq_len} tokens, {batches} batches of {batch_size}, "
+        f"{len(WEIGHTS)} components of {_TOKENS.value:,} tokens"
     )
     print(f"one core of this machine, load {os.getloadavg()[0]:.1f}\n")
     print(f"{'loader':<24}{'tokens/CPU s':>14}{'fill':>12}{'first batch s':>16}")
@@ -71,7 +72,8 @@ def main(config) -> None:
         if name != "ours":
             with_packing = 1 / (1 / rates["ours"] + packed / total)
             print(
-                f"ours over {name}: {rates['ours'] / rate:.1f}x; in the first epoch, with packing: {with_packing / rate:.1f}x"
+                f"ours over {name}: {rates['ours'] / rate:.1f}x; "
+                f"in the first epoch, with packing: {with_packing / rate:.1f}x"
             )
 
 

@@ -45,7 +45,7 @@ class ComponentOrder:
         return epoch * self.epoch_tokens + 2 * int(self._tokens_N[permutation[:index]].sum())
 
     def draws(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sequence numbers and middles of draws first..last - 1; middles count from the start of the epoch of `first`."""
+        """Sequence numbers and middles of draws first..last - 1; middles count from the start of the first epoch."""
         ids, middles = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         start = first // self.epoch_sequences
         for epoch in range(start, -(-last // self.epoch_sequences)):

@@ -32,7 +32,7 @@ class SelectionPolicy:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """plans: the plan file of each shard and a digest of its rows' content; facts: counts for the card as JSON values."""
+    """plans: plan file of each shard and a digest of its rows' content; facts: counts for the card as JSON values."""
 
     plans: list[tuple[Path, str]]
     facts: dict

@@ -20,11 +20,12 @@ import numpy as np
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.text.scripts import UNSPACED
 
 SHINGLE, PERMUTATIONS, BANDS = 5, 128, 16
 NGRAM = 13  # units that must match
 MIN_ALONE, MIN_WITH_ANSWER = 8, 4  # units of the shortest question that counts without, and with, its answer
-_UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_UNIT = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 

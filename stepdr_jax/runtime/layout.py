@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Names in a run directory that a run writes.
 ENTRIES = re.compile(
-    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
+    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config.*\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
 )
 
 
@@ -182,6 +182,10 @@ class RunLayout:
         return self.root / "corpus"
 
     @property
+    def corpus_card(self) -> Path:
+        return self.corpus / "card.json"
+
+    @property
     def tasks(self) -> Path:
         return self.corpus / "tasks.jsonl"
 
@@ -193,6 +197,10 @@ class RunLayout:
     def data(self) -> Path:
         """Folder of packed rows, one folder a stage, and the data card."""
         return self.root / "data"
+
+    @property
+    def data_card(self) -> Path:
+        return self.data / "card.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -224,6 +232,11 @@ class RunLayout:
     def ledger(self) -> Path:
         """Which stages have finished, with which settings, and what they took."""
         return self.root / "stages.json"
+
+    @property
+    def resolved_config(self) -> Path:
+        """The config that the run was last started with."""
+        return self.root / "config.json"
 
     @property
     def report(self) -> Path:

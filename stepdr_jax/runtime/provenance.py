@@ -53,7 +53,7 @@ def ppo_settings(config: ConfigDict, model: Any, judge: dict[str, Any], origin: 
     Args:
         config: the run's config.
         model: `models.qwen2.Qwen2Config`, with its vocabulary.
-        judge: `judge.choose.settings_of(config)`.
+        judge: `judge.choose.judge_settings(config)`.
         origin: names the policy it starts from and the tasks.
     """
     ppo, agent = (json.loads(config[section].to_json_best_effort()) for section in ("ppo", "agent"))
@@ -122,13 +122,14 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
     return name, old, new
 
 
-def require_finished(config: ConfigDict, name: str) -> dict[str, Any]:
-    """done.json of a stage of the config's seed. Raises UserError, naming its command, when it has not finished."""
-    stage = RunLayout.from_config(config).stage(name)
+def require_finished(config: ConfigDict, name: str, seed: int | None = None) -> dict[str, Any]:
+    """done.json of a stage, of the config's seed or of another. Raises UserError, naming its command, when there is none."""
+    seed = config.seed if seed is None else seed
+    stage = RunLayout.from_config(config).stage(name, seed)
     if not stage.done.exists():
         raise UserError(
-            f"stage {name} of seed {config.seed} is not finished in {stage.directory}; "
-            f"run {stages.command_of(name, config)} first"
+            f"stage {name} of seed {seed} is not finished in {stage.directory}; "
+            f"run {stages.command_of(name, config, seed=seed)} first"
         )
     return files.read_json(stage.done)
 

@@ -1,4 +1,4 @@
-"""Facts about mixtures: exact shares of tokens, an order that other rates do not touch, positions found and not replayed."""
+"""Facts about mixtures: exact shares of tokens, an order independent of other rates, positions found without replay."""
 
 import numpy as np
 import pytest

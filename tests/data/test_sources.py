@@ -1,4 +1,4 @@
-"""Facts about public source formats: on real samples where there are some, else on small files in the published form."""
+"""Facts about public source formats: on real samples where there are some, else on small files of that format."""
 
 import bz2
 import gzip
@@ -21,18 +21,13 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="en">
  <siteinfo><sitename>Wikipedia</sitename><base>https://en.wikipedia.org/wiki/Main_Page</base></siteinfo>
  <page><title>Alan Turing</title><ns>0</ns><id>1208</id><revision><id>5</id><text xml:space="preserve">{{Infobox person
-| name = Alan {{nowrap|Turing}}
-}}
-'''Alan Turing'''&lt;ref name="a"&gt;{{cite web|x}}&lt;/ref&gt; was a [[mathematician]] of the [[United Kingdom|British]] Isles.&lt;ref name="b" /&gt;
-[[File:Turing.jpg|thumb|A [[statue]] of him]]
-== Work ==
-* He wrote [https://example.org a paper] &amp;nbsp;in 1936.
-{| class="wikitable"
-| cell
-|}
+| name = Alan {{nowrap|Turing}} }} '''Alan Turing'''&lt;ref name="a"&gt;{{cite web|x}}&lt;/ref&gt; was a
+[[mathematician]] of the [[United Kingdom|British]] Isles.&lt;ref name="b" /&gt; [[File:Turing.jpg|thumb|A [[statue]]
+of him]] == Work == * He wrote [https://example.org a paper] &amp;nbsp;in 1936. {| class="wikitable" | cell |}
 [[Category:Mathematicians]]</text></revision></page>
- <page><title>A. Turing</title><ns>0</ns><id>2</id><redirect title="Alan Turing" /><revision><text>#REDIRECT [[Alan Turing]]</text></revision></page>
- <page><title>Talk:Alan Turing</title><ns>1</ns><id>3</id><revision><text>Chat</text></revision></page>
+ <page><title>A. Turing</title><ns>0</ns><id>2</id><redirect title="Alan Turing" /><revision><text>#REDIRECT [[Alan
+ Turing]]</text></revision></page> <page><title>Talk:Alan
+ Turing</title><ns>1</ns><id>3</id><revision><text>Chat</text></revision></page>
  <page><title>Empty</title><ns>0</ns><id>4</id><revision><text>{{stub}}</text></revision></page>
 </mediawiki>"""
 
@@ -69,7 +64,8 @@ def test_a_wikipedia_dump_gives_the_prose_of_its_articles_with_their_addresses(t
     assert redirect is None and talk is None
     assert "'Empty' has no text" in str(empty)
     assert article["text"] == (
-        "Alan Turing\n\nAlan Turing was a mathematician of the British Isles.\n\n\nWork\n\nHe wrote a paper \xa0in 1936."
+        "Alan Turing\n\nAlan Turing was a mathematician of the British Isles.\n\n\nWork\n\n"
+        "He wrote a paper \xa0in 1936."
     ).replace("\n\n\n", "\n\n")
     assert article["provenance"] == "https://en.wikipedia.org/wiki/Alan_Turing"
     assert article["id"] == "wikipedia/en/1208"

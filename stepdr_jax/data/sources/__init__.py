@@ -12,7 +12,6 @@ one of `text` | `prompt`, `completion` (optionally `chat`, `loss`) | `trajectory
 import dataclasses
 import functools
 import glob
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.data.sources import agents, articles, containers, dialogue, plain
 from stepdr_jax.errors import UserError
-
-_HAN = re.compile(r"[\u3400-\u9fff]")
+from stepdr_jax.text.scripts import document_language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +96,7 @@ class DataSource:
             return ValueError("the row names no component, and its source has none")
         row["capability"] = row.get("capability") or self.capability
         row["license"] = row.get("license") or self.license
-        row["lang"] = row.get("lang") or self.lang or guess_language(row_text(row))
+        row["lang"] = row.get("lang") or self.lang or document_language(row_text(row))
         return row
 
 
@@ -110,12 +108,6 @@ def row_text(row: dict) -> str:
     if "trajectory" in row:
         return "\n".join(m["content"] for m in row["trajectory"]["messages"] if m["role"] != "system")
     return row["text"] if "text" in row else f"{row['prompt']}\n{row['completion']}"
-
-
-def guess_language(text: str) -> str:
-    """zh if more than a tenth of the first characters is Chinese, else en; for rows and sources without a language."""
-    head = text[:2000]
-    return "zh" if len(_HAN.findall(head)) > len(head) / 10 else "en"
 
 
 def list_sources(config: ConfigDict) -> list[DataSource]:

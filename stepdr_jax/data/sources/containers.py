@@ -132,7 +132,7 @@ class WholeFile(_Sequential):
 
 
 class MediaWiki(_Sequential):
-    """Streams the pages of a MediaWiki XML export, plain or .bz2: records of title, ns, id, redirect, text, base, lang."""
+    """Streams the pages of a MediaWiki XML export: records of title, ns, id, redirect, text, base, lang."""
 
     @staticmethod
     def scan(path: Path, part: Part) -> Iterator[tuple[int, dict | Broken]]:
