@@ -13,8 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
-STAGES = ("midtrain1", "midtrain2", "sft")
 FREE = ("mixture", "kind_weights", "sources", "evaluation_sets")  # sections whose keys are data, not fields
 MAY_BE_NEGATIVE = ("seed", "data_seed")
 MAY_BE_ZERO = frozenset(
@@ -30,7 +30,7 @@ SHARES = frozenset(
 SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 CHOICES = {
-    "first_stage": STAGES,
+    "first_stage": stages.trained(),
     "data.on_bad_row": ("stop", "skip"),
     "data.on_damage": ("stop", "skip"),
     "data.exact_duplicates": ("off", "count", "drop"),
@@ -132,7 +132,7 @@ def check_values(config: ConfigDict) -> None:
             f"offline_web.as_of: expected a date such as 2026-06-01, got {config.offline_web.as_of!r}"
         ) from None
     _check_model(config)
-    for stage in STAGES:
+    for stage in stages.trained():
         section = config[stage]
         if section.schedule not in SCHEDULES:
             raise UserError(f"{stage}.schedule: expected one of {', '.join(SCHEDULES)}, got {section.schedule!r}")

@@ -5,8 +5,8 @@
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
 
-Checkpoints lie in the stage's folder, or in its like below config.checkpointing.directory, which may be a bucket. This module
-does not import jax.
+Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
+bucket. This module does not import jax.
 """
 
 import dataclasses
