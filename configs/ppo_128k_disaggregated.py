@@ -14,7 +14,6 @@ def get_config() -> ConfigDict:
 
 def separate(config: ConfigDict) -> ConfigDict:
     """`config` for half of each v5p host's four chips as sampler, and half the learner."""
-    config = config.unlock()
     config.name += "_separate"
     config.mesh.fsdp //= 2
     config.ppo.microbatch_sequences //= 2  # a row for each fsdp group
@@ -26,4 +25,4 @@ def separate(config: ConfigDict) -> ConfigDict:
             num_pages=3840,  # 60 GiB a chip: pages are of 16 MiB with two chips
         )
     )
-    return config.lock()
+    return config
