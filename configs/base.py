@@ -194,7 +194,9 @@ FIELDS = section(
     ),
     distributed=section(
         "Processes of one run",
-        coordinator=field("", TEXT, "host:port of process 0; auto = jax asks TPU VM, GKE or Slurm; empty = one process"),
+        coordinator=field(
+            "", TEXT, "host:port of process 0; auto = jax asks TPU VM, GKE or Slurm; empty = one process"
+        ),
         processes=field(1, above(0), "how many, when coordinator is a host:port"),
         process=field(0, at_least(0), "which of them this is"),
         join_seconds=field(300.0, above(0), "for the others to start; jax's default"),
@@ -202,7 +204,9 @@ FIELDS = section(
     ),
     parallel=section(
         "How training is computed on the mesh",
-        context_strategy=field("auto", one_of("auto", "ring", "all_gather", "ulysses"), "attention across mesh.context"),
+        context_strategy=field(
+            "auto", one_of("auto", "ring", "all_gather", "ulysses"), "attention across mesh.context"
+        ),
         zigzag=field(True, FLAG, "a context shard has an early and a late piece, so that causal work is equal"),
         attention=field(
             "auto",
@@ -228,7 +232,9 @@ FIELDS = section(
         gamma=field(1.0, POSITIVE_FRACTION, "paper"),
         gae_lambda=field(1.0, POSITIVE_FRACTION, "paper"),
         clip=field(0.2, above(0), "of the probability ratio; ORZ"),
-        dual_clip=field(0.0, at_least(0), "above 1: bounds the loss of actions with negative advantage; 0 = off; verl: 3"),
+        dual_clip=field(
+            0.0, at_least(0), "above 1: bounds the loss of actions with negative advantage; 0 = off; verl: 3"
+        ),
         value_clip=field(0.2, above(0), "ORZ"),
         actor_learning_rate=field(3e-4, above(0), "ORZ: 1e-6 at 32B"),
         critic_learning_rate=field(1e-3, above(0), "ORZ: 5e-6"),

@@ -205,6 +205,14 @@ def unknown_field(config: ConfigDict, name: str) -> str | None:
     return None
 
 
+def misnamed(leaf: str, declared: Section) -> str:
+    """The sentence about `leaf`, a field name without its section that does not exist."""
+    names = [name for name, _ in declared_fields(declared)]
+    close = difflib.get_close_matches(leaf, {name.rsplit(".", 1)[-1] for name in names}, 1)
+    hint = " or ".join([name for name in names if close and name.rsplit(".", 1)[-1] == close[0]][:3])
+    return f"there is no field {leaf!r}; {f'did you mean {hint}?' if hint else 'see docs/configuration.md'}"
+
+
 def check_shape(config: ConfigDict, declared: Section, source: str = "the config", prefix: str = "") -> None:
     """Raises UserError when `config` lacks a declared field, has one more, or one of another type."""
     for key, member in declared.members.items():

@@ -102,7 +102,8 @@ def fingerprint(config: ConfigDict, stage: Stage) -> str:
     means for it, and a script with nothing to do returns at once.
     """
     settings = json.loads(config.to_json_best_effort())
-    settings.pop("seed", None)
+    for name in ("seed", "config_file"):
+        settings.pop(name)
     text = json.dumps([settings, stage.key, stage.arguments], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
