@@ -1,8 +1,9 @@
 """PPO values to write over a config's `ppo` section, as configs/ppo_orz_paper.py and configs/ppo_128k.py do.
 
-They suit any size; each line ends with its source. Open-Reasoner-Zero: arXiv 2503.24290 section 3.1 and its playground/orz_32b_ppo.py; one set of values for 0.5B to 32B. Step-DeepResearch:
-arXiv 2512.20491 section 4.3.3, which says "consistent with the engineering practice in Open-Reasoner-Zero", on policy,
-clipped, a learned critic, gamma = lambda = 1, and prints no other value.
+They suit any size; each line ends with its source. Open-Reasoner-Zero: arXiv 2503.24290 section 3.1 and its
+playground/orz_32b_ppo.py; one set of values for 0.5B to 32B. Step-DeepResearch: arXiv 2512.20491 section 4.3.3, which says
+"consistent with the engineering practice in Open-Reasoner-Zero", on policy, clipped, a learned critic, gamma = lambda = 1,
+and prints no other value.
 """
 
 from ml_collections import ConfigDict
