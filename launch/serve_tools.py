@@ -6,13 +6,13 @@ $STEPDR_TOOLS_TOKEN. On a host without this package's training side, `python -m 
 
 import logging
 import os
-from pathlib import Path
 
 from absl import flags
 
 from launch import entry
+from stepdr_jax.runtime.layout import RunLayout
 from tools_env import server
-from tools_env.settings import Settings
+from tools_env.service.settings import Settings
 
 WORLD = flags.DEFINE_string("world", "", "world directory; empty: run_dir/world, built if needed")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
@@ -28,9 +28,9 @@ ALLOW_INTERNET = flags.DEFINE_boolean("allow_internet", False, "open public addr
 def main(config) -> None:
     world = WORLD.value
     if not world:
-        from tools_env.world.build import build_world
+        from tools_env.offline_web.build import build_world
 
-        world = str(Path(config.run_dir) / "world")
+        world = str(RunLayout.from_config(config).offline_web)
         build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(

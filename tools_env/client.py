@@ -16,7 +16,8 @@ from typing import Any
 
 import grpc
 
-from tools_env import tools_pb2, tools_pb2_grpc, tracing
+from tools_env.protocol import tools_pb2, tools_pb2_grpc
+from tools_env.service import tracing
 
 OUTCOMES = {
     tools_pb2.OUTCOME_OK: "ok",
@@ -171,7 +172,7 @@ class ToolsClient:
         Args:
           max_tool_calls, max_output_tokens, wall_seconds, calls_per_tool: limits; None is none.
           seed: names the episode's draws of faults.
-          faults: a profile of faults to inject, see tools_env/faults.py.
+          faults: a profile of faults to inject, see tools_env/service/faults.py.
           cache_mode: "live", "read_through" or "replay_only"; empty: what the host was told.
         """
         request = tools_pb2.OpenSessionRequest(

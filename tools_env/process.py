@@ -12,8 +12,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
-from tools_env.settings import Settings
-from tools_env.workers import flags
+from tools_env.service.settings import Settings
+from tools_env.service.workers import flags
 
 TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
 _ROOT = Path(__file__).resolve().parent.parent

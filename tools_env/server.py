@@ -24,22 +24,23 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tools_env import tools_pb2, tools_pb2_grpc, workers
-from tools_env.auth import BearerToken, check_exposure, server_credentials
-from tools_env.cache import Cache
-from tools_env.cache_stores import RedisStore, SqliteStore, Store
+from tools_env.cache.retrieval import Cache
+from tools_env.cache.stores import RedisStore, SqliteStore, Store
 from tools_env.errors import ToolHostError
-from tools_env.fetch import Fetcher
-from tools_env.metrics import Metrics
-from tools_env.metrics import serve as serve_metrics
-from tools_env.reach import Reach
-from tools_env.routing import RoutedService, socket_of
+from tools_env.protocol import tools_pb2, tools_pb2_grpc
 from tools_env.search import choose
-from tools_env.service import ToolService
-from tools_env.sessions import Sessions
-from tools_env.settings import Settings
+from tools_env.service import workers
+from tools_env.service.auth import BearerToken, check_exposure, server_credentials
+from tools_env.service.metrics import Metrics
+from tools_env.service.metrics import serve as serve_metrics
+from tools_env.service.routing import RoutedService, socket_of
+from tools_env.service.service import ToolService
+from tools_env.service.sessions import Sessions
+from tools_env.service.settings import Settings
+from tools_env.service.tracing import Spans
 from tools_env.tools import file, optional, todo, web
-from tools_env.tracing import Spans
+from tools_env.web.egress import Reach
+from tools_env.web.fetch import Fetcher
 
 SERVICE = tools_pb2.DESCRIPTOR.services_by_name["ToolService"].full_name
 TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
@@ -138,7 +139,7 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
     resources.push_async_callback(backend.close)
     web_port = settings.web_port
     if web_port is None and settings.world_dir:
-        from tools_env.world.web import WorldWeb
+        from tools_env.offline_web.server import WorldWeb
 
         world_web = WorldWeb(settings.world_dir)
         web_port = world_web.start()
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Exit status 2 means that the message on stderr names what to change."""
     argv = sys.argv[1:] if argv is None else argv
     if "--mcp" in argv:
-        from tools_env import mcp
+        from tools_env.adapters import mcp
 
         return mcp.main([flag for flag in argv if flag != "--mcp"])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

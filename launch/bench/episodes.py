@@ -32,7 +32,7 @@ from stepdr_jax.records import Answer, Rubric, RubricSet, Task
 from stepdr_jax.rl import rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tools_env.load import family
+from tools_env.check.load import family
 
 _EPISODES = flags.DEFINE_integer("episodes", 2000, "at once", lower_bound=1)
 _THINK = flags.DEFINE_float("think", 4.0, "mean seconds that a turn takes to sample")
@@ -178,7 +178,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
 def main(config) -> None:
     texts = [turn_text(turn, "e123") for turn in range(5)]
     tokenizer = Tokenizer.train(texts, 360)
-    with tool_host.own(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
+    with tool_host.start(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
         print(json.dumps(asyncio.run(measure(host, tokenizer, _EPISODES.value, _THINK.value)), indent=1))
 
 

@@ -21,7 +21,7 @@ from tests.rl import faulty
 from tests.tools_env.conftest import write_world
 from tools_env.process import ToolHost
 from tools_env.server import serve
-from tools_env.settings import Settings
+from tools_env.service.settings import Settings
 
 
 def append(mark: str) -> str:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tools_env.client import ToolsClient
 from tools_env.server import serve
-from tools_env.settings import Settings
+from tools_env.service.settings import Settings
 
 COUNTRIES = {
     "austria": ("Austria", "Vienna", "奥地利", "维也纳", "euro"),

@@ -13,8 +13,9 @@ import zlib
 import pytest
 from aiohttp import web
 
+from tools_env.check import media_bench
 from tools_env.errors import ToolError, ToolHostError
-from tools_env.tools import analyze_image, arguments, asr, media_bench
+from tools_env.tools import analyze_image, arguments, asr
 from tools_env.tools.base import Call
 
 needs_sphinx = pytest.mark.skipif(importlib.util.find_spec("pocketsphinx") is None, reason="pocketsphinx not installed")

@@ -9,11 +9,11 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tools_env import health
-from tools_env.auth import check_exposure
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
-from tools_env.settings import Settings
+from tools_env.service import health
+from tools_env.service.auth import check_exposure
+from tools_env.service.settings import Settings
 
 
 def certificates(folder):

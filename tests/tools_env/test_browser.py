@@ -12,9 +12,9 @@ import pytest
 from aiohttp import web
 
 from tools_env.errors import BadArguments, ToolError, ToolHostError
-from tools_env.reach import Reach
 from tools_env.tools import arguments, browser
 from tools_env.tools.base import Call
+from tools_env.web.egress import Reach
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None

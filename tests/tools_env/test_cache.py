@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tools_env.cache import SESSION_MODE, Cache
-from tools_env.cache_stores import RedisStore, SqliteStore
+from tools_env.cache.retrieval import SESSION_MODE, Cache
+from tools_env.cache.stores import RedisStore, SqliteStore
 from tools_env.errors import ToolError, ToolHostError, Unavailable
 
 

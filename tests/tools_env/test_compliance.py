@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from tools_env import compliance
+from tools_env.check import compliance
 from tools_env.process import ToolHost
-from tools_env.sessions import Session
+from tools_env.service.sessions import Session
 
 
 def states(results):

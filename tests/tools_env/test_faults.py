@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from tools_env import faults
 from tools_env.client import ToolInfraError
 from tools_env.errors import BadArguments
+from tools_env.service import faults
 
 AUSTRIA = {"queries": ["capital of Austria"]}
 

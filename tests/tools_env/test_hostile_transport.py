@@ -9,8 +9,9 @@ import struct
 import grpc
 import pytest
 
-from tools_env import server, tools_pb2
+from tools_env import server
 from tools_env.client import ToolsClient
+from tools_env.protocol import tools_pb2
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 METHODS = ("ListTools", "OpenSession", "CallTool", "CloseSession")

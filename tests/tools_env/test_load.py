@@ -12,9 +12,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tools_env import chaos, load, tools_pb2
+from tools_env.check import chaos, load
 from tools_env.client import ToolsClient
 from tools_env.process import ToolHost
+from tools_env.protocol import tools_pb2
 
 
 def test_kill_of_a_worker_under_load_loses_and_doubles_nothing(world, tmp_path):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tools_env import health, server
+from tools_env import server
 from tools_env.search import choose
+from tools_env.service import health
 
 yaml = pytest.importorskip("yaml")
 FOLDER = Path(__file__).resolve().parents[2] / "launch" / "gke" / "tools"
@@ -93,7 +94,7 @@ def test_health_command_says_whether_a_host_answers(running, tmp_path):
 
     async def main():
         async with running() as it:
-            command = [sys.executable, "-m", "tools_env.health", f"--address={it.address}"]
+            command = [sys.executable, "-m", "tools_env.service.health", f"--address={it.address}"]
             return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
 
     done = asyncio.run(main())

@@ -2,8 +2,9 @@
 
 import pytest
 
+from tools_env.check import patch_bench
 from tools_env.errors import ToolError
-from tools_env.tools import patch, patch_bench
+from tools_env.tools import patch
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 HEAD = "import sys; import {module} as m; m.{parse} = {attack}; m.{seconds} = 1; sys.argv = ['x', 'a.pdf']; m.main()"
 READERS = {
-    "tools_env.page": dict(parse="_parse_pdf", seconds="_PDF_SECONDS"),
+    "tools_env.web.page": dict(parse="_parse_pdf", seconds="_PDF_SECONDS"),
     "tools_env.tools.documents": dict(parse="read", seconds="CPU_SECONDS"),
 }
 ATTACKS = {

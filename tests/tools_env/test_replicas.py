@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from tools_env import chaos
+from tools_env.check import chaos
 from tools_env.client import ToolsClient
 from tools_env.process import ToolHost
 

@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 from tools_env import index as command
+from tools_env.check import search_bench as bench
 from tools_env.client import ToolsClient
 from tools_env.errors import BadArguments, ToolHostError
-from tools_env.search import bench, ranking, store
+from tools_env.search import ranking, store
 from tools_env.search.backend import Filters
 from tools_env.search.citations import Citations
 from tools_env.search.index import PassageIndex
 from tools_env.search.wikitext import pages, plain
 from tools_env.server import serve
-from tools_env.settings import Settings
+from tools_env.service.settings import Settings
 
 
 def write(path, rows):

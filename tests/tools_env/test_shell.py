@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from tools_env.errors import BadArguments, ToolError, ToolHostError
-from tools_env.reach import Reach
 from tools_env.sandbox import isolation
 from tools_env.tools import arguments, optional, shell
 from tools_env.tools.base import Call
+from tools_env.web.egress import Reach
 
 pytestmark = [
     pytest.mark.sandbox,

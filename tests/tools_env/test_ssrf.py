@@ -11,9 +11,9 @@ import contextlib
 import pytest
 
 from tools_env.errors import ToolError
-from tools_env.fetch import Fetcher
-from tools_env.proxy import Proxy
-from tools_env.reach import Reach, is_public, literal_address
+from tools_env.web.egress import Reach, is_public, literal_address
+from tools_env.web.fetch import Fetcher
+from tools_env.web.proxy import Proxy
 
 PUBLIC = "93.184.215.14"
 

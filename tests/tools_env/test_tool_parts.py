@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tools_env import cache
+from tools_env.cache import retrieval as cache
+from tools_env.cache.shared_work import SharedWork
 from tools_env.errors import RetryLater, ToolError, ToolHostError, UnknownSession
-from tools_env.limits import Limit
-from tools_env.sessions import Budget, Opening, Sessions
-from tools_env.shared_work import SharedWork
+from tools_env.service.limits import Limit
+from tools_env.service.sessions import Budget, Opening, Sessions
 from tools_env.tools.implicit_context import whole_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +152,7 @@ def imported(statement: str) -> set[str]:
 
 def test_package_imports_neither_jax_nor_the_training_code():
     modules = imported(
-        "import tools_env.server, tools_env.process, tools_env.client, tools_env.page, tools_env.tools.patch"
+        "import tools_env.server, tools_env.process, tools_env.client, tools_env.web.page, tools_env.tools.patch"
     )
     assert not modules & {"jax", "jaxlib", "stepdr_jax", "flax", "tensorflow", "torch"}
     for source in (ROOT / "tools_env").rglob("*.py"):
@@ -174,10 +174,10 @@ def test_client_import_stays_light():
 
 def test_stubs_fit_the_proto(tmp_path):
     protoc = pytest.importorskip("grpc_tools.protoc")
-    source = ROOT / "tools_env" / "tools.proto"
+    source = ROOT / "tools_env" / "protocol" / "tools.proto"
     assert protoc.main(["protoc", f"-I{ROOT}", f"--python_out={tmp_path}", str(source)]) == 0
-    made = (tmp_path / "tools_env" / "tools_pb2.py").read_text()
-    kept = (ROOT / "tools_env" / "tools_pb2.py").read_text()
+    made = (tmp_path / "tools_env" / "protocol" / "tools_pb2.py").read_text()
+    kept = (ROOT / "tools_env" / "protocol" / "tools_pb2.py").read_text()
     assert made.split("AddSerializedFile", 1)[1] == kept.split("AddSerializedFile", 1)[1]
 
 

@@ -10,8 +10,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from tools_env import tools_pb2
 from tools_env.client import ToolInfraError, ToolsClient
+from tools_env.protocol import tools_pb2
 from tools_env.server import SERVICE
 
 
@@ -254,7 +254,7 @@ def test_long_session_id_does_not_make_the_error_too_long_to_send(running):
 def test_caller_without_a_deadline_still_has_one(running, monkeypatch):
     async def main():
         async with running(fetch_timeout=30.0) as it:
-            monkeypatch.setattr("tools_env.service.DEFAULT_DEADLINE", 0.2)
+            monkeypatch.setattr("tools_env.service.service.DEFAULT_DEADLINE", 0.2)
             monkeypatch.setattr("tools_env.tools.web.REPLY_MARGIN", -60.0)  # a tool that forgets its deadline
             session = await it.client.open_session("e")
             arguments = json.dumps({"urls": ["http://slow.test/good"]})

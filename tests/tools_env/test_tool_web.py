@@ -10,11 +10,11 @@ import zlib
 import pytest
 from aiohttp import web
 
-from tools_env import page
-from tools_env.charset import decode
 from tools_env.errors import ToolError
-from tools_env.fetch import Fetched, Fetcher
-from tools_env.reach import Reach
+from tools_env.web import page
+from tools_env.web.charset import decode
+from tools_env.web.egress import Reach
+from tools_env.web.fetch import Fetched, Fetcher
 
 
 async def opened(it, *urls, session=None, call_id="0.0"):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tools_env import tools_pb2
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import CallUnfinished, RetryLater, ToolHostError, Unavailable
 from tools_env.process import ToolHost
-from tools_env.service import ToolService
-from tools_env.sessions import Budget, Opening, Sessions, owner
+from tools_env.protocol import tools_pb2
+from tools_env.service.service import ToolService
+from tools_env.service.sessions import Budget, Opening, Sessions, owner
 from tools_env.tools.base import Output, Tool
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,11 +7,11 @@ import random
 import pytest
 
 from tools_env.client import ToolsClient
+from tools_env.offline_web.build import build_world
 from tools_env.search import text
 from tools_env.search.index import PassageIndex
 from tools_env.server import serve
-from tools_env.settings import Settings
-from tools_env.world.build import build_world
+from tools_env.service.settings import Settings
 
 
 @pytest.fixture(scope="module")

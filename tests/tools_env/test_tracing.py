@@ -11,7 +11,7 @@ import pytest
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.process import ToolHost
-from tools_env.tracing import Spans
+from tools_env.service.tracing import Spans
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra telemetry is not installed")
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc  # noqa: E402

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tools_env.browser import sandbox
 from tools_env.errors import Unavailable
-from tools_env.proxy import Proxy
-from tools_env.reach import Reach
 from tools_env.sandbox.cgroups import Groups
+from tools_env.web.egress import Reach
+from tools_env.web.proxy import Proxy
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from tools_env.browser import reading
 from tools_env.browser.reading import Reading
-from tools_env.browser.shots import Shots
+from tools_env.browser.screenshots import Shots
 from tools_env.errors import ToolError
-from tools_env.proxy import REFUSED
+from tools_env.web.proxy import REFUSED
 
 ACTION_MS = 4000.0  # for an element to become usable
 _QUIET_SECONDS = 0.2  # without a request in flight: the page has answered

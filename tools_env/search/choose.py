@@ -15,7 +15,7 @@ from tools_env.search.index import MODES, EmbeddedBackend, PassageIndex
 from tools_env.search.opensearch import OpenSearchBackend
 from tools_env.search.providers import WebBackend
 from tools_env.search.remote import Remote, secret
-from tools_env.settings import Settings
+from tools_env.service.settings import Settings
 
 _VECTORS = ("embeddings_url", "embeddings_model", "embeddings_dimensions", "embeddings_key_variable")
 OPTIONS = {

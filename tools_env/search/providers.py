@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tools_env.errors import Unavailable
+from tools_env.offline_web.folder import language
 from tools_env.search import text
 from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
 from tools_env.search.remote import Remote
-from tools_env.world.folder import language
 
 _MAX_TEXT = 600  # characters of a snippet
 

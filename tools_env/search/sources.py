@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tools_env.errors import ToolHostError
+from tools_env.offline_web import folder
 from tools_env.search import wikitext
-from tools_env.world import folder
 
 _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from tools_env.browser import sandbox
 from tools_env.browser.chromium import Chromium
-from tools_env.browser.shots import Shots
+from tools_env.browser.screenshots import Shots
 from tools_env.browser.tab import ACTION_MS, Tab, fill, playwright_error
 from tools_env.errors import BadArguments, ToolError, ToolHostError
-from tools_env.reach import Reach
 from tools_env.search.citations import canonical_url
 from tools_env.tools.base import Call, Output, Tool
+from tools_env.web.egress import Reach
 
 logger = logging.getLogger(__name__)
 

@@ -190,8 +190,8 @@ def _epub(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _html(content: bytes) -> str:
-    from tools_env import page
-    from tools_env.fetch import Fetched
+    from tools_env.web import page
+    from tools_env.web.fetch import Fetched
 
     found = page.read(Fetched("file", "text/html", None, content))
     return "\n".join([f"# {found.title}"] * bool(found.title) + found.passages)

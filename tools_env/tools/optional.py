@@ -13,8 +13,8 @@ import pkgutil
 
 from tools_env import tools
 from tools_env.errors import ToolHostError
-from tools_env.reach import Reach
 from tools_env.tools.base import Tool
+from tools_env.web.egress import Reach
 
 
 def names() -> list[str]:

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from tools_env import cache as caching
-from tools_env import page
+from tools_env.cache import retrieval as caching
 from tools_env.errors import BadArguments, ToolError
-from tools_env.fetch import Fetcher
 from tools_env.search.backend import LANGUAGES, Filters, Passage, SearchBackend
 from tools_env.search.citations import PATTERN, Citations
 from tools_env.tools.base import Call, Output, Tool
+from tools_env.web import page
+from tools_env.web.fetch import Fetcher
 
 MAX_ITEMS = 10
 MAX_RESULTS = 10

@@ -1,0 +1,1 @@
+"""Adapters from other protocols to the tool service."""

@@ -1,0 +1,1 @@
+"""The retrieval cache, its stores, and joining of concurrent work."""

@@ -1,0 +1,1 @@
+"""The gRPC interface: tools.proto and the stubs generated from it."""

@@ -1,0 +1,1 @@
+"""The gRPC service: sessions, limits, routing between worker processes, metrics and tracing."""

@@ -1,0 +1,287 @@
+"""Sessions: one episode's workspace, budget, lease, and the replies it already has.
+
+A session lives in one process. A host with a state folder writes a journal for each, so that a process started again
+knows its sessions and their replies; without one, losing the process loses the session: calls then answer NOT_FOUND
+and the episode is masked.
+"""
+
+import base64
+import collections
+import dataclasses
+import hashlib
+import logging
+import secrets
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tools_env.cache.shared_work import SharedWork
+from tools_env.errors import CallIdReused, CallUnfinished, UnknownSession
+from tools_env.search.index import Passage
+from tools_env.service.journal import Journal
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Limits of a session; None is no limit."""
+
+    tool_calls: int | None = None
+    output_tokens: int | None = None
+    wall_seconds: float | None = None
+    calls_per_tool: Mapping[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # tools not named: no limit of their own
+
+
+NO_LIMIT = Budget()
+
+
+@dataclasses.dataclass(frozen=True)
+class Opening:
+    """What a session was opened with."""
+
+    request_id: str
+    episode_id: str
+    budget: Budget
+    seed: int = 0
+    faults_json: str = ""
+    cache_mode: str = ""
+
+
+class Session:
+    """The state of one episode. `clock` gives seconds and never goes back."""
+
+    def __init__(
+        self, opening: Opening, directory: Path, clock: Callable[[], float], journal: Journal | None, age: float = 0.0
+    ):
+        """`age`: seconds since the session was opened, for one that is restored."""
+        self.id = directory.name
+        self.opening = opening
+        self.directory = directory
+        self.budget = opening.budget
+        self.known: dict[str, Passage] = {}  # passages shown so far, by citation id
+        self.calls = collections.Counter()  # calls that count, by tool
+        self.output_tokens = 0
+        self.attachments: dict[str, Any] = {}  # what the service derives from the opening once
+        self._clock = clock
+        self._journal = journal
+        self.last_used = clock()
+        self._opened = self.last_used - age
+        self._replies: dict[str, tuple[str, bytes]] = {}  # call id -> (digest of what was asked, reply)
+        self._begun: dict[str, str] = {}  # call id -> digest: calls with effects that have no reply yet
+        self._running: dict[str, str] = {}  # call id -> digest
+        self._work = SharedWork()
+        (directory / "workspace").mkdir(parents=True, exist_ok=True)
+
+    @property
+    def busy(self) -> bool:
+        return len(self._work) > 0
+
+    @property
+    def tool_calls(self) -> int:
+        return self.calls.total()
+
+    def remaining(self) -> Budget:
+        """Returns what is left of each limit, never below 0."""
+        limit = self.budget
+        wall = None if limit.wall_seconds is None else limit.wall_seconds - (self._clock() - self._opened)
+        return Budget(
+            None if limit.tool_calls is None else max(limit.tool_calls - self.tool_calls, 0),
+            None if limit.output_tokens is None else max(limit.output_tokens - self.output_tokens, 0),
+            None if wall is None else max(wall, 0.0),
+            {tool: max(calls - self.calls[tool], 0) for tool, calls in limit.calls_per_tool.items()},
+        )
+
+    def spent(self, tool: str) -> str | None:
+        """Returns which budget for a call of `tool` is gone, in words for the model, or None."""
+        if self.budget == NO_LIMIT:
+            return None
+        left = self.remaining()
+        if left.tool_calls == 0:
+            return f"No tool calls left (limit {self.budget.tool_calls})."
+        if left.calls_per_tool.get(tool) == 0:
+            return f"No calls of {tool} left (limit {self.budget.calls_per_tool[tool]})."
+        if left.output_tokens == 0:
+            return f"No tool output left (limit {self.budget.output_tokens} tokens)."
+        if left.wall_seconds == 0:
+            return f"No time left (limit {self.budget.wall_seconds:g} seconds)."
+        return None
+
+    def begin(self, call_id: str) -> None:
+        """Notes that a call with effects starts now; without a reply it will not be run again."""
+        self._begun[call_id] = self._running[call_id]
+        self._write({"begun": call_id, "asked": self._running[call_id]})
+
+    def withdraw(self, call_id: str) -> None:
+        """Takes `begin` back: the call was refused before it had any effect, and may run when it comes again."""
+        if self._begun.pop(call_id, None) is not None:
+            self._write({"withdrawn": call_id})
+
+    def runs(self, call_id: str) -> bool:
+        return call_id in self._running
+
+    async def once(
+        self, call_id: str, asked: str, execute: Callable[[], Awaitable[bytes]], *, alone: bool = False
+    ) -> bytes:
+        """Runs `execute` for a new call id; a repeat gets the stored reply, a concurrent one waits for the first.
+
+        A reply is stored; a failure of the host (an exception) is not, so that a retry runs again, unless `begin` was
+        called. When all callers have gone, the execution is cancelled. `alone`: `execute` never waits, so no other caller
+        can come while it runs, and it needs no task of its own.
+
+        Raises CallIdReused when the id came before with something else asked, and CallUnfinished.
+        """
+        self.last_used = self._clock()
+        digest = hashlib.sha256(asked.encode(errors="replace")).hexdigest()
+        known = self._replies.get(call_id)
+        before = known[0] if known else self._running.get(call_id, self._begun.get(call_id))
+        if before is not None and before != digest:
+            raise CallIdReused(f"call id {call_id!r} was used for another call of this session")
+        if known:
+            return known[1]
+        if call_id in self._begun and call_id not in self._running:
+            raise CallUnfinished(
+                f"call {call_id!r} began and was cut off; it may have had effects, so it is not run again"
+            )
+
+        async def run():
+            try:
+                reply = await execute()
+                self._replies[call_id] = (digest, reply)
+                self._begun.pop(call_id, None)
+                return reply
+            finally:
+                self.last_used = self._clock()
+                self._running.pop(call_id, None)
+
+        self._running[call_id] = digest
+        return await (run() if alone else self._work.run(call_id, run))
+
+    def finish(self, call_id: str, tool: str, tokens: int, sources: Iterable[Passage], reply: bytes) -> None:
+        """Notes a call that ran: what it cost, the passages it made known, its reply. Before the reply is sent."""
+        new = [source for source in sources if source.id not in self.known]
+        self.known.update((source.id, source) for source in new)
+        self.output_tokens += tokens
+        if self._journal is not None:
+            record = {"done": call_id, "asked": self._running[call_id], "tool": tool, "tokens": tokens}
+            record["known"] = [dataclasses.asdict(source) for source in new]
+            self._write(record | {"reply": base64.b64encode(reply).decode()})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.append(record)
+
+    def restore(self, records: Iterable[dict[str, Any]]) -> None:
+        """Takes up what the journal says of an earlier process."""
+        for record in records:
+            if "begun" in record:
+                self._begun[record["begun"]] = record["asked"]
+                continue
+            if "withdrawn" in record:
+                self._begun.pop(record["withdrawn"], None)
+                continue
+            self._begun.pop(record["done"], None)
+            self._replies[record["done"]] = (record["asked"], base64.b64decode(record["reply"]))
+            self.calls[record["tool"]] += 1
+            self.output_tokens += record["tokens"]
+            self.known.update((row["id"], Passage(**row)) for row in record["known"])
+
+
+class Sessions:
+    """All open sessions of one process."""
+
+    def __init__(
+        self,
+        directory: Path,
+        lease: float,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        durable: bool = False,
+        worker: int = 0,
+        workers: int = 1,
+    ):
+        """Takes up the sessions that an earlier process with this number left in `directory`, if `durable`."""
+        self._directory = directory
+        self._lease = lease
+        self._clock = clock
+        self._durable = durable
+        self._worker = worker
+        self._open: dict[str, Session] = {}
+        self._requests: dict[str, str] = {}  # request id -> session id
+        if durable and directory.is_dir():
+            for folder in directory.iterdir():
+                if owner(folder.name, workers) == worker:
+                    self._restore(folder)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def _restore(self, folder: Path) -> None:
+        journal = Journal(folder)
+        try:
+            if journal.age(time.time()) > self._lease:
+                raise ValueError("its lease has ended")
+            first, *records = journal.read()
+            opening = Opening(**(first["open"] | {"budget": Budget(**first["open"]["budget"])}))
+            session = Session(opening, folder, self._clock, journal, age=max(time.time() - first["at"], 0.0))
+            session.restore(records)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.info("session %s is not taken up: %s", folder.name, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        self._add(session)
+
+    def _add(self, session: Session) -> None:
+        self._open[session.id] = session
+        if session.opening.request_id:
+            self._requests[session.opening.request_id] = session.id
+
+    def open(self, opening: Opening) -> Session:
+        """Opens a session; a repeated request gets the session it opened."""
+        known = self._open.get(self._requests.get(opening.request_id, ""))
+        if known is not None:
+            return known
+        directory = self._directory / f"session_{self._worker}_{secrets.token_hex(8)}"
+        journal = Journal(directory) if self._durable else None
+        session = Session(opening, directory, self._clock, journal)
+        session._write({"open": dataclasses.asdict(opening), "at": time.time()})
+        self._add(session)
+        return session
+
+    def get(self, session_id: str) -> Session:
+        """Raises UnknownSession."""
+        try:
+            return self._open[session_id]
+        except KeyError:
+            raise UnknownSession(
+                f"session {session_id!r} is not open here: it was closed, its lease of {self._lease:g} s ended, "
+                "or the host restarted"
+            ) from None
+
+    def close(self, session_id: str) -> Session | None:
+        """Removes a session and its files; None when it is not open."""
+        session = self._open.pop(session_id, None)
+        if session is not None:
+            self._requests.pop(session.opening.request_id, None)
+            shutil.rmtree(session.directory, ignore_errors=True)
+        return session
+
+    def reap(self) -> list[str]:
+        """Removes idle sessions whose lease has ended; returns their ids."""
+        now = self._clock()
+        ended = [s.id for s in self._open.values() if not s.busy and now - s.last_used > self._lease]
+        for session_id in ended:
+            self.close(session_id)
+        return ended
+
+
+def owner(session_id: str, workers: int) -> int | None:
+    """Returns the number of the worker process that has a session, or None for what is no session id."""
+    parts = session_id.split("_")
+    if len(parts) != 3 or parts[0] != "session" or not parts[1].isdecimal() or len(parts[1]) > 6:
+        return None
+    return int(parts[1]) % workers
