@@ -14,14 +14,14 @@ from tools_env.offline_web.build import build_world
 def main(config) -> None:
     layout = RunLayout.from_config(config)
     build_world(layout.offline_web, seed=config.data_seed, documents=config.offline_web.documents)
-    card = pipeline.finished(config)
+    card = pipeline.finished_card(config)
     if card:
         pass
     elif config.tools.address:
-        card = pipeline.run(config, config.tools.address)
+        card = pipeline.synthesize_corpus(config, config.tools.address)
     else:
         with tool_host.start(config, "synthesize") as host:
-            card = pipeline.run(config, host.address)
+            card = pipeline.synthesize_corpus(config, host.address)
     kept = sum(card["episodes"]["kept"].values())
     tasks = {split: sum(table.values()) for split, table in card["tasks"].items()}
     print(

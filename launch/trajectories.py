@@ -56,7 +56,7 @@ def main(config) -> None:
 
 
 def _by_task(path: Path, kind: type, field: str) -> dict:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def main(config) -> int:
     console = Console()
     watched.poll()
     if _ONCE.value or not console.is_terminal:
-        if not watched.run_dir.is_dir():
-            raise UserError(f"{watched.run_dir} does not exist; name a run with --run_dir")
+        if not watched.layout.root.is_dir():
+            raise UserError(f"{watched.layout.root} does not exist; name a run with --run_dir")
         console.print(dashboard.frame(watched, console, stage=_STAGE.value, totals=totals, whole=True))
         return 0
     try:

@@ -20,6 +20,7 @@ import numpy as np
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.text.scripts import UNSPACED
 
 SHINGLE, PERMUTATIONS, BANDS = 5, 128, 16
 NGRAM, ALONE, SHORTEST = (
@@ -27,7 +28,7 @@ NGRAM, ALONE, SHORTEST = (
     8,
     4,
 )  # units: of a window; of a question that tells alone; of one that tells with its answer
-_UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_UNIT = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 

@@ -74,7 +74,7 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 def read_results(path: str | os.PathLike) -> list[Result]:
     """Reads rows in index order; raises UserError for a missing or damaged file."""
-    return sorted(records.read(path, Result), key=lambda result: result.index)
+    return sorted(records.read_records(path, Result), key=lambda result: result.index)
 
 
 def values(results: Iterable[Result], metric: Metric) -> statistics.Values:

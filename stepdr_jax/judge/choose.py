@@ -13,12 +13,12 @@ from stepdr_jax.judge.model_judge import ModelJudge
 FREE = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
 
 
-def settings_of(config) -> dict[str, object]:
+def judge_settings(config) -> dict[str, object]:
     """What verdicts are a function of, as dotted names and values."""
     return {f"judge.{name}": value for name, value in config.judge.items() if name not in FREE}
 
 
-def judge_of(config, names: Iterable[str]) -> Judge:
+def make_judge(config, names: Iterable[str]) -> Judge:
     """The judge of `config.judge`; `names` as of `ProgrammaticJudge`. Raises UserError when an endpoint is not named."""
     section = config.judge
     rules = dict(mapping=section.mapping, max_missing=section.max_missing)

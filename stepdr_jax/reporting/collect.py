@@ -21,15 +21,9 @@ from typing import Any
 from stepdr_jax import files
 from stepdr_jax.evaluation import results
 from stepdr_jax.evaluation.results import Result
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 
-TRAINED = ("midtrain1", "midtrain2", "sft")
-TITLES = {
-    "init": "Untrained",
-    "midtrain1": "Mid-training I",
-    "midtrain2": "Mid-training II",
-    "sft": "SFT",
-    "ppo": "PPO",
-}
 STEP_KEYS = ("step", "iteration")
 
 
@@ -45,16 +39,16 @@ class Curves:
 class Run:
     """Everything the report reads. Keys of nested dicts: seed, then stage."""
 
-    path: Path
+    layout: RunLayout
     seeds: list[int]
     curves: dict[int, dict[str, Curves]]
-    qa: dict[int, dict[str, Curves]]  # milestones, over training tokens
-    events: dict[int, dict[str, list[dict[str, Any]]]]  # the diary of a training stage
+    qa: dict[int, dict[str, Curves]]  # of evaluation checkpoints, over training tokens
+    events: dict[int, dict[str, list[dict[str, Any]]]]  # the event log of a training stage
     done: dict[int, dict[str, dict[str, Any]]]
     evaluated: dict[str, list[Result]]  # stage -> rows of all seeds
     data: dict[str, Any]
     iterations: dict[int, list[Path]]  # ppo episode files in order
-    ledger: dict[str, dict[str, Any]]  # the quickstart's: "world" or "seed0.sft" -> seconds, peak_bytes
+    ledger: dict[str, dict[str, Any]]  # the quickstart's: "offline_web" or "seed0.sft" -> seconds, peak_bytes
     taught: list[dict[str, Any]]  # the teacher's trajectories, renamed copies left out
 
     @property
@@ -64,39 +58,34 @@ class Run:
 
 def collect(run_dir: str | os.PathLike) -> Run:
     """Reads everything under `run_dir`, which may still be empty."""
-    path = Path(run_dir)
-    seeds = sorted(int(home.name[4:]) for home in path.glob("seed*") if home.is_dir() and home.name[4:].isdigit())
-    ledger = files.read_json(path / "stages.json") if (path / "stages.json").exists() else {}
-    taught = teacher_episodes(path)
-    run = Run(path, seeds, {}, {}, {}, {}, {}, data(path, taught), {}, ledger, taught)
+    layout = RunLayout.of_run_dir(run_dir)
+    seeds = layout.seeds()
+    ledger = files.read_json(layout.ledger) if layout.ledger.exists() else {}
+    taught = teacher_episodes(layout)
+    run = Run(layout, seeds, {}, {}, {}, {}, {}, data(layout, taught), {}, ledger, taught)
     for seed in seeds:
-        home = path / f"seed{seed}"
+        learned = {
+            stage.name: layout.stage(stage.name, seed) for stage in stages.STAGES if stage.unit and stage.planned
+        }
+        trained = {name: learned[name] for name in stages.trained()}
         run.curves[seed] = {
-            stage: curves(files.read_jsonl(home / stage / "metrics.jsonl"))
-            for stage in (*TRAINED, "ppo")
-            if (home / stage / "metrics.jsonl").exists()
+            name: curves(files.read_jsonl(stage.metrics)) for name, stage in learned.items() if stage.metrics.exists()
         }
         run.qa[seed] = {
-            stage: curves(row | {"step": row["tokens"]} for row in files.read_jsonl(home / stage / "qa.jsonl"))
-            for stage in TRAINED
-            if (home / stage / "qa.jsonl").exists()
+            name: curves(row | {"step": row["tokens"]} for row in files.read_jsonl(stage.qa_rows))
+            for name, stage in trained.items()
+            if stage.qa_rows.exists()
         }
         run.events[seed] = {
-            stage: files.read_jsonl(home / stage / "events.jsonl")
-            for stage in TRAINED
-            if (home / stage / "events.jsonl").exists()
+            name: files.read_jsonl(stage.events) for name, stage in trained.items() if stage.events.exists()
         }
-        run.done[seed] = {
-            stage: files.read_json(home / stage / "done.json")
-            for stage in (*TRAINED, "ppo")
-            if (home / stage / "done.json").exists()
-        }
-        for stage in results.STAGES:
-            rows = home / "eval" / f"{stage}.jsonl"
+        run.done[seed] = {name: files.read_json(stage.done) for name, stage in learned.items() if stage.done.exists()}
+        for name in stages.evaluated():
+            rows = layout.evaluated(name, seed)
             if rows.exists():
-                run.evaluated.setdefault(stage, []).extend(results.read(rows))
-        run.iterations[seed] = sorted((home / "ppo" / "iterations").glob("[0-9]*.jsonl"))
-    run.evaluated = {stage: run.evaluated[stage] for stage in results.STAGES if stage in run.evaluated}
+                run.evaluated.setdefault(name, []).extend(results.read_results(rows))
+        run.iterations[seed] = sorted(learned["ppo"].iterations.glob("[0-9]*.jsonl"))
+    run.evaluated = {name: run.evaluated[name] for name in stages.evaluated() if name in run.evaluated}
     return run
 
 
@@ -128,9 +117,9 @@ def curves(rows: Iterable[dict[str, Any]]) -> Curves:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def teacher_episodes(run_dir: Path) -> list[dict[str, Any]]:
+def teacher_episodes(layout: RunLayout) -> list[dict[str, Any]]:
     """Trajectories that the teacher ran, kept and dropped; their renamed copies are left out."""
-    path = run_dir / "corpus" / "trajectories.jsonl"
+    path = layout.corpus / "trajectories.jsonl"
     return [row for row in _rows(path) if "copy_of" not in row.get("metadata", {})] if path.exists() else []
 
 
@@ -141,14 +130,14 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def data(run_dir: Path, taught: list[dict[str, Any]]) -> dict[str, Any]:
+def data(layout: RunLayout, taught: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of the corpus, the prepared rows and the tokenizer; a key is absent when its file is."""
     out: dict[str, Any] = {}
-    corpus = run_dir / "corpus"
-    if (corpus / "card.json").exists():
-        out["card"] = files.read_json(corpus / "card.json")
-    if (corpus / "tasks.jsonl").exists():
-        rows = files.read_jsonl(corpus / "tasks.jsonl")
+    corpus = layout.corpus
+    if layout.corpus_card.exists():
+        out["card"] = files.read_json(layout.corpus_card)
+    if layout.tasks.exists():
+        rows = files.read_jsonl(layout.tasks)
         out["tasks"] = _count((row["kind"], row["lang"], row.get("split", "train")) for row in rows)
     if taught:
         kept = [row for row in taught if row.get("kept", True)]
@@ -169,11 +158,11 @@ def data(run_dir: Path, taught: list[dict[str, Any]]) -> dict[str, Any]:
     if (corpus / "documents.jsonl").exists():
         with open(corpus / "documents.jsonl", "rb") as lines:
             out["documents"] = sum(1 for _ in lines)
-    if (run_dir / "tokenizer" / "tokenizer.json").exists():
-        spec = files.read_json(run_dir / "tokenizer" / "tokenizer.json")
+    if layout.tokenizer.exists():
+        spec = files.read_json(layout.tokenizer)
         out["tokenizer"] = len(spec.get("model", {}).get("vocab", {})) + len(spec.get("added_tokens", []))
-    if (run_dir / "data" / "card.json").exists():
-        out["prepared"] = files.read_json(run_dir / "data" / "card.json")
+    if layout.data_card.exists():
+        out["prepared"] = files.read_json(layout.data_card)
     return out
 
 

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from stepdr_jax.runtime import stages
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
@@ -61,7 +63,7 @@ PPO = (  # the most telling first: a low terminal shows only those
     Measure("episode", r"format_errors", "format errors"),
     Measure("episode", r"tool_errors", "tool errors", quiet=True),
     Measure("episode", r"sampled_tokens", "tokens sampled"),
-    Measure("episode", r"given_tokens", "tokens given"),
+    Measure("episode", r"observed_tokens", "tokens given"),
     Measure("speed", r"seconds", "s an iteration"),
     Measure("speed", r"seconds_sampling", "s sampling"),
     Measure("speed", r"seconds_training", "s training"),
@@ -97,7 +99,7 @@ NOT_SHOWN = re.compile(r"iteration|step|episodes|eta_seconds|slowest_host(/.*)?"
 
 def arranged(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]:
     """(metric, title, measure) for every metric of `names` that a reader wants, in order; unknown ones last."""
-    known, names = PPO if stage.startswith("ppo") else TRAINING, list(dict.fromkeys(names))
+    known, names = PPO if stages.stage_named(stage).program == "ppo" else TRAINING, list(dict.fromkeys(names))
     out, used = [], set()
     for measure in known:
         for name in names:

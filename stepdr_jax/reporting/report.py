@@ -18,8 +18,10 @@ from stepdr_jax.evaluation import results
 from stepdr_jax.progress import clock
 from stepdr_jax.records import RubricSet, Task, Trajectory
 from stepdr_jax.reporting import collect, viewer
-from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections import data, evaluation, headline, ppo, training, wording
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.stages import title_of
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 CONTENTS = (
@@ -32,17 +34,6 @@ CONTENTS = (
     ("limits", "What this does not show"),
     ("reproduce", "How to reproduce"),
 )
-STAGE_COMMANDS = {  # stage -> module and flags
-    "world": "launch.world",
-    "synthesize": "launch.synthesize",
-    "build_data": "launch.build_data",
-    "midtrain1": "launch.midtrain --stage=midtrain1",
-    "midtrain2": "launch.midtrain --stage=midtrain2",
-    "sft": "launch.sft",
-    "ppo": "launch.ppo",
-    "evaluate": "launch.evaluate",
-    "report": "launch.report",
-}
 PPO_ITERATIONS = 6  # iterations of which the viewer shows episodes, spread over training
 TASKS_IN_VIEWER = 40  # evaluated tasks, the same for every stage
 TEACHER_EPISODES = 60
@@ -58,18 +49,17 @@ def write(config: ConfigDict, config_flags: str = "") -> Path:
     """
     run = collect.collect(config.run_dir)
     page, numbers = render(run, config, config_flags)
-    run.path.mkdir(parents=True, exist_ok=True)
-    files.write_json(run.path / "report.json", numbers)
-    path = run.path / "report.html"
-    files.write_atomic(path, page)
-    return path
+    run.layout.root.mkdir(parents=True, exist_ok=True)
+    files.write_json(run.layout.report_json, numbers)
+    files.write_atomic(run.layout.report, page)
+    return run.layout.report
 
 
 def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, dict[str, Any]]:
     """Returns the page and its numbers."""
 
     def command(stage: str) -> str:
-        return " ".join(f"python -m {STAGE_COMMANDS[stage]} {config_flags}".split())
+        return " ".join(f"python -m {stages.stage_named(stage).command} {config_flags}".split())
 
     machine, written = collect.machine(), collect.now()
     summaries = {stage: results.summary(rows) for stage, rows in run.evaluated.items()}
@@ -104,7 +94,7 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         ),
         limits=evaluation.LIMITS,
         run_dir=str(config.run_dir),
-        commands=["bash launch/quickstart.sh", "", *(command(stage) for stage in STAGE_COMMANDS)],
+        commands=["bash launch/quickstart.sh", "", *(command(stage.name) for stage in stages.STAGES if stage.planned)],
         config_text=json.dumps(_plain(config), indent=1, ensure_ascii=False),
         versions=wording.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
         command=command,
@@ -119,7 +109,7 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         improved=verdict["tone"] == "good",
         stage_seconds=seconds,
         data={name: value for name, value in run.data.items() if name != "card"},
-        done={str(seed): stages for seed, stages in run.done.items()},
+        done={str(seed): made for seed, made in run.done.items()},
         evaluation={
             stage: dict(
                 summary=summaries[stage],
@@ -182,15 +172,11 @@ def _machine_sentence(machine: Mapping[str, str]) -> str:
     return "Machine that wrote this report: " + ", ".join(part for part in parts if part) + "."
 
 
-SHARED_STAGES = {"world": "World", "synthesize": "Synthesis", "build_data": "Data preparation"}
-SEED_STAGES = {stage: TITLES[stage] for stage in (*TRAINED, "ppo")} | {"evaluate": "Evaluation"}
-
-
 def stage_seconds(run: Run) -> dict[str, float]:
-    """Seconds by ledger key ("world", "seed0.sft", ...): the quickstart's ledger, else what a stage's done.json says."""
+    """Seconds by ledger key ("offline_web", "seed0.sft", ...): the quickstart's ledger, else what a stage's done.json says."""
     out = {}
-    for seed, stages in run.done.items():
-        for stage, done in stages.items():
+    for seed, made in run.done.items():
+        for stage, done in made.items():
             value = next(
                 (done[key] for key in ("seconds", "wall_seconds") if isinstance(done.get(key), int | float)), None
             )
@@ -203,12 +189,13 @@ def _timing(run: Run, seconds: Mapping[str, float]) -> dict[str, Any]:
     several = len(run.seeds) > 1
     head = ["Stage", *((f"seed {seed}" for seed in run.seeds) if several else ["Time"]), "Peak memory", "What it made"]
     rows = []
-    for stage, title in (SHARED_STAGES | SEED_STAGES).items():
-        keys = [stage] if stage in SHARED_STAGES else [f"seed{seed}.{stage}" for seed in run.seeds] or [stage]
+    for stage in (stage for stage in stages.STAGES if stage.planned and stage.name != "report"):
+        name = stage.name
+        keys = [name] if stage.shared else [f"seed{seed}.{name}" for seed in run.seeds] or [name]
         cells = [clock(seconds[key]) if key in seconds else _state(run, key) for key in keys]
         cells += [""] * (max(len(run.seeds), 1) - len(cells))
         peak = max((run.ledger.get(key, {}).get("peak_bytes", 0) for key in keys), default=0)
-        rows.append([title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _made(run, stage)])
+        rows.append([stage.title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _made(run, name)])
     return wording.table(head, rows, numeric=False)
 
 
@@ -216,8 +203,7 @@ def _state(run: Run, key: str) -> str:
     """What is known of a stage without a time."""
     seed, _, stage = key.rpartition(".")
     if not seed:
-        found = {"world": "documents", "synthesize": "tasks", "build_data": "prepared"}.get(stage)
-        return "done" if found in run.data else "not run"
+        return "done" if (run.layout.root / stages.stage_named(stage).output).exists() else "not run"
     number = int(seed.removeprefix("seed"))
     if stage == "evaluate":
         evaluated = [name for name, rows in run.evaluated.items() if any(row.seed == number for row in rows)]
@@ -229,7 +215,7 @@ def _state(run: Run, key: str) -> str:
 
 def _made(run: Run, stage: str) -> str:
     found = run.data
-    if stage == "world" and found.get("documents"):
+    if stage == "offline_web" and found.get("documents"):
         return wording.counted(found["documents"], "page")
     if stage == "synthesize" and found.get("tasks"):
         kept = found.get("trajectories", {}).get("kept", 0)
@@ -240,8 +226,7 @@ def _made(run: Run, stage: str) -> str:
         return wording.counted(sum(map(len, run.evaluated.values())), "episode")
     curves = run.curves.get(run.first_seed, {}).get(stage)
     if curves and curves.x:
-        unit = "iteration" if stage == "ppo" else "step"
-        return wording.made(curves, unit)
+        return wording.made(curves, stages.stage_named(stage).unit)
     return "–"
 
 
@@ -250,14 +235,14 @@ def _made(run: Run, stage: str) -> str:
 
 def episodes_for_viewer(run: Run, max_bytes: int = viewer.MAX_BYTES) -> list[dict[str, Any]]:
     """A bounded sample: the same held-out tasks at every stage, PPO episodes with token detail, and the teacher's."""
-    tasks = _by(run.path / "corpus" / "tasks.jsonl", Task, "id")
-    rubrics = _by(run.path / "corpus" / "rubrics.jsonl", RubricSet, "task_id")
+    tasks = _by(run.layout.tasks, Task, "id")
+    rubrics = _by(run.layout.rubrics, RubricSet, "task_id")
     groups = [*_evaluated(run, tasks, rubrics), *_practised(run, tasks, rubrics), _taught(run, tasks)]
     return viewer.choose([group for group in groups if group], max_bytes)
 
 
 def _by(path: Path, kind: type, field: str) -> dict[str, Any]:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
@@ -276,7 +261,7 @@ def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
             groups.append(
                 [
                     viewer.from_result(
-                        row, tasks.get(row.task_id), rubrics.get(row.task_id), f"held out, {TITLES[stage]}"
+                        row, tasks.get(row.task_id), rubrics.get(row.task_id), f"held out, {title_of(stage)}"
                     )
                     for row in (chosen if seed == run.first_seed else chosen[:8])
                 ]
@@ -321,7 +306,7 @@ def _taught(run: Run, tasks) -> list[dict[str, Any]]:
 
 def _vocabulary(run: Run, episodes: list[dict[str, Any]]) -> dict[str, Any]:
     ids = {id_ for row in episodes if "tokens" in row for id_ in row["tokens"]["ids"]}
-    path = run.path / "tokenizer" / "tokenizer.json"
+    path = run.layout.tokenizer
     return viewer.vocabulary(ids, Tokenizer.load(path).piece) if ids and path.exists() else {}
 
 
@@ -341,7 +326,7 @@ def _viewer_sentence(run: Run, episodes: list[dict[str, Any]]) -> str:
     detailed = sum("tokens" in row for row in episodes)
     sentence = (
         f"{wording.counted(len(episodes), 'episode')} from {wording.counted(places, 'place')} in the recipe, a sample that keeps "
-        f"this file small; the others are in {run.path}. Citations lead to the passage that the episode observed."
+        f"this file small; the others are in {run.layout.root}. Citations lead to the passage that the episode observed."
     )
     if detailed:
         sentence += (

@@ -13,8 +13,10 @@ import jinja2
 import markupsafe
 
 from stepdr_jax.pages import TEMPLATES
-from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.viewer import CITATION, cited, segments
+from stepdr_jax.records import Finish, ObservedSource, Trajectory
+from stepdr_jax.reporting.viewer import cited, segments
+from stepdr_jax.text.citations import CITATION
+from stepdr_jax.text.scripts import question_language
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}
 ENDINGS = {
@@ -77,7 +79,7 @@ def render_html(trajectory: Trajectory, query: str) -> str:
         environment.get_template("research.html.j2")
         .render(
             query=query,
-            lang="zh" if re.search(r"[\u4e00-\u9fff]", query) else "en",
+            lang=question_language(query),
             paragraphs=_paragraphs(trajectory.answer or "", numbers, sources),
             no_answer="" if trajectory.answer else _no_answer(trajectory),
             notes=notes,
@@ -93,7 +95,7 @@ def _numbers(trajectory: Trajectory) -> dict[str, int]:
     return {id_: number for number, id_ in enumerate(cited(trajectory.answer), 1)}
 
 
-def _marks(ids: str, numbers: dict[str, int], sources: dict[str, Source]) -> str:
+def _marks(ids: str, numbers: dict[str, int], sources: dict[str, ObservedSource]) -> str:
     marks = [f"[{numbers[i]}]" if i in sources else f"[{numbers[i]}, unresolved]" for i in _split(ids)]
     return "".join(marks)
 
@@ -102,7 +104,7 @@ def _split(ids: str) -> list[str]:
     return [part.strip() for part in ids.split(",") if part.strip()]
 
 
-def _paragraphs(answer: str, numbers: dict[str, int], sources: dict[str, Source]) -> list[markupsafe.Markup]:
+def _paragraphs(answer: str, numbers: dict[str, int], sources: dict[str, ObservedSource]) -> list[markupsafe.Markup]:
     """Escaped paragraphs with citation marks that link to their notes."""
 
     def mark(ids: str) -> str:
@@ -146,11 +148,11 @@ def _searches(trajectory: Trajectory) -> list[str]:
     return out
 
 
-def _is_web(source: Source) -> bool:
+def _is_web(source: ObservedSource) -> bool:
     return urlsplit(source.url).scheme in ("http", "https")
 
 
-def _details(source: Source) -> str:
+def _details(source: ObservedSource) -> str:
     return ", ".join(
         [source.published_at or "no date", f"authority: {AUTHORITY.get(source.authority, str(source.authority))}"]
     )

@@ -18,9 +18,9 @@ import markupsafe
 from stepdr_jax.evaluation.results import Result
 from stepdr_jax.pages import TEMPLATES
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.text.citations import cited_ids
 
 MAX_BYTES = 3_000_000  # of embedded JSON
-CITATION = re.compile(r"\\cite\{([^{}]*)\}")
 TAGS = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 SCRIPTS = ("page.js", "viewer_tokens.js", "viewer_episode.js", "viewer.js")
 STYLES = ("style.css", "viewer.css")
@@ -39,8 +39,7 @@ def segments(content: str) -> list[tuple[str, str]]:
 
 def cited(text: str | None) -> list[str]:
     """Citation ids of a text in order of first appearance."""
-    ids = (part.strip() for match in CITATION.finditer(text or "") for part in match[1].split(","))
-    return list(dict.fromkeys(id_ for id_ in ids if id_))
+    return list(dict.fromkeys(id_ for id_ in cited_ids(text or "") if id_))
 
 
 def episode(

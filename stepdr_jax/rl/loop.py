@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task
@@ -86,10 +86,10 @@ def prepare(config: ConfigDict) -> Parts:
     model, who = Qwen2Config.from_config(config.model, state.vocab_size(config)), Roles.of(config)
     shardings = who.param_shardings(model) if who.mesh.size > 1 else None
     tokenizer = Tokenizer.load(layout.tokenizer)
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(layout.rubrics, RubricSet)}
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(layout.rubrics, RubricSet)}
     tasks = [
         task
-        for task in records.read(layout.tasks, Task)
+        for task in records.read_records(layout.tasks, Task)
         if task.split == "train" and task.id in rubric_sets and rubric_sets[task.id].kept
     ]
     if not tasks:
@@ -108,7 +108,7 @@ def prepare(config: ConfigDict) -> Parts:
         actor=lambda: state.load_params(config, config.seed, "sft", shardings),
         tasks=tasks,
         rubric_sets=rubric_sets,
-        judge=judge_of(config, names),
+        judge=make_judge(config, names),
         origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 
@@ -147,7 +147,7 @@ async def _train(
             "lower it in the config"
         )
     keep_compiled(RunLayout.from_config(config).compilation_cache)
-    asked = provenance.ppo_settings(config, parts.model, settings_of(config), parts.origin)
+    asked = provenance.ppo_settings(config, parts.model, judge_settings(config), parts.origin)
     layout = RunLayout.from_config(config).stage(home.name)
     provenance.require_same_location(layout)
     if checkpoint.steps(layout.checkpoint_dir):

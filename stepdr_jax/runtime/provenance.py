@@ -53,7 +53,7 @@ def ppo_settings(config: ConfigDict, model: Any, judge: dict[str, Any], origin: 
     Args:
         config: the run's config.
         model: `models.qwen2.Qwen2Config`, with its vocabulary.
-        judge: `judge.choose.settings_of(config)`.
+        judge: `judge.choose.judge_settings(config)`.
         origin: names the policy it starts from and the tasks.
     """
     ppo, agent = (json.loads(config[section].to_json_best_effort()) for section in ("ppo", "agent"))

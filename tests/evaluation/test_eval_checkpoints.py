@@ -23,10 +23,10 @@ def trained(tmp_path_factory):
     """Twelve steps of 120 tokens, an evaluation checkpoint every 500 tokens at the rows of every third step."""
     run_dir = tmp_path_factory.mktemp("evaluated")
     tasks = synthetic_run.make_tasks(12)
-    records.write(run_dir / "corpus" / "tasks.jsonl", tasks)
+    records.write_records(run_dir / "corpus" / "tasks.jsonl", tasks)
     check = Rubric(rid="a", criterion="States it.", weight=1, role="explicit", check={"kind": "states", "any": ["x"]})
     rubric_sets = [RubricSet(id=task.id, task_id=task.id, rubrics=[check]) for task in tasks]
-    records.write(run_dir / "corpus" / "rubrics.jsonl", rubric_sets)
+    records.write_records(run_dir / "corpus" / "rubrics.jsonl", rubric_sets)
     tokenizer = Tokenizer.train([task.query for task in tasks], 300)
     tokenizer.save(run_dir / "tokenizer" / "tokenizer.json")
     config = tiny.tiny_config(

@@ -162,7 +162,7 @@ def test_rows_survive_the_file(tmp_path):
     from stepdr_jax import records
 
     rows = run([task("a"), task("b")], Policy())
-    records.write(tmp_path / "sft.jsonl", reversed(rows))
+    records.write_records(tmp_path / "sft.jsonl", reversed(rows))
     assert results.read_results(tmp_path / "sft.jsonl") == rows
 
 

@@ -46,12 +46,12 @@ def episodes_of(iteration: int, tasks, tokenizer) -> list[Episode]:
                 rid="b", weight=2, role="implicit", verdict="error", score=None, reason=ATTACK
             )
         log = TokenLog()
-        log.given(tokenizer.encode(trajectory.messages[1].content))
+        log.observed(tokenizer.encode(trajectory.messages[1].content))
         for text, given in (("<tool_call>搜索", trajectory.messages[-2].content), (SPOKEN, None)):
             ids = tokenizer.encode(text)
             log.sampled(ids, -noise.random(len(ids)), iteration)
             if given:
-                log.given(tokenizer.encode(given))
+                log.observed(tokenizer.encode(given))
         scored = Scored(None, None, "infra_failed") if masked else Scored(verdict.reward, verdict)
         out.append(Episode(index, task, 7, trajectory, log, scored))
     return out
@@ -76,8 +76,8 @@ def run(tmp_path_factory) -> Path:
 
 
 def write(run: Path, out: Path, iterations=(0, 1, 2), **settings) -> tuple[dict, str]:
-    tasks = {task.id: task for task in records.read(run / "corpus" / "tasks.jsonl", records.Task)}
-    rubrics = {row.task_id: row for row in records.read(run / "corpus" / "rubrics.jsonl", RubricSet)}
+    tasks = {task.id: task for task in records.read_records(run / "corpus" / "tasks.jsonl", records.Task)}
+    rubrics = {row.task_id: row for row in records.read_records(run / "corpus" / "rubrics.jsonl", RubricSet)}
     counts = trajectories.write(
         run / "seed0" / "ppo" / "iterations",
         out,

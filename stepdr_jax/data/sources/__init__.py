@@ -11,7 +11,6 @@ A row is a dict with `id`, `component`, `capability`, `lang`, `licence`, `proven
 import dataclasses
 import functools
 import glob
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.data.sources import agents, articles, containers, dialogue, plain
 from stepdr_jax.errors import UserError
-
-_HAN = re.compile(r"[\u3400-\u9fff]")
+from stepdr_jax.text.scripts import document_language
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Source:
             return ValueError("the row names no component, and its source has none")
         row["capability"] = row.get("capability") or self.capability
         row["licence"] = row.get("licence") or self.licence
-        row["lang"] = row.get("lang") or self.lang or language(words_of(row))
+        row["lang"] = row.get("lang") or self.lang or document_language(words_of(row))
         return row
 
 
@@ -109,12 +107,6 @@ def words_of(row: dict) -> str:
     if "trajectory" in row:
         return "\n".join(m["content"] for m in row["trajectory"]["messages"] if m["role"] != "system")
     return row["text"] if "text" in row else f"{row['prompt']}\n{row['completion']}"
-
-
-def language(text: str) -> str:
-    """zh where a tenth of the first characters is Chinese, else en: a guess for rows and sources that do not say."""
-    head = text[:2000]
-    return "zh" if len(_HAN.findall(head)) > len(head) / 10 else "en"
 
 
 def of(config: ConfigDict) -> list[Source]:

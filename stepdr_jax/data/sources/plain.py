@@ -8,6 +8,7 @@ import pydantic
 from stepdr_jax.data.sources import dialogue
 from stepdr_jax.data.sources.fields import common, parsed, text
 from stepdr_jax.records import Trajectory
+from stepdr_jax.text.scripts import question_language
 
 
 def any_row(line: bytes) -> dict:
@@ -68,7 +69,7 @@ def synthesis_trajectory(line: bytes) -> dict | None:
         id=trajectory.id,
         components=list(dict.fromkeys(trajectory.metadata.get("components", []))),
         capability=trajectory.capability,
-        lang=trajectory.metadata.get("lang") or dialogue.question_language(question),
+        lang=trajectory.metadata.get("lang") or question_language(question),
         trajectory=json.loads(line),
     )
 

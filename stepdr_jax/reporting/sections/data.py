@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepdr_jax.pages import plots
-from stepdr_jax.reporting.collect import TITLES, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections.wording import KIND_TITLES, LANG_TITLES, Section, counted, table
+from stepdr_jax.runtime.stages import title_of
 
 
 def section(run: Run) -> Section:
@@ -94,4 +95,4 @@ def _mixture_table(stage: str, card: Mapping[str, Any]) -> Section:
             ]
         )
     head = ["Component", "Rate", "Share of tokens", "Examples", "Rows", "Tokens", "Trained on", "Fill", "Too long"]
-    return table(head, rows, caption=f"{TITLES[stage]}: rows of {card['context']} tokens")
+    return table(head, rows, caption=f"{title_of(stage)}: rows of {card['context']} tokens")

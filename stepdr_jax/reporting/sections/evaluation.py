@@ -8,9 +8,10 @@ from stepdr_jax.evaluation import results, statistics
 from stepdr_jax.evaluation.statistics import Interval
 from stepdr_jax.pages import plots
 from stepdr_jax.pages.plots import Dot
-from stepdr_jax.reporting.collect import TITLES, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections.headline import interval_note, stage_dots
 from stepdr_jax.reporting.sections.wording import KIND_TITLES, LANG_TITLES, Section, counted, ranged, table
+from stepdr_jax.runtime.stages import title_of
 
 
 def differences(run: Run) -> dict[tuple[str, str], dict[str, statistics.Paired]]:
@@ -54,7 +55,7 @@ def section(
         measured = sum(row.missing is None for row in run.evaluated[stage])
         rows.append(
             [
-                TITLES[stage],
+                title_of(stage),
                 *(ranged(summary[metric.name], metric.unit) for metric in results.METRICS),
                 {"value": f"{measured:,}", "range": _missing(len(run.evaluated[stage]) - measured)},
             ]
@@ -71,11 +72,11 @@ def section(
         if causes:
             told = "; ".join(f"{cause} ({count})" for cause, count in causes.items())
             section["notes"].append(
-                f"{TITLES[stage]}: episodes without a measurement, left out rather than counted as 0: {told}."
+                f"{title_of(stage)}: episodes without a measurement, left out rather than counted as 0: {told}."
             )
     section["figures"] = [
         plots.dot_chart(
-            [(TITLES[stage], stage_dots(run, stage, metric)) for stage in run.evaluated],
+            [(title_of(stage), stage_dots(run, stage, metric)) for stage in run.evaluated],
             title=metric.title,
             x_label={"share": "share of episodes", "ratio": "share of errors"}.get(metric.unit, metric.title.lower()),
             x_range=(0, 1) if metric.unit in ("share", "ratio") else None,
@@ -99,7 +100,7 @@ def _missing(count: int) -> str:
 def _difference_table(paired: Mapping[tuple[str, str], Mapping[str, statistics.Paired]]) -> Section:
     rows = []
     for (before, after), by_metric in paired.items():
-        row: list[Any] = [f"{TITLES[before]} → {TITLES[after]}"]
+        row: list[Any] = [f"{title_of(before)} → {title_of(after)}"]
         for name in ("reward", "correct", "cited"):
             row.append(ranged(by_metric[name].crossed, "difference"))
         for name in ("turns", "tokens"):
@@ -152,7 +153,7 @@ def _breakdown_table(breakdowns, field: str, titles: Mapping[str, str], head: st
                 "range": counted(max(cell.clusters for cell in cells), "task"),
             }
             rows.append([label, *(ranged(cell, metric.unit) for cell in cells)])
-    return table([head, *(TITLES[stage] for stage in stages)], rows)
+    return table([head, *(title_of(stage) for stage in stages)], rows)
 
 
 LIMITS = (

@@ -7,8 +7,9 @@ from stepdr_jax.evaluation.statistics import Interval
 from stepdr_jax.pages import plots
 from stepdr_jax.pages.plots import Dot
 from stepdr_jax.progress import clock
-from stepdr_jax.reporting.collect import TITLES, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections.wording import Section, counted, listed, shown
+from stepdr_jax.runtime.stages import title_of
 
 
 def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str, statistics.Paired]]) -> Section:
@@ -55,10 +56,10 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
         last = list(run.evaluated)[-1]
         reward = results.measure(run.evaluated[last], results.BY_NAME["reward"])
         sentences.append(
-            f"The last evaluated stage is {TITLES[last]}, with a mean held-out reward of {shown(reward.mean)} "
+            f"The last evaluated stage is {title_of(last)}, with a mean held-out reward of {shown(reward.mean)} "
             f"(95\u00a0% interval {shown(reward.low)} to {shown(reward.high)})."
         )
-        missing = [TITLES[stage] for stage in ("sft", "ppo") if stage not in run.evaluated]
+        missing = [title_of(stage) for stage in ("sft", "ppo") if stage not in run.evaluated]
         if missing:
             sentences.append(f"{listed(missing)} {'has' if len(missing) == 1 else 'have'} not been evaluated yet.")
     step = differences.get(("midtrain2", "sft"))
@@ -81,9 +82,11 @@ def tiles(run: Run, summaries: Mapping[str, Mapping[str, Interval]], seconds: fl
     if summaries:
         last = list(summaries)[-1]
         out.append(
-            {"value": shown(summaries[last]["reward"].mean), "label": f"mean held-out reward after {TITLES[last]}"}
+            {"value": shown(summaries[last]["reward"].mean), "label": f"mean held-out reward after {title_of(last)}"}
         )
-        out.append({"value": shown(summaries[last]["correct"].mean, "share"), "label": f"correct after {TITLES[last]}"})
+        out.append(
+            {"value": shown(summaries[last]["correct"].mean, "share"), "label": f"correct after {title_of(last)}"}
+        )
         out.append({"value": shown(summaries[last]["cited"].mean, "share"), "label": "with citations that all resolve"})
     if seconds:
         out.append(
@@ -111,7 +114,7 @@ def overview(run: Run, summaries: Mapping[str, Mapping[str, Interval]]) -> list[
     out = []
     for name in ("reward", "correct"):
         metric = results.BY_NAME[name]
-        rows = [(TITLES[stage], stage_dots(run, stage, metric)) for stage in summaries]
+        rows = [(title_of(stage), stage_dots(run, stage, metric)) for stage in summaries]
         out.append(
             plots.dot_chart(
                 rows,

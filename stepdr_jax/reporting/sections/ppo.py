@@ -46,7 +46,7 @@ PPO_PANELS = (
     ("Share of masked episodes", r"masked_share", "masked", {"y_label": "share", "band": band("masked_share")}),
     ("Turns and tool calls per episode", r"(turns|tool_calls)", None, {"smooth": 5}),
     ("Errors per episode", r"(format_errors|tool_errors)", None, {"smooth": 5}),
-    ("Tokens per episode", r"(sampled_tokens|given_tokens)", None, {"smooth": 5, "y_label": "tokens"}),
+    ("Tokens per episode", r"(sampled_tokens|observed_tokens)", None, {"smooth": 5, "y_label": "tokens"}),
     ("Tokens sampled, by how the episode ended", r"tokens_by_finish/(.+)", None, {"y_label": "tokens"}),
     ("Gradient norms before clipping", r"(actor|critic)_grad_norm", None, {"y_label": "norm"}),
     ("Losses", r"(policy|value)_loss", None, {}),

@@ -1,12 +1,13 @@
-"""Mid-training and SFT: their curves, QA at milestones, and what interrupted them."""
+"""Mid-training and SFT: their curves, held-out questions on the way, and what interrupted them."""
 
 import collections
 import math
 from collections.abc import Callable
 
-from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections.curves import matching, rest, several
 from stepdr_jax.reporting.sections.wording import Section, counted, listed, made
+from stepdr_jax.runtime.stages import title_of, trained
 
 NATS = {"y_label": "nats per token"}
 PANELS = (  # title, pattern of metrics, label, settings of the chart
@@ -37,9 +38,9 @@ QA = (
 def sections(run: Run, command: Callable[[str], str]) -> list[Section]:
     """One section a stage, empty where it has not run."""
     out = []
-    for stage in TRAINED:
+    for stage in trained():
         section: Section = {
-            "title": TITLES[stage],
+            "title": title_of(stage),
             "command": command(stage),
             "figures": [],
             "more": [],

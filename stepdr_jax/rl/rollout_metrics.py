@@ -53,7 +53,7 @@ def of(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
     for cause in [*causes, *sorted(set(masked) - set(causes))]:
         row[f"masked/{cause}"] = masked[cause]
     row["masked_share"] = sum(masked.values()) / len(episodes)
-    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "given_tokens"):
+    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "observed_tokens"):
         row[name] = stat(name)
     read = [kept[place] for place in spaced(len(kept), READ_FOR_REPETITION)]
     row["repetition"] = _mean(map(_repeats, read))
@@ -72,7 +72,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _repeats(episode: Episode) -> bool:
     written = (message.content for message in episode.trajectory.messages if message.role == "assistant")
-    return any(repetition.degenerate(text) for text in written)
+    return any(repetition.degenerate_reason(text) for text in written)
 
 
 def _ages(iteration: int, kept: Sequence[Episode]) -> dict[str, float | None]:
