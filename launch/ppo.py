@@ -6,9 +6,9 @@ interrupted run. With --config.tools.address the tool host there is used; otherw
 Several processes, those of config.distributed, are one run: each samples its share of an iteration's episodes on its own
 devices, and all learn together. Processes on several machines need a tool host that all reach (--config.tools.address).
 
---train_only learns anew from the episodes that the run recorded, without sampler and tools, into seed<k>/ppo_replay:
+--replay learns anew from the episodes that the run recorded, without sampler and tools, into seed<k>/ppo_replay:
 
-    python -m launch.ppo --train_only --config.ppo.gae_lambda=0.95
+    python -m launch.ppo --replay --config.ppo.gae_lambda=0.95
 """
 
 from absl import flags
@@ -22,12 +22,12 @@ TRAIN_ONLY = flags.DEFINE_boolean("train_only", False, "learn anew from the reco
 
 def main(config) -> None:
     if TRAIN_ONLY.value:
-        loop.replay(config, loop.prepare(config))
-        print(loop.replay_home_of(config))
+        loop.replay_ppo(config, loop.read_inputs(config))
+        print(loop.replay_layout(config).directory)
         return
-    loop.run(config, lambda: tool_host.of(config, f"seed{config.seed}.ppo"))
+    loop.run_ppo(config, lambda: tool_host.of(config, f"seed{config.seed}.ppo"))
     if distributed.is_lead():
-        print(loop.home_of(config))
+        print(loop.ppo_layout(config).directory)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.choose import settings_of
-from stepdr_jax.rl.sampling import Parts
+from stepdr_jax.rl.sampling import PPOInputs
 
 # These change when a run ends, saves and how it computes, not what it computes.
 FREE = ("iterations", "checkpoint_every", "keep_checkpoints", "max_masked_share", "remat", "guard")
 
 
-def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
+def of(config: ConfigDict, parts: PPOInputs) -> dict[str, Any]:
     """All that decides the numbers of the stage; kept beside it and compared on every start."""
 
     def flat(section: str) -> dict[str, Any]:
