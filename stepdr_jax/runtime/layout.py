@@ -58,6 +58,11 @@ class StageLayout:
         return self.directory / "settings.json"
 
     @property
+    def config(self) -> Path:
+        """The config that the stage was last started with; any command takes it as --config."""
+        return self.directory / "config.json"
+
+    @property
     def done(self) -> Path:
         """Written last."""
         return self.directory / "done.json"
@@ -234,8 +239,8 @@ class RunLayout:
         return self.root / "stages.json"
 
     @property
-    def resolved_config(self) -> Path:
-        """The config that the run was last started with."""
+    def config(self) -> Path:
+        """The config that the quickstart was last started with; any command takes it as --config."""
         return self.root / "config.json"
 
     @property

@@ -148,6 +148,13 @@ def require_parent(config: ConfigDict, name: str) -> None:
         )
 
 
+def record_stage(config: ConfigDict, stage: StageLayout, settings: dict[str, Any]) -> None:
+    """Writes down what a stage is made from, before it begins: settings, location of its checkpoints, the whole config."""
+    record_location(stage)
+    files.write_json(stage.settings, settings)
+    files.write_json(stage.config, config.to_dict())
+
+
 def record_location(stage: StageLayout) -> None:
     """Writes down where the stage's checkpoints lie, for `require_same_location` and readers with another config."""
     if stage.recorded_root() != stage.checkpoint_root:
