@@ -28,7 +28,7 @@ def measure(config, rounds: int) -> dict:
                 loop.train_ppo(_side(config, folder, staleness, number * SEGMENT), parts)
         sides = {}
         for staleness in (0, 1):
-            rows = files.read_jsonl(loop.home_of(_side(config, folder, staleness, 1)) / "metrics.jsonl")[SEGMENT:]
+            rows = files.read_jsonl(loop.ppo_layout(_side(config, folder, staleness, 1)).metrics)[SEGMENT:]
             rows = [row for row in rows if 0 < row["iteration"] % SEGMENT < SEGMENT - 1]
             sides[f"staleness {staleness}"] = {
                 name: round(statistics.median(row[name] for row in rows), 3)
