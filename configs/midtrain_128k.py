@@ -16,7 +16,7 @@ SIZE = "32B"  # paper: Qwen2.5-32B-Base
 def get_config() -> ConfigDict:
     from stepdr_jax.models import sizes  # here: a config is listed without jax
 
-    config = miniature.get_config().unlock()
+    config = miniature.get_config()
     config.name = "midtrain_128k"
     config.run_dir = "runs/midtrain_128k"
     shape = dataclasses.asdict(sizes.size(SIZE))
@@ -90,4 +90,4 @@ def get_config() -> ConfigDict:
         )
         # ours: a large batch is steadier than the miniature's, so less is a spike
         stage.guard.update(dict(norm_factor=5.0, loss_rise=0.5))
-    return config.lock()
+    return config

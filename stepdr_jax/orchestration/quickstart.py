@@ -53,6 +53,7 @@ def run_stages(
         if fresh:
             _empty(layout.root)
         process.check_space(layout.root, NEEDED_BYTES)
+        files.write_json(layout.config, config.to_dict())
         ledger = _read_ledger(layout)
         todo = plan.plan(config, reference, seeds)
         view = _View(todo)

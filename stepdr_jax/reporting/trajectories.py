@@ -93,7 +93,7 @@ def write_trajectories_page(
         seen += len(held)
         held.sort(key=lambda pair: "values" not in pair[0])  # stable
         left = max_bytes * (number + 1) / len(iterations) - sum(map(len, packed))
-        for block in _blocks(recordings.paths(directory, iteration)[0], held, seed, tasks, rubrics):
+        for block in _blocks(recordings.recording_paths(directory, iteration)[0], held, seed, tasks, rubrics):
             text = pack_json([_body(row) for row in block])
             if len(text) > left and packed:
                 break
@@ -130,9 +130,9 @@ def _interest(row: Mapping[str, Any]) -> tuple:
 
 
 def _recorded(directory: Path, iteration: int) -> list[tuple[dict, dict | None]]:
-    rows, logs = recordings.paths(directory, iteration)
+    rows, logs = recordings.recording_paths(directory, iteration)
     if logs.exists():
-        return recordings.read(directory, iteration)[1]
+        return recordings.read_recording(directory, iteration)[1]
     return [(row, None) for row in files.read_jsonl(rows)]  # the token logs of this iteration were not copied
 
 

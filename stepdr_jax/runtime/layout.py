@@ -5,8 +5,8 @@
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
 
-Checkpoints lie in the stage's folder, or in its like below config.checkpointing.directory, which may be a bucket. This module
-does not import jax.
+Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
+bucket. This module does not import jax.
 """
 
 import dataclasses
@@ -56,6 +56,11 @@ class StageLayout:
     def settings(self) -> Path:
         """What decides the stage's numbers (`runtime.provenance`)."""
         return self.directory / "settings.json"
+
+    @property
+    def config(self) -> Path:
+        """The config that the stage was last started with; any command takes it as --config."""
+        return self.directory / "config.json"
 
     @property
     def done(self) -> Path:
@@ -234,8 +239,8 @@ class RunLayout:
         return self.root / "stages.json"
 
     @property
-    def resolved_config(self) -> Path:
-        """The config that the run was last started with."""
+    def config(self) -> Path:
+        """The config that the quickstart was last started with; any command takes it as --config."""
         return self.root / "config.json"
 
     @property

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from stepdr_jax import records
+from stepdr_jax.agent.runner import Scored
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Judgment, RubricSet
 from stepdr_jax.reporting import trajectories
 from stepdr_jax.rl import recordings, rollouts
 from stepdr_jax.rl.learner import Details
-from stepdr_jax.rl.reward import Scored
-from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.tokens.log import TokenLog
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.reporting import synthetic_run
@@ -30,7 +30,7 @@ ATTACK = "<script>window.attacked=1</script><img src=x onerror=window.attacked=1
 SPOKEN = f"<think>奥地利 🜚 {ATTACK}</think>\n<answer>维也纳\\cite{{web_bakotefi}}</answer>"
 
 
-def episodes_of(iteration: int, tasks, tokenizer) -> list[Episode]:
+def episodes_of(iteration: int, tasks, tokenizer) -> list[Rollout]:
     """Eight made-up episodes: one masked by broken tools, one with a judgment that failed, all with hostile text."""
     out = []
     noise = np.random.default_rng(iteration)
@@ -53,7 +53,7 @@ def episodes_of(iteration: int, tasks, tokenizer) -> list[Episode]:
             if given:
                 log.observed(tokenizer.encode(given))
         scored = Scored(None, None, "infra_failed") if masked else Scored(verdict.reward, verdict)
-        out.append(Episode(index, task, 7, trajectory, log, scored))
+        out.append(Rollout(index, task, 7, trajectory, log, scored))
     return out
 
 
@@ -65,8 +65,8 @@ def run(tmp_path_factory) -> Path:
     directory = home / "seed0" / "ppo" / "iterations"
     for iteration in range(3):
         episodes = episodes_of(iteration, tasks, tokenizer)
-        recordings.save(directory, iteration, episodes, "mark")
-        batch = rollouts.arrays(episodes, 2048)
+        recordings.save_rollouts(directory, iteration, episodes, "mark")
+        batch = rollouts.rollout_arrays(episodes, 2048)
         noise = np.random.default_rng(100 + iteration)
         values, advantages = noise.normal(size=(2, *batch.tokens_ET.shape))
         recordings.add_details(
@@ -107,7 +107,7 @@ def test_every_episode_is_listed_and_unpacks_to_what_was_recorded(run, tmp_path)
     assert all(row["gap"] == pytest.approx(1e-4, rel=0.01) for row in rows if row.get("detailed"))
     for row in rows[:8]:
         body = unpacked(page, f"block-{row['block']}")[row["at"]]
-        _, held = recordings.read(run / "seed0" / "ppo" / "iterations", 0)
+        _, held = recordings.read_recording(run / "seed0" / "ppo" / "iterations", 0)
         log = held[row["index"]][1]
         assert body["tokens"]["ids"] == log["tokens"][: len(body["tokens"]["ids"])].tolist()
         assert body["tokens"]["sampler"] == pytest.approx(log["logprobs"][log["sampled"]].tolist(), abs=1e-6)
@@ -120,7 +120,7 @@ def test_a_small_page_keeps_some_of_every_iteration_those_with_values_first(run,
     rows = unpacked(page, "episode-data")
     assert 3 <= counts["shown"] == len(rows) < 24
     assert {row["iteration"] for row in rows} == {0, 1, 2} and all(row.get("detailed") for row in rows)
-    assert f"{24 - len(rows)} more were left out" in page
+    assert f"{24 - len(rows)} more were omitted" in page
 
 
 def test_text_of_episodes_is_nowhere_in_the_page(run, tmp_path):
