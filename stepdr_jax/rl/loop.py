@@ -222,7 +222,7 @@ def _start(
     began = time.monotonic()
     if config.ppo.prompts_per_iteration > len(inputs.tasks):
         raise UserError(
-            f"ppo.prompts_per_iteration: expected at most the number of training tasks, {len(inputs.tasks)}, got "
+            f"ppo.prompts_per_iteration: expected at most the {len(inputs.tasks)} training tasks there are, got "
             f"{config.ppo.prompts_per_iteration}; lower it in the config"
         )
     keep_compiled(RunLayout.from_config(config).compilation_cache)
