@@ -16,7 +16,7 @@ SIZE = "32B"  # paper: Qwen2.5-32B-Base
 def get_config() -> ConfigDict:
     from stepdr_jax.models import sizes  # here: a config is listed without jax
 
-    config = miniature.get_config().unlock()
+    config = miniature.get_config()
     config.name = "midtrain_128k"
     config.run_dir = "runs/midtrain_128k"
     shape = dataclasses.asdict(sizes.size(SIZE))
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     #   config.data.sources = ConfigDict(dict(
     #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*-pages-articles*.xml*.bz2", component="general_knowledge"),
     #       synth=dict(format="synth", path="<synth>/*.parquet", component="synthetic_knowledge"),
-    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", licence="<of the data set>")))
+    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", license="<of the data set>")))
     # and what must not be trained on:
     #   config.data.evaluation_sets = ConfigDict(dict(simpleqa="<evals>/simple_qa_test_set.csv", frames="<evals>/frames.tsv"))
     config.data.update(
@@ -90,4 +90,4 @@ def get_config() -> ConfigDict:
         )
         # ours: a large batch is steadier than the miniature's, so less is a spike
         stage.guard.update(dict(norm_factor=5.0, loss_rise=0.5))
-    return config.lock()
+    return config

@@ -9,8 +9,8 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_128k_tpu7x_64"
     config.run_dir = "runs/midtrain_128k_tpu7x_64"
     config.mesh.update(dict(data=1, fsdp=8, context=16, tensor=1))  # 8,192 tokens a device
-    return config.lock()
+    return config

@@ -9,9 +9,9 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_128k_v5e_256"
     config.run_dir = "runs/midtrain_128k_v5e_256"
     config.mesh.update(dict(data=1, fsdp=8, context=32, tensor=1))  # 4,096 tokens a chip
     config.parallel.context_strategy = "all_gather"  # permutes are synchronous on v5e
-    return config.lock()
+    return config

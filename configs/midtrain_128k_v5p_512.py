@@ -9,9 +9,9 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_128k_v5p_512"
     config.run_dir = "runs/midtrain_128k_v5p_512"
     config.mesh.update(dict(data=1, fsdp=8, context=64, tensor=1))  # 2,048 tokens a chip
     config.parallel.vocab_tiles = 9  # of the 297 words that a device has
-    return config.lock()
+    return config

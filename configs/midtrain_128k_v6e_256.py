@@ -9,7 +9,7 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_128k_v6e_256"
     config.run_dir = "runs/midtrain_128k_v6e_256"
     config.mesh.update(dict(data=1, fsdp=16, context=16, tensor=1))  # 8,192 tokens a chip
@@ -18,4 +18,4 @@ def get_config() -> ConfigDict:
     config.midtrain2.steps //= 2  # the same tokens
     config.midtrain2.checkpoint_every //= 2
     config.sft.steps //= 2
-    return config.lock()
+    return config

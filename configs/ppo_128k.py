@@ -10,7 +10,7 @@ from configs import ppo_presets, sft_128k
 
 
 def get_config() -> ConfigDict:
-    config = ppo_presets.stepdr(sft_128k.get_config().unlock())
+    config = ppo_presets.stepdr(sft_128k.get_config())
     config.name = "ppo_128k"
     config.ppo.update(
         dict(
@@ -46,4 +46,4 @@ def get_config() -> ConfigDict:
             weight_sync_bucket_gb=2.0,  # the embedding alone is 1.45 GiB
         )
     )
-    return config.lock()
+    return config

@@ -9,6 +9,6 @@ from configs import miniature, ppo_presets
 
 
 def get_config() -> ConfigDict:
-    config = ppo_presets.orz_paper(miniature.get_config().unlock())
+    config = ppo_presets.orz_paper(miniature.get_config())
     config.name = "ppo_orz_paper"
-    return config.lock()
+    return config

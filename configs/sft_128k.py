@@ -10,7 +10,7 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "sft_128k"
     config.sft.update(
         dict(
@@ -20,4 +20,4 @@ def get_config() -> ConfigDict:
             trajectory_loss="assistant",  # paper: next token on model turns
         )
     )
-    return config.lock()
+    return config

@@ -92,7 +92,7 @@ class EngineSession:
         generation = await self.policy.engine.generate(self.episode_id, self._unfed, params)
         if not generation.ids:  # full: the engine has not taken the new ids either
             return Turn("", generation.finish, ())
-        self.log.given(self._unfed)
+        self.log.observed(self._unfed)
         self.log.sampled(generation.ids, generation.logprobs, generation.version)
         self._unfed = []
         self.context_tokens += len(generation.ids)

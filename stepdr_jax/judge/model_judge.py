@@ -1,7 +1,7 @@
 """Rubrics judged by a language model: a model at an endpoint, or one of ours in the JAX sampler.
 
 A report's rubrics go out in a few requests at a time. What comes back wrong is asked for again, alone and with another seed;
-what stays wrong is a failed judgment, which has no score (`verdicts.aggregate` leaves it out, or masks the episode).
+what stays wrong is a failed judgment, which has no score (`verdicts.aggregate_reward` leaves it out, or masks the episode).
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class ModelJudge:
         *,
         names: Iterable[str] = (),
         checks: bool = False,
-        mapping: verdicts.Mapping = "strict",
+        mapping: verdicts.ScoreMapping = "strict",
         max_missing: float = 0.1,
         per_request: int = 8,
         attempts: int = 3,
@@ -46,13 +46,13 @@ class ModelJudge:
         self.policy, self.checks, self.per_request = policy, checks, per_request
         self.attempts, self.max_tokens = attempts, max_tokens
         self._programmatic = judges.ProgrammaticJudge(names, mapping=mapping, max_missing=max_missing)
-        self._replies = Replies(replies) if replies else None
+        self._replies = ReplyCache(replies) if replies else None
         self._names = itertools.count()  # of sessions: equal requests may run at once
 
     async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
         """See `judges.Judge`; a model that is away or answers nonsense makes failed judgments, never an exception."""
         if not trajectory.finish.is_policy_outcome:
-            return judges.infrastructure(rubric_set, trajectory)
+            return judges.infrastructure_verdict(rubric_set, trajectory)
         view = self._programmatic.view(trajectory)
         by_check = [r for r in rubric_set.rubrics if self.checks and r.check.get("kind") in judges.CHECKS]
         found = {rubric.rid: self._programmatic.decide(rubric, view) for rubric in by_check}
@@ -67,7 +67,7 @@ class ModelJudge:
         if close := getattr(self.policy, "close", None):
             await close()
 
-    async def _ask(self, task: Task, rubrics: Sequence[Rubric], view: judges.View) -> dict[str, Judgment]:
+    async def _ask(self, task: Task, rubrics: Sequence[Rubric], view: judges.AnswerView) -> dict[str, Judgment]:
         found: dict[str, Judgment] = {}
         reason = ""
         for seed in range(self.attempts):
@@ -85,7 +85,7 @@ class ModelJudge:
             for rubric in left:
                 if rubric.rid in read:
                     found[rubric.rid] = self._programmatic.judged(rubric, *read[rubric.rid])
-        return found | {r.rid: judges.failed(r, reason) for r in rubrics if r.rid not in found}
+        return found | {r.rid: judges.failed_judgment(r, reason) for r in rubrics if r.rid not in found}
 
     async def _reply(self, messages: list[Message], seed: int, rubrics: Sequence[Rubric]) -> str:
         request = json.dumps([prompts.VERSION, self.policy.name, seed, [(m.role, m.content) for m in messages]])
@@ -105,8 +105,8 @@ class ModelJudge:
         return text
 
 
-class Replies:
-    """Replies by the hash of their request, in one SQLite file that several processes may share."""
+class ReplyCache:
+    """ReplyCache by the hash of their request, in one SQLite file that several processes may share."""
 
     def __init__(self, path: str | Path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

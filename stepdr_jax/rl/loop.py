@@ -22,18 +22,17 @@ from ml_collections import ConfigDict
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import judge_of
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import guards, hosts, learner, placement, recordings, rollouts, sampling
-from stepdr_jax.rl import settings as stage_settings
 from stepdr_jax.rl.learner import LearnerState, Params, PPOConfig
 from stepdr_jax.rl.placement import DevicePlacement
 from stepdr_jax.rl.rollout_metrics import rollout_metrics
 from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.rl.sampling import OnlineRollouts, PPOInputs, ReplayedRollouts, RolloutSource
-from stepdr_jax.runtime import checkpoint, distributed
+from stepdr_jax.runtime import checkpoint, distributed, provenance, stages
 from stepdr_jax.runtime.compilation import keep_compiled
 from stepdr_jax.runtime.layout import RunLayout, StageLayout
 from stepdr_jax.runtime.profiling import Profiler
@@ -82,22 +81,23 @@ def run_ppo(config: ConfigDict, start_host: Callable[[], contextlib.AbstractCont
 def read_inputs(config: ConfigDict) -> PPOInputs:
     """Reads PPO's inputs from the run directory. Raises UserError naming what is missing and the command that makes it."""
     run = RunLayout.from_config(config)
-    parent = state.done_of(config, config.seed, "sft")["params_sha256"]
+    parent = provenance.require_finished(config, "sft")["params_sha256"]
     model, devices = (
         Qwen2Config.from_config(config.model, state.vocab_size(config)),
         DevicePlacement.from_config(config),
     )
     shardings = devices.param_shardings(model) if devices.mesh.size > 1 else None
     tokenizer = Tokenizer.load(run.tokenizer)
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(run.rubrics, RubricSet)}
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(run.rubrics, RubricSet)}
     tasks = [
         task
-        for task in records.read(run.tasks, Task)
+        for task in records.read_records(run.tasks, Task)
         if task.split == "train" and task.id in rubric_sets and rubric_sets[task.id].kept
     ]
     if not tasks:
         raise UserError(
-            f"{run.tasks} has no training task with rubrics; delete {run.corpus} and run python -m launch.synthesize"
+            f"{run.tasks} has no training task with rubrics; delete {run.corpus} and run "
+            f"{stages.command_of('synthesize', config)}"
         )
     tasks.sort(key=lambda task: task.id)
     digest = hashlib.sha256()
@@ -110,7 +110,7 @@ def read_inputs(config: ConfigDict) -> PPOInputs:
         read_actor=lambda: state.load_params(config, config.seed, "sft", shardings),
         tasks=tasks,
         rubric_sets=rubric_sets,
-        judge=judge_of(config, names),
+        judge=make_judge(config, names),
         origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 
@@ -242,7 +242,7 @@ def _start(
         # Iteration i is sampled with the weights of version i - staleness, whatever the timing.
         version, behavior = max(start - config.ppo.staleness, 0), params.get("behaviour", params["params"])
         engine = sampling.build_engine(config, inputs, behavior, version=version, placement=devices)
-        fingerprint = stage_settings.mark(config, settings)
+        fingerprint = provenance.episodes_fingerprint(config, settings)
         source = OnlineRollouts(
             config, inputs, engine, directory=layout.iterations, fingerprint=fingerprint, placement=devices
         )
@@ -272,16 +272,11 @@ def _start(
 
 def _check_settings(config: ConfigDict, inputs: PPOInputs, layout: StageLayout) -> dict[str, Any]:
     """The stage's settings, written beside it. Raises UserError when its checkpoints were made with others."""
-    settings = stage_settings.of(config, inputs)
-    state.require_place(config, layout.directory)
-    begun = bool(checkpoint.steps(layout.checkpoint_dir))
-    stage_settings.require_same(layout.directory, settings, begun=begun)
-
-    def write() -> None:
-        state.note_place(config, layout.directory)
-        files.write_json(layout.settings, settings)
-
-    distributed.lead_first("ppo settings", write, lambda: None)
+    settings = provenance.ppo_settings(config, inputs.model, judge_settings(config), inputs.origin)
+    provenance.require_same_location(layout)
+    if checkpoint.steps(layout.checkpoint_dir):
+        provenance.require_same_settings(layout, settings)
+    distributed.lead_first("ppo settings", lambda: provenance.record_stage(config, layout, settings), lambda: None)
     return settings
 
 

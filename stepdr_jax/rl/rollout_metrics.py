@@ -53,7 +53,7 @@ def rollout_metrics(iteration: int, episodes: Sequence[Rollout]) -> dict[str, An
     for cause in [*causes, *sorted(set(masked) - set(causes))]:
         row[f"masked/{cause}"] = masked[cause]
     row["masked_share"] = sum(masked.values()) / len(episodes)
-    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "given_tokens"):
+    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "observed_tokens"):
         row[name] = stat(name)
     read = [kept[place] for place in evenly_spaced(len(kept), REPETITION_EPISODES)]
     row["repetition"] = _mean(map(_repeats, read))
@@ -72,7 +72,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def _repeats(episode: Rollout) -> bool:
     written = (message.content for message in episode.trajectory.messages if message.role == "assistant")
-    return any(repetition.degenerate(text) for text in written)
+    return any(repetition.degenerate_reason(text) for text in written)
 
 
 def _staleness(iteration: int, kept: Sequence[Rollout]) -> dict[str, float | None]:

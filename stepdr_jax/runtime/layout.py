@@ -5,12 +5,13 @@
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
 
-Checkpoints lie in the stage's folder, or in its like below config.checkpointing.directory, which may be a bucket. This module
-does not import jax.
+Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
+bucket. This module does not import jax.
 """
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ from stepdr_jax import files
 
 if TYPE_CHECKING:
     from stepdr_jax.runtime.buckets import BucketPath
+
+
+# Names in a run directory that a run writes.
+ENTRIES = re.compile(
+    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config.*\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
+)
 
 
 def _storage():
@@ -49,6 +56,11 @@ class StageLayout:
     def settings(self) -> Path:
         """What decides the stage's numbers (`runtime.provenance`)."""
         return self.directory / "settings.json"
+
+    @property
+    def config(self) -> Path:
+        """The config that the stage was last started with; any command takes it as --config."""
+        return self.directory / "config.json"
 
     @property
     def done(self) -> Path:
@@ -175,6 +187,10 @@ class RunLayout:
         return self.root / "corpus"
 
     @property
+    def corpus_card(self) -> Path:
+        return self.corpus / "card.json"
+
+    @property
     def tasks(self) -> Path:
         return self.corpus / "tasks.jsonl"
 
@@ -186,6 +202,10 @@ class RunLayout:
     def data(self) -> Path:
         """Folder of packed rows, one folder a stage, and the data card."""
         return self.root / "data"
+
+    @property
+    def data_card(self) -> Path:
+        return self.data / "card.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -217,6 +237,11 @@ class RunLayout:
     def ledger(self) -> Path:
         """Which stages have finished, with which settings, and what they took."""
         return self.root / "stages.json"
+
+    @property
+    def config(self) -> Path:
+        """The config that the quickstart was last started with; any command takes it as --config."""
+        return self.root / "config.json"
 
     @property
     def report(self) -> Path:

@@ -15,10 +15,14 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
-from stepdr_jax.synthesis import cleaning, knowledge, reflection, tasks, teacher
+from stepdr_jax.synthesis import cleaning, reflection
+from stepdr_jax.synthesis.scripted import knowledge, tasks
+from stepdr_jax.synthesis.scripted.expert import ScriptedExpert
+from stepdr_jax.synthesis.scripted.style import Style, draw_style
+from stepdr_jax.synthesis.teacher import Teacher
 from tools_env.client import ToolsClient
 
-SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keeps the exact share
+INJECTED_ERROR_SHARE = 0.2  # tasks that also get an episode with an injected error; cleaning keeps the exact share
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
 UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
@@ -41,46 +45,51 @@ CAPABILITY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class EpisodeJob:
     """One expert episode to run: a task with a style."""
 
     task: Task
     rubric_set: RubricSet
-    style: teacher.Style
+    style: Style
 
     @property
     def key(self) -> str:
-        return f"{self.task.id} {self.style.slip or 'clean'}"
+        return f"{self.task.id} {self.style.injected_error or 'clean'}"
 
 
-def jobs_of(usable: list[tasks.Drawn], seed: int) -> list[Job]:
-    """A clean episode for every training task, and for some a second one with a mistake to recover from."""
+def expert_jobs(usable: list[tasks.DrawnTask], seed: int) -> list[EpisodeJob]:
+    """A clean episode for every training task, and for some a second one with an injected error to recover from."""
     jobs = []
     for item in usable:
         if item.task.split != "train":
             continue
         rng = random.Random(f"style {seed} {item.task.id}")
-        style = teacher.draw_style(item.task, rng, slip_share=SLIP_SHARE)
-        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, slip="")))
-        if style.slip:
-            jobs.append(Job(item.task, item.rubric_set, style))
+        style = draw_style(item.task, rng, error_share=INJECTED_ERROR_SHARE)
+        jobs.append(EpisodeJob(item.task, item.rubric_set, dataclasses.replace(style, injected_error="")))
+        if style.injected_error:
+            jobs.append(EpisodeJob(item.task, item.rubric_set, style))
     return jobs
 
 
-async def run(
+async def run_expert_episodes(
     config: ConfigDict,
     client: ToolsClient,
     known: knowledge.Knowledge,
     world_dir: Path,
     corpus: Path,
     fingerprint: str,
-    jobs: list[Job],
+    jobs: list[EpisodeJob],
 ) -> list[tuple[Trajectory, Verdict]]:
     """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
     journal = corpus / "episodes.journal.jsonl"
     done = _read_journal(journal, fingerprint)
     progress = Progress("expert episodes", len(jobs), "episodes", start=sum(job.key in done for job in jobs))
-    teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
+    authority = _authority(world_dir)
+
+    def scripted(task: Task, style: Style, seed: int) -> ScriptedExpert:
+        return ScriptedExpert(task, authority, style, seed=seed, bad_urls=_bad_urls(known, task))
+
+    teach = Teacher(config, scripted)
     judge = ProgrammaticJudge(known.kinds)
     limits = Limits.from_config(config.agent)
     prompt = config.agent.prompt
@@ -97,7 +106,7 @@ async def run(
     async def tools() -> ToolsClient:
         return client
 
-    async def solve(job: Job) -> tuple[Trajectory, Verdict]:
+    async def solve(job: EpisodeJob) -> tuple[Trajectory, Verdict]:
         seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
 
         async def episode(policy, attempt: int) -> Trajectory:
@@ -120,14 +129,14 @@ async def run(
         def policy_for(attempt: int):
             style = job.style
             if attempt:  # a second try compares its sources
-                style = dataclasses.replace(style, slip="", open_page=False, check_again=True)
+                style = dataclasses.replace(style, injected_error="", open_page=False, check_again=True)
             return teach(job.task, style, seed + attempt)
 
         async def judged(trajectory: Trajectory) -> Verdict:
             scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
             return scored.verdict or Verdict(reward=None, judgments=[])
 
-        return await reflection.solve(
+        return await reflection.solve_with_reflection(
             job.task.lang,
             policy_for,
             episode,
@@ -136,7 +145,7 @@ async def run(
             config.synthesis.max_reflections,
         )
 
-    async def record(job: Job, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
+    async def record(job: EpisodeJob, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
         trajectory, verdict = solved
         if verdict.reward is not None:
             row = {
@@ -182,12 +191,11 @@ def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, V
     }
 
 
-def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
-    """Adds what training needs to know; turns that are deliberate slips are taken out of the loss."""
-    acting = policy.policy if isinstance(policy, reflection.Continued) else policy
-    mistakes = getattr(acting, "mistakes", set())
+def _annotated(trajectory: Trajectory, job: EpisodeJob, policy) -> Trajectory:
+    """Adds the metadata that training needs; turns with an injected error are taken out of the loss."""
+    acting = policy.policy if isinstance(policy, reflection.ContinuedPolicy) else policy
     turns = [message for message in trajectory.messages if message.role == "assistant"]
-    for number in mistakes:
+    for number in getattr(acting, "injected_turns", ()):
         if number < len(turns):
             turns[number].train = False
     trajectory.id = records.content_id("trajectory_", job.key, trajectory.policy)

@@ -88,7 +88,7 @@ def test_links_lead_to_pages_except_the_dead_ones(documents, world_dir):
 
 
 def test_authoritative_pages_never_err_and_errors_are_listed(documents, world_dir, facts):
-    errors = corpora.errors(world_dir)
+    errors = corpora.read_planted_errors(world_dir)
     assert {urlsplit(error.url).hostname for error in errors} == {"quickfacts.test"}
     listed = {(error.url, error.passage) for error in errors}
     truths = {line for row in on(documents, "atlas.test") for line in passages(row)}
@@ -101,7 +101,9 @@ def test_authoritative_pages_never_err_and_errors_are_listed(documents, world_di
 
 
 def test_what_was_true_once_is_stated_as_outdated(world_dir):
-    found = [e for e in corpora.errors(world_dir) if (e.entity, e.relation, e.lang) == ("kaz", "capital", "en")]
+    found = [
+        e for e in corpora.read_planted_errors(world_dir) if (e.entity, e.relation, e.lang) == ("kaz", "capital", "en")
+    ]
     assert [(e.stated, e.true, e.reason) for e in found] == [("Nur-Sultan", "Astana", "outdated")]
 
 
@@ -113,8 +115,8 @@ def test_mirrors_are_near_duplicates(documents):
 
 
 def test_records_of_the_training_side_read_every_file(world_dir, documents):
-    assert [document.url for document in corpora.documents(world_dir)] == list(documents)
-    entities, triples = corpora.entities(world_dir), corpora.triples(world_dir)
+    assert [document.url for document in corpora.read_documents(world_dir)] == list(documents)
+    entities, triples = corpora.read_entities(world_dir), corpora.read_triples(world_dir)
     assert entities["city:vienna"].zh == "维也纳"
     assert entities["aut"].attributes["language"] == {"en": "German", "zh": "德语"}
     assert {t.relation for t in triples} == {*entities["aut"].attributes}

@@ -131,5 +131,5 @@ class FaultyJudge(judges.ProgrammaticJudge):
     def decide(self, rubric, view):
         if struck(self.drops, "rubric", rubric.rid, view.answer):
             self.dropped += 1
-            return judges.failed(rubric, "injected: no verdict")
+            return judges.failed_judgment(rubric, "injected: no verdict")
         return super().decide(rubric, view)

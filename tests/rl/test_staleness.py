@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from configs import miniature
+from configs import base, miniature
 from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.rl import learner, loop, recordings, rollout_metrics
@@ -147,9 +147,9 @@ def test_stale_episodes_need_weighing():
     config = miniature.get_config().unlock()
     config.ppo.staleness = 1
     with pytest.raises(UserError, match="ppo.tis_cap: expected a number above 0 where ppo.staleness is 1"):
-        configuration.check_values(config)
+        configuration.check_values(config, base.FIELDS)
     config.ppo.tis_cap = 2.0
-    configuration.check_values(config)
+    configuration.check_values(config, base.FIELDS)
     config.ppo.staleness = 2
     with pytest.raises(UserError, match="ppo.staleness: expected one of 0, 1, got 2"):
-        configuration.check_values(config)
+        configuration.check_values(config, base.FIELDS)
