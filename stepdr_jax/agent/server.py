@@ -4,9 +4,9 @@
     POST /v1/completions        prompt as text or ids; "return_token_ids" adds ids to the choice, "logprobs" their logs
     POST /v1/chat/completions   messages and tools in the chat format that the model was trained on
 
-Sampling takes max_tokens, temperature (0: the most probable token) and seed; a model's own stop ids end a turn. What would
-change the distribution (top_p, penalties, stop strings, several choices) is refused, not ignored. With "stream" the whole
-turn comes as one event.
+Sampling takes max_tokens, temperature (0: the most probable token) and seed; a model's own stop ids end a turn. What
+would change the distribution (top_p, penalties, stop strings, several choices) is refused, not ignored. With "stream"
+the whole turn comes as one event.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """Kills a PPO run with signal 9 while it samples, while it learns and while it saves, and tells it to end (SIGTERM) in
 between; compares what it ends with to a run that nobody touched: parameters, rows of metrics and recorded episodes.
 
-  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature                  one seed's SFT policy, from that run's data
-  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature --staleness=1    sampled one step off
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature                  the SFT policy of that run
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature --staleness=1    sampled one step off-policy
 """
 
 import dataclasses

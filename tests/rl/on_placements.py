@@ -1,4 +1,4 @@
-"""Short PPO runs with other roles on eight simulated devices, and a transfer of weights that is watched; prints JSON."""
+"""Short PPO runs with other placements on eight simulated devices, and an observed weight sync; prints JSON."""
 
 import json
 import os
