@@ -61,7 +61,7 @@ def make_app(
     return _Server(engine, tokenizer, model, max_len, token, vocab_size or tokenizer.vocab_size).app
 
 
-def run(app: web.Application, host: str, port: int) -> None:
+def serve_app(app: web.Application, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM; prints the address when it answers. Raises UserError when the port is taken."""
     asyncio.run(_serve(app, host, port))
 

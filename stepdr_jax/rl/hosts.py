@@ -105,7 +105,7 @@ def tools_for_process(
     """
     if jax.process_count() == 1 or config.tools.address:
         with start_host() as host:
-            yield lambda: Tools.of(config, host)
+            yield lambda: Tools.from_config(config, host)
         return
     machines = set(distributed.gather_bytes(socket.gethostname().encode()))
     if len(machines) > 1:
