@@ -1,4 +1,4 @@
-"""Sampling with weights one iteration old: whatever is faster, killed or preempted, the same weights sample the same."""
+"""Weights one iteration old: whatever is faster, killed or preempted, the same weights sample the same episodes."""
 
 import asyncio
 import os
