@@ -19,7 +19,7 @@ def remote(**fields):
 
 def test_the_token_is_that_of_the_named_variable(world, tmp_path, monkeypatch):
     async def names(config):
-        tools = Tools.of(config, None)
+        tools = Tools.from_config(config, None)
         try:
             return [tool.name for tool in await (await tools.client()).list_tools()]
         finally:
@@ -35,4 +35,4 @@ def test_the_token_is_that_of_the_named_variable(world, tmp_path, monkeypatch):
 
 def test_a_missing_authority_is_one_line_that_names_the_field(tmp_path):
     with pytest.raises(UserError, match="tools.tls_ca: expected a PEM file, got .*nothing.pem"):
-        Tools.of(remote(address="x:1", tls_ca=f"{tmp_path}/nothing.pem"), None)
+        Tools.from_config(remote(address="x:1", tls_ca=f"{tmp_path}/nothing.pem"), None)
