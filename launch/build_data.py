@@ -13,6 +13,7 @@ import time
 from absl import flags
 
 from launch import entry
+from stepdr_jax import configuration
 from stepdr_jax.data import cache, card, tokenizer_text, workers
 from stepdr_jax.runtime.layout import RunLayout
 
@@ -24,6 +25,7 @@ _OPTIONS = flags.DEFINE_string("beam_options", "", "further options of Beam's pi
 
 def main(config) -> None:
     began = time.monotonic()
+    configuration.save(config, RunLayout.from_config(config).data)
     tokenizer = tokenizer_text.ensure_tokenizer(config)
     say(f"tokenizer  {tokenizer.vocab_size} ids  {time.monotonic() - began:.0f}s gone")
     built = cache.build(config, runner=_RUNNER.value, options=shlex.split(_OPTIONS.value))

@@ -22,7 +22,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files, records
+from stepdr_jax import configuration, files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.choose import judge_settings, make_judge
@@ -156,6 +156,7 @@ async def _train(
     def write_settings() -> None:
         provenance.record_location(layout)
         files.write_json(home / "settings.json", asked)
+        configuration.save(config, home)
 
     distributed.lead_first("ppo settings", write_settings, lambda: None)
 
