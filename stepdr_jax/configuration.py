@@ -1,7 +1,7 @@
 """How the fields of a config are declared, read and checked; configs/base.py declares them. Imports without jax.
 
-A config is checked once, before a stage does any work, so that a mistake costs a second and not a night. Names of mixture
-components and paths are checked where they are used.
+A config is checked once, before a stage does any work, so that a mistake costs a second and not a night. Names of
+mixture components and paths are checked where they are used.
 """
 
 import ast
@@ -265,8 +265,8 @@ def _holds(rule: Rule, value: Any) -> bool:
 def staleness_needs_tis_cap(config: ConfigDict) -> None:
     if config.ppo.staleness and not config.ppo.tis_cap:
         raise UserError(
-            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (importance weights of episodes from older "
-            "weights), got 0; for example --config.ppo.tis_cap=2"
+            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (it bounds importance weights of stale "
+            "episodes), got 0; for example --config.ppo.tis_cap=2"
         )
 
 
@@ -294,8 +294,8 @@ def servers_sample_for_themselves(config: ConfigDict) -> None:
         )
     if config.placement.sampler != "colocated":
         raise UserError(
-            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device of this "
-            f"process), got {config.placement.sampler}"
+            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device "
+            f"of this process), got {config.placement.sampler}"
         )
 
 

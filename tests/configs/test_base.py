@@ -82,7 +82,7 @@ def test_rules_are_those_of_a_path_and_not_of_a_name():
         ("--config.eval.tasks=0", "eval.tasks: expected a number above 0, got 0"),
         ("--config.sft.mixture.sft_deep_search=-1", "sft.mixture.sft_deep_search: expected a number from 0 up"),
         ("--config.profile.steps=3", "profile.steps: expected .first, last."),
-        ("--config.profile.steps=a,b", "profile.steps: expected .first, last."),
+        ("--config.profile.steps=a,b", "profile.steps: expected a tuple such as"),
         ("--config.sampler.urls=10.0.0.5:8000", "sampler.urls: expected addresses such as http"),
         ("--config.sampler.engine=vllm", "sampler.urls: expected addresses of vllm servers"),
         ("--config.profile.steps=(3,1)", "profile.steps: expected .first, last."),
