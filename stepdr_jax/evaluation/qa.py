@@ -268,7 +268,10 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
 
     engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.from_config(config, host), make_judge(config, entity_names(RunLayout.from_config(config).entities))
+    tools, judge = (
+        Tools.from_config(config, host),
+        make_judge(config, entity_names(RunLayout.from_config(config).entities)),
+    )
     try:
         return await run_tasks(
             tasks,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files, records
+from stepdr_jax import configuration, files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages
@@ -47,6 +47,7 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
         return card
     corpus = RunLayout.from_config(config).corpus
     (corpus / "card.json").unlink(missing_ok=True)
+    configuration.save(config, corpus)
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 
