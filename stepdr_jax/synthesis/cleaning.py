@@ -156,6 +156,11 @@ def answer_before_evidence(task: Task, trajectory: Trajectory) -> bool:
     return False
 
 
+def is_correct(verdict: Verdict) -> bool:
+    """Whether an answer states the gold value, or an open task has (almost) its full reward."""
+    return verdict.correct if verdict.correct is not None else (verdict.reward or 0.0) >= MIN_REPORT_REWARD
+
+
 def drop_reason(
     task: Task, trajectory: Trajectory, verdict: Verdict, answer_fault: Callable[[Task, Trajectory], str | None]
 ) -> str | None:
@@ -168,7 +173,7 @@ def drop_reason(
         return f"ended as {trajectory.finish}"
     if verdict.reward is None:
         return "judge failed"
-    if verdict.correct is False or (verdict.correct is None and verdict.reward < MIN_REPORT_REWARD):
+    if not is_correct(verdict):
         return "incorrect"
     if fault := citation_fault(trajectory):
         return fault

@@ -1,7 +1,9 @@
 """Facts about a whole synthesis run over a small web behind a real tool host."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,10 @@ def test_another_seed_starts_a_new_journal(finished, host, tmp_path):
 def test_a_missing_world_and_a_dead_tool_host_are_named(host, tmp_path):
     with pytest.raises(UserError, match="documents.jsonl does not exist"):
         pipeline.synthesize_corpus(config_for(tmp_path), host.address)
+
+
+def test_only_the_pipeline_imports_the_domain_and_only_as_a_whole():
+    general = Path(pipeline.__file__).parent.glob("*.py")
+    lines = {path.name: re.findall(r"^.*synthesis\.scripted.*$", path.read_text(), re.MULTILINE) for path in general}
+    expected = ["from stepdr_jax.synthesis.scripted.domain import CountryDomain"]
+    assert {name: found for name, found in lines.items() if found} == {"pipeline.py": expected}

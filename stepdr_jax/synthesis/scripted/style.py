@@ -20,6 +20,10 @@ class Style:
     injected_error: str = ""  # one of INJECTED_ERRORS, or none
     check_again: bool = False  # a retry after a wrong answer: compares sources before it answers
 
+    def retry(self) -> "Style":
+        """The style of a second attempt: it compares its sources and makes no error on purpose."""
+        return dataclasses.replace(self, injected_error="", open_page=False, check_again=True)
+
 
 def draw_style(task: Task, rng: random.Random, *, error_share: float) -> Style:
     """Draws a style. `error_share` of the episodes get an injected error; cleaning keeps the exact share of them."""
