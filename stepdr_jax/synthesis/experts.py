@@ -1,4 +1,4 @@
-"""Expert episodes of synthesis: they are run, annotated for training, and recorded in a journal that survives a kill."""
+"""Expert episodes of synthesis: run, annotated for training, and recorded in a journal that survives a kill."""
 
 import dataclasses
 import hashlib

@@ -1,8 +1,8 @@
 """The synthesis run: documents to tasks, rubrics, expert episodes, cleaning, renamed copies and synthetic documents.
 
-Everything is a function of the offline web, the config and `data_seed`. Expert episodes, the only slow part, are appended to
-a journal as they finish; a killed run continues from it. Final files are written atomically, `card.json` last: its presence,
-with the right fingerprint, means that the corpus is complete.
+Everything is a function of the offline web, the config and `data_seed`. Expert episodes, the only slow part, are
+appended to a journal as they finish; a killed run continues from it. Final files are written atomically, `card.json`
+last: its presence, with the right fingerprint, means that the corpus is complete.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
     """Makes the corpus in run_dir/corpus and returns its card; returns at once when it is already complete.
 
     Args:
-        config: see configs/miniature.py; `offline_web`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
+        config: `offline_web`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
         address: host:port of a tool host that serves the same offline web.
         world_dir: the built offline web; default run_dir/world.
 
