@@ -9,12 +9,12 @@ by default, elsewhere by --runner and Beam's own options, for example
 import shlex
 import sys
 import time
-from pathlib import Path
 
 from absl import flags
 
 from launch import entry
 from stepdr_jax.data import cache, card, tokenizer_text, workers
+from stepdr_jax.runtime.layout import RunLayout
 
 _RUNNER = flags.DEFINE_string(
     "runner", workers.IN_PROCESS, "Beam's runner, e.g. DataflowRunner, FlinkRunner, SparkRunner"
@@ -34,7 +34,7 @@ def main(config) -> None:
             f"{dropped} examples dropped  {time.monotonic() - began:.0f}s gone"
         )
     card.write_card(config.run_dir, built, {stage: dict(config[stage].mixture) for stage in built})
-    say(f"data card  {Path(config.run_dir) / 'data' / 'card.html'}")
+    say(f"data card  {RunLayout.from_config(config).data_card.with_suffix('.html')}")
 
 
 def _counts(component: dict) -> tuple[int, int, int]:

@@ -6,9 +6,9 @@ interrupted run. With --config.tools.address the tool host there is used; otherw
 Several processes, those of config.distributed, are one run: each samples its share of an iteration's episodes on its own
 devices, and all learn together. Processes on several machines need a tool host that all reach (--config.tools.address).
 
---train_only learns anew from the episodes that the run recorded, without sampler and tools, into seed<k>/ppo_replay:
+--replay learns again from the episodes that the run recorded, without sampler and tools, into seed<k>/ppo_replay:
 
-    python -m launch.ppo --train_only --config.ppo.gae_lambda=0.95
+    python -m launch.ppo --replay --config.ppo.gae_lambda=0.95
 """
 
 from absl import flags
@@ -17,15 +17,15 @@ from launch import entry, tool_host
 from stepdr_jax.rl import loop
 from stepdr_jax.runtime import distributed
 
-TRAIN_ONLY = flags.DEFINE_boolean("train_only", False, "learn anew from the recorded episodes, into seed<k>/ppo_replay")
+REPLAY = flags.DEFINE_boolean("replay", False, "learn again from the recorded episodes, into seed<k>/ppo_replay")
 
 
 def main(config) -> None:
-    if TRAIN_ONLY.value:
+    if REPLAY.value:
         loop.replay(config, loop.prepare(config))
         print(loop.replay_home_of(config))
         return
-    loop.run(config, lambda: tool_host.of(config, f"seed{config.seed}.ppo"))
+    loop.run(config, lambda: tool_host.start_if_needed(config, f"seed{config.seed}.ppo"))
     if distributed.is_lead():
         print(loop.home_of(config))
 

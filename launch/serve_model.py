@@ -13,9 +13,10 @@ from absl import flags
 
 from launch import entry
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("stage", "", "checkpoint to serve: midtrain1, midtrain2, sft or ppo; default the last finished")
+flags.DEFINE_string("stage", "", f"checkpoint to serve: {', '.join(stages.policies())}; default the last finished")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one")
 flags.DEFINE_integer("slots", 16, "replies sampled together", lower_bound=1)

@@ -6,11 +6,11 @@ $STEPDR_TOOLS_TOKEN. On a host without this package's training side, `python -m 
 
 import logging
 import os
-from pathlib import Path
 
 from absl import flags
 
 from launch import entry
+from stepdr_jax.runtime.layout import RunLayout
 from tools_env import server
 from tools_env.service.settings import Settings
 
@@ -30,7 +30,7 @@ def main(config) -> None:
     if not world:
         from tools_env.offline_web.build import build_world
 
-        world = str(Path(config.run_dir) / "world")
+        world = str(RunLayout.from_config(config).offline_web)
         build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = Settings(

@@ -13,9 +13,10 @@ from rich.live import Live
 from launch import entry
 from stepdr_jax.errors import UserError
 from stepdr_jax.reporting import dashboard, following
+from stepdr_jax.runtime import stages
 
 _RUN_DIR = flags.DEFINE_string("run_dir", "", "the run to watch, instead of config.run_dir")
-_STAGE = flags.DEFINE_enum("stage", "", ["", *following.STAGES], "the stage to show; default the one that runs")
+_STAGE = flags.DEFINE_enum("stage", "", ["", *stages.with_metrics()], "the stage to show; default the one that runs")
 _ONCE = flags.DEFINE_bool("once", False, "print one frame with all metrics and leave")
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "between looks at the files", lower_bound=0.1)
 

@@ -21,11 +21,13 @@ from stepdr_jax.agent.react import Episode
 from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
-from stepdr_jax.evaluation.results import STAGES, Result
+from stepdr_jax.evaluation.results import Result
 from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.progress import Progress
-from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.records import RubricSet, Task, Verdict
+from stepdr_jax.runtime import stages, storage
+from stepdr_jax.runtime.layout import RunLayout
 
 JUDGE_ATTEMPTS = 2
 SAMPLES_PER_TASK = 1000  # sampling seeds set aside for one task, so that more samples later keep the earlier ones
@@ -54,18 +56,18 @@ def select_tasks(tasks: Iterable[Task], count: int) -> list[Task]:
 
 
 def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[str, RubricSet]]:
-    """The held-out tasks for a stage, or the fewer for a milestone, and their rubric sets by task id."""
-    corpus = Path(config.run_dir) / "corpus"
+    """The held-out tasks for a stage, or the fewer for an evaluation checkpoint, and their rubric sets by task id."""
+    layout = RunLayout.from_config(config)
     count = config.eval.checkpoint_tasks if "@" in stage else config.eval.tasks
-    tasks = select_tasks(records.read_records(corpus / "tasks.jsonl", Task), count)
+    tasks = select_tasks(records.read_records(layout.tasks, Task), count)
     if not tasks:
-        raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(corpus / "rubrics.jsonl", RubricSet)}
+        raise UserError(f"{layout.tasks} has no held-out task; run {stages.command_of('synthesize', config)} again")
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(layout.rubrics, RubricSet)}
     lacking = [task.id for task in tasks if task.id not in rubric_sets]
     if lacking:
         raise UserError(
-            f"{corpus / 'rubrics.jsonl'} has no rubrics for held-out task {lacking[0]} ({len(lacking)} lack them); "
-            "run python -m launch.synthesize again"
+            f"{layout.rubrics} has no rubrics for held-out task {lacking[0]} ({len(lacking)} lack them); "
+            f"run {stages.command_of('synthesize', config)} again"
         )
     return tasks, {task.id: rubric_sets[task.id] for task in tasks}
 
@@ -171,23 +173,22 @@ def _row(identity: dict, task: Task, trajectory: Trajectory, scored: runner.Scor
 
 
 def result_path(config: ConfigDict, stage: str, seed: int | None = None) -> Path:
-    return Path(config.run_dir) / f"seed{config.seed if seed is None else seed}" / "eval" / f"{stage}.jsonl"
+    return RunLayout.from_config(config).evaluated(stage, seed)
 
 
 def trained_stages(config: ConfigDict) -> list[str]:
     """`init` and every stage of this seed that is finished, in the recipe's order."""
-    home = Path(config.run_dir) / f"seed{config.seed}"
-    return [stage for stage in STAGES if stage == "init" or (home / stage / "done.json").exists()]
+    layout = RunLayout.from_config(config)
+    return [stage for stage in stages.evaluated() if stage == stages.INIT or layout.stage(stage).done.exists()]
 
 
 def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     """What the rows of a stage depend on: checkpoint, tasks, budgets and sampling, as 16 hex digits."""
-    run_dir = Path(config.run_dir)
-    name, _, step = stage.partition("@")
-    home = run_dir / f"seed{config.seed}" / name
-    done = home / "milestones" / step.zfill(8) / step.zfill(8) / "manifest.json" if step else home / "done.json"
-    tokenizer = run_dir / "tokenizer" / "tokenizer.json"
-    trained = files.read_json(done) if done.exists() else {}
+    layout, (name, _, step) = RunLayout.from_config(config), stage.partition("@")
+    made, tokenizer = layout.stage(name), layout.tokenizer
+    if step:
+        path = made.for_reading().eval_checkpoint(int(step)) / step.zfill(8) / storage.MANIFEST
+    trained = storage.read_json(path if step else made.done) or {}
     parts = [
         stage,
         config.seed,
@@ -215,13 +216,13 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `stage` may be a milestone, STAGE@STEP (`training.state.milestones`), with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
     """
-    if stage.partition("@")[0] not in STAGES:
-        raise UserError(f"expected a stage among {', '.join(STAGES)}, got {stage!r}; change --stages")
+    if stage.partition("@")[0] not in (known := stages.evaluated()):
+        raise UserError(f"expected a stage among {', '.join(known)}, got {stage!r}; change --stages")
     if path := finished(config, stage):
         return path
     tasks, rubric_sets = load_tasks(config, stage)
@@ -264,10 +265,9 @@ def _kept(partial: Path, mark: str) -> list[Result]:
 async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
     from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
 
-    run_dir = Path(config.run_dir)
     engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.of(config, host), make_judge(config, entity_names(run_dir))
+    tools, judge = Tools.of(config, host), make_judge(config, entity_names(RunLayout.from_config(config).entities))
     try:
         return await run_tasks(
             tasks,
@@ -292,8 +292,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
         await judge.close()
 
 
-def entity_names(run_dir: Path) -> list[str]:
+def entity_names(path: Path) -> list[str]:
     """Names of everything the world knows, so that the judge does not find "Guinea" inside "Equatorial Guinea"."""
-    path = run_dir / "world" / "entities.jsonl"
     rows = files.read_jsonl(path) if path.exists() else []
     return sorted({row[lang] for row in rows for lang in ("en", "zh") if row.get(lang)})

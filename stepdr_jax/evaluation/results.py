@@ -8,7 +8,6 @@ from stepdr_jax import records
 from stepdr_jax.evaluation import statistics
 from stepdr_jax.evaluation.statistics import Interval
 
-STAGES = ("init", "midtrain1", "midtrain2", "sft", "ppo")
 BREAKDOWN_RESAMPLES = 2_000  # per cell of a table by kind or language; the headline uses statistics.RESAMPLES
 
 
@@ -73,7 +72,7 @@ METRICS = (
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def read(path: str | os.PathLike) -> list[Result]:
+def read_results(path: str | os.PathLike) -> list[Result]:
     """Reads rows in index order; raises UserError for a missing or damaged file."""
     return sorted(records.read_records(path, Result), key=lambda result: result.index)
 

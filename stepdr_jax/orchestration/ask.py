@@ -18,10 +18,11 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.progress import clock
 from stepdr_jax.records import Finish, Message, Task, Trajectory
 from stepdr_jax.reporting import research_page
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.text.scripts import question_language
 from tools_env.client import ToolsClient
 
-STAGES = ("ppo", "sft", "midtrain2", "midtrain1")  # best first
 # A large model behind an endpoint: the recipe's evaluation settings (30 turns, 16K tokens a turn, 128K context).
 ENDPOINT_LIMITS = Limits(
     max_turns=30, max_turn_tokens=16_384, max_episode_tokens=131_072, max_tool_calls=60, wall_seconds=1_800.0
@@ -54,15 +55,16 @@ def choose_stage(config: ConfigDict, wanted: str = "") -> str:
 
     Raises UserError when there is none, with the command that makes one.
     """
-    home = Path(config.run_dir) / f"seed{config.seed}"
-    if wanted and wanted not in STAGES:
-        raise UserError(f"--stage: expected one of {', '.join(reversed(STAGES))}, got {wanted!r}")
-    for stage in [wanted] if wanted else STAGES:
-        if (home / stage / "done.json").exists():
+    layout, known = RunLayout.from_config(config), stages.policies()
+    if wanted and wanted not in known:
+        raise UserError(f"--stage: expected one of {', '.join(known)}, got {wanted!r}")
+    for stage in [wanted] if wanted else reversed(known):
+        if layout.stage(stage).done.exists():
             return stage
     what = f"no finished {wanted} checkpoint" if wanted else "no trained checkpoint"
     raise UserError(
-        f"{what} in {home}; run bash launch/quickstart.sh first, or ask a model of your own with --endpoint and --model"
+        f"{what} in {layout.seed_dir()}; run bash launch/quickstart.sh first, or ask a model of your own with --endpoint "
+        "and --model"
     )
 
 
@@ -74,7 +76,7 @@ def trained_policy(
     from stepdr_jax.tokens.tokenizer import Tokenizer
     from stepdr_jax.training import sampler
 
-    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.load(RunLayout.from_config(config).tokenizer)
     asked = task(question, as_of)
     system = prompts.system_prompt(config.agent.prompt, as_of, (), asked.lang)
     messages = [Message(role="system", content=system), Message(role="user", content=question)]
@@ -165,7 +167,7 @@ def folder(config: ConfigDict, asked: Task, name: str, seed: int) -> Path:
     """Where the pages of a question go by default: the same command writes the same place."""
     words = re.sub(r"[^a-z0-9]+", "-", asked.query.lower()).strip("-")[:40].strip("-")
     slug = "-".join(part for part in (words, asked.id.removeprefix("ask-")) if part)
-    return Path(config.run_dir) / "research" / f"{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{seed}"
+    return RunLayout.from_config(config).research / f"{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{seed}"
 
 
 def summary(trajectory: Trajectory) -> str:

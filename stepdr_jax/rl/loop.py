@@ -25,17 +25,17 @@ from ml_collections import ConfigDict
 from stepdr_jax import files, records
 from stepdr_jax.agent.tools import Host
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.choose import make_judge
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import guards, hosts, learner, recordings, roles, rollouts, rows, sampling
-from stepdr_jax.rl import settings as stage_settings
 from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.sampling import Parts
-from stepdr_jax.runtime import checkpoint, distributed
+from stepdr_jax.runtime import checkpoint, distributed, provenance, stages
 from stepdr_jax.runtime.compilation import keep_compiled
 from stepdr_jax.runtime.distributed import say as _say
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.runtime.profiling import Profiler
 from stepdr_jax.runtime.watchdog import Watchdog
 from stepdr_jax.runtime.writers import Journal
@@ -45,11 +45,11 @@ from stepdr_jax.training import state
 
 
 def home_of(config: ConfigDict) -> Path:
-    return state.stage_dir(config, config.seed, "ppo")
+    return RunLayout.from_config(config).stage("ppo").directory
 
 
 def replay_home_of(config: ConfigDict) -> Path:
-    return state.stage_dir(config, config.seed, "ppo_replay")
+    return RunLayout.from_config(config).stage("ppo_replay").directory
 
 
 def finished(config: ConfigDict) -> dict | None:
@@ -81,28 +81,27 @@ def run(config: ConfigDict, start_host: Callable[[], contextlib.AbstractContextM
 
 def prepare(config: ConfigDict) -> Parts:
     """Reads the parts of a run from its directory; raises UserError naming what is missing and the command that makes it."""
-    run_dir = Path(config.run_dir)
-    parent = state.done_of(config, config.seed, "sft")["params_sha256"]
+    layout = RunLayout.from_config(config)
+    parent = provenance.require_finished(config, "sft")["params_sha256"]
     model, who = Qwen2Config.from_config(config.model, state.vocab_size(config)), Roles.of(config)
     shardings = who.param_shardings(model) if who.mesh.size > 1 else None
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
-    corpus = run_dir / "corpus"
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(corpus / "rubrics.jsonl", RubricSet)}
+    tokenizer = Tokenizer.load(layout.tokenizer)
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(layout.rubrics, RubricSet)}
     tasks = [
         task
-        for task in records.read_records(corpus / "tasks.jsonl", Task)
+        for task in records.read_records(layout.tasks, Task)
         if task.split == "train" and task.id in rubric_sets and rubric_sets[task.id].kept
     ]
     if not tasks:
         raise UserError(
-            f"{corpus}/tasks.jsonl has no training task with rubrics; delete {corpus} and run python -m launch.synthesize"
+            f"{layout.tasks} has no training task with rubrics; delete {layout.corpus} and run "
+            f"{stages.command_of('synthesize', config)}"
         )
     tasks.sort(key=lambda task: task.id)
     digest = hashlib.sha256()
     for task in tasks:
         digest.update((task.model_dump_json() + rubric_sets[task.id].model_dump_json()).encode())
-    entities = run_dir / "world" / "entities.jsonl"
-    names = {row[lang] for row in files.read_jsonl(entities) for lang in ("en", "zh") if row.get(lang)}
+    names = {row[lang] for row in files.read_jsonl(layout.entities) for lang in ("en", "zh") if row.get(lang)}
     return Parts(
         tokenizer=tokenizer,
         model=model,
@@ -147,14 +146,15 @@ async def _train(
             f"ppo.prompts_per_iteration: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts_per_iteration}; "
             "lower it in the config"
         )
-    keep_compiled(Path(config.run_dir) / ".jax_cache")
-    asked = stage_settings.of(config, parts)
-    state.require_place(config, home)
-    kept = state.kept_in(config, home)
-    stage_settings.require_same(home, asked, begun=bool(checkpoint.steps(kept / "checkpoints")))
+    keep_compiled(RunLayout.from_config(config).compilation_cache)
+    asked = provenance.ppo_settings(config, parts.model, judge_settings(config), parts.origin)
+    layout = RunLayout.from_config(config).stage(home.name)
+    provenance.require_same_location(layout)
+    if checkpoint.steps(layout.checkpoint_dir):
+        provenance.require_same_settings(layout, asked)
 
     def write_settings() -> None:
-        state.note_place(config, home)
+        provenance.record_location(layout)
         files.write_json(home / "settings.json", asked)
 
     distributed.lead_first("ppo settings", write_settings, lambda: None)
@@ -162,7 +162,7 @@ async def _train(
     # ---------------------------------------------------------------- state: new or continued
     who = Roles.of(config)
     learning = learner.PPOConfig.from_config(config, parts.model, who.mesh)
-    now, restored = roles.begin(parts.actor, parts.model, learning, who, kept / "checkpoints", config.seed)
+    now, restored = roles.begin(parts.actor, parts.model, learning, who, layout.checkpoint_dir, config.seed)
     reference = roles.on_mesh(parts.actor(), who.param_shardings(parts.model)) if settings.kl_coefficient else None
     start, seconds = 0, 0.0
     if restored is not None:
@@ -170,7 +170,7 @@ async def _train(
         _say(f"ppo  continuing from iteration {start}")
 
     # ---------------------------------------------------------------- where episodes come from
-    mark = stage_settings.mark(config, asked)
+    mark = provenance.episodes_fingerprint(config, asked)
     if source is None:
         # Iteration i is sampled with the weights of version i - staleness, whatever the timing.
         weights, version = now.get("behaviour", now["params"]), max(start - settings.staleness, 0)
@@ -199,7 +199,7 @@ async def _train(
     if start < iterations:
         _say("ppo  compiling")
     saved, sampling_now = start, None
-    with checkpoint.Saver(kept / "checkpoints", background=config.checkpointing.background) as saver, notice, watchdog:
+    with checkpoint.Saver(layout.checkpoint_dir, background=config.checkpointing.background) as saver, notice, watchdog:
         try:
             for iteration in range(start, iterations):
                 profiler.before(iteration + 1)

@@ -11,6 +11,7 @@ does not import jax.
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ from stepdr_jax import files
 
 if TYPE_CHECKING:
     from stepdr_jax.runtime.buckets import BucketPath
+
+
+# Names in a run directory that a run writes.
+ENTRIES = re.compile(
+    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config.*\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
+)
 
 
 def _storage():
@@ -175,6 +182,10 @@ class RunLayout:
         return self.root / "corpus"
 
     @property
+    def corpus_card(self) -> Path:
+        return self.corpus / "card.json"
+
+    @property
     def tasks(self) -> Path:
         return self.corpus / "tasks.jsonl"
 
@@ -186,6 +197,10 @@ class RunLayout:
     def data(self) -> Path:
         """Folder of packed rows, one folder a stage, and the data card."""
         return self.root / "data"
+
+    @property
+    def data_card(self) -> Path:
+        return self.data / "card.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -217,6 +232,11 @@ class RunLayout:
     def ledger(self) -> Path:
         """Which stages have finished, with which settings, and what they took."""
         return self.root / "stages.json"
+
+    @property
+    def resolved_config(self) -> Path:
+        """The config that the run was last started with."""
+        return self.root / "config.json"
 
     @property
     def report(self) -> Path:

@@ -34,7 +34,7 @@ class Stage:
         work: amount of work in a config; the estimate of its time is proportional to it.
         shared: it runs once for all training seeds.
         planned: the quickstart runs it.
-        evaluated: its parameters are a policy that launch.evaluate measures and launch.research can ask.
+        policy: its parameters answer questions: launch.evaluate measures them, launch.research can ask them.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Stage:
     work: Callable[[ConfigDict], float] = lambda config: 1.0
     shared: bool = False
     planned: bool = True
-    evaluated: bool = False
+    policy: bool = False
 
 
 def _tokens(name: str) -> Callable[[ConfigDict], float]:
@@ -66,7 +66,7 @@ def _training(name: str, title: str, command: str, parent: str, seconds: float) 
         unit="step",
         seconds=seconds,
         work=_tokens(name),
-        evaluated=True,
+        policy=True,
     )
 
 
@@ -91,7 +91,7 @@ STAGES: tuple[Stage, ...] = (
     _training("midtrain1", "Mid-training I", "launch.midtrain --stage=midtrain1", INIT, 90),
     _training("midtrain2", "Mid-training II", "launch.midtrain --stage=midtrain2", "midtrain1", 85),
     _training("sft", "SFT", "launch.sft", "midtrain2", 45),
-    Stage("ppo", "PPO", "launch.ppo", "ppo/done.json", seconds=160, evaluated=True, **_PPO),
+    Stage("ppo", "PPO", "launch.ppo", "ppo/done.json", seconds=160, policy=True, **_PPO),
     Stage("ppo_replay", "PPO, replayed", "launch.ppo --replay", "ppo_replay/done.json", planned=False, **_PPO),
     Stage(
         "evaluate",
@@ -123,9 +123,19 @@ def with_metrics() -> tuple[str, ...]:
     return tuple(stage.name for stage in STAGES if stage.unit)
 
 
+def policies() -> tuple[str, ...]:
+    """Names of the stages whose parameters are a policy that can answer, in order."""
+    return tuple(stage.name for stage in STAGES if stage.policy)
+
+
 def evaluated() -> tuple[str, ...]:
-    """ "init", then the names of the stages whose parameters are evaluated, in order."""
-    return (INIT, *(stage.name for stage in STAGES if stage.evaluated))
+    """What is evaluated on held-out questions, in order: the parameters before training ("init"), then `policies`."""
+    return (INIT, *policies())
+
+
+def run_by(module: str) -> tuple[str, ...]:
+    """Names of the stages whose command starts `module`, in order."""
+    return tuple(stage.name for stage in STAGES if stage.command.split()[0] == module)
 
 
 def title_of(name: str) -> str:
@@ -143,22 +153,15 @@ def parent_of(config: ConfigDict, name: str) -> str:
     return INIT if name == config.first_stage else stage_named(name).parent
 
 
-def command_of(name: str, config: ConfigDict, *arguments: str) -> str:
-    """The complete command that runs a stage of `config`'s run, to be pasted into a shell."""
+def command_of(name: str, config: ConfigDict, *arguments: str, seed: int | None = None) -> str:
+    """The complete command that runs a stage of `config`'s run, of its seed or of another, to be pasted into a shell."""
     stage = stage_named(name)
-    return command_line(stage.command, config, *arguments, seed=not stage.shared)
+    flags = [] if stage.shared else [f"--config.seed={config.seed if seed is None else seed}"]
+    return command_line(stage.command, config, *arguments, *flags)
 
 
-def command_line(words: str, config: ConfigDict, *arguments: str, seed: bool = True) -> str:
-    """`python -m WORDS` with the flags that name the config, the run and, unless told otherwise, the seed.
-
-    Args:
-        words: module and arguments.
-        config: its field config_file is the path that was given on the command line.
-        arguments: further flags.
-    """
+def command_line(words: str, config: ConfigDict, *flags: str) -> str:
+    """`python -m WORDS` with the flags that name the config, whose field config_file is its path, and the run."""
     path = config.get("config_file", "")
-    flags = [f"--config={path}"] if path else []
-    flags.append(f"--config.run_dir={config.run_dir}")
-    flags += [f"--config.seed={config.seed}"] if seed else []
-    return f"python -m {words} {shlex.join([*arguments, *flags])}"
+    named = [f"--config={path}"] if path else []
+    return f"python -m {words} {shlex.join([*named, f'--config.run_dir={config.run_dir}', *flags])}"

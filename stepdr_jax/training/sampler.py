@@ -1,7 +1,6 @@
 """The sampler as the config describes it."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
 
@@ -74,9 +74,9 @@ def of_stage(config, stage: str) -> tuple[JaxEngine, Tokenizer]:
 
     Raises UserError when the stage has not finished or its checkpoints are damaged.
     """
-    run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
-    keep_compiled(run_dir / ".jax_cache")
+    layout = RunLayout.from_config(config)
+    tokenizer = Tokenizer.load(layout.tokenizer)
+    keep_compiled(layout.compilation_cache)
     params = state.load_params(config, config.seed, stage)
     model = Qwen2Config.from_config(config.model, state.vocab_size(config))
     return engine_of(config, params, model, tokenizer), tokenizer

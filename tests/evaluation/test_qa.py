@@ -163,7 +163,7 @@ def test_rows_survive_the_file(tmp_path):
 
     rows = run([task("a"), task("b")], Policy())
     records.write_records(tmp_path / "sft.jsonl", reversed(rows))
-    assert results.read(tmp_path / "sft.jsonl") == rows
+    assert results.read_results(tmp_path / "sft.jsonl") == rows
 
 
 def test_an_interrupted_evaluation_keeps_whole_measured_rows_of_the_same_settings(tmp_path):

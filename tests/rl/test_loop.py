@@ -7,7 +7,8 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl import loop, recordings, rows, sampling, settings
+from stepdr_jax.rl import loop, recordings, rows, sampling
+from stepdr_jax.runtime import provenance
 from stepdr_jax.training import state
 from tests.rl import toy
 
@@ -180,8 +181,8 @@ def test_reward_rises_on_a_toy_task(tmp_path):
 def test_every_setting_decides_or_is_free(tmp_path):
     """A new field of the config is compared between runs unless it is declared free."""
     config = toy.config(tmp_path)
-    named = settings.of(config, toy.parts(config))
-    assert {name.removeprefix("ppo.") for name in named if name.startswith("ppo.")} | set(settings.FREE) == set(
-        config.ppo
-    )
+    named = provenance.ppo_settings(config, toy.parts(config).model, {}, "")
+    assert {name.removeprefix("ppo.") for name in named if name.startswith("ppo.")} | set(
+        provenance.PPO_MAY_CHANGE
+    ) == set(config.ppo)
     assert not dataclasses.is_dataclass(named)

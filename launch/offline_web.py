@@ -4,17 +4,17 @@ Left alone when it is built already from the same inputs.
 """
 
 import sys
-from pathlib import Path
 
 from launch import entry
+from stepdr_jax.runtime.layout import RunLayout
 from tools_env.offline_web.build import build_world
 
 
 def main(config) -> None:
-    folder = Path(config.run_dir) / "world"
+    folder = RunLayout.from_config(config).offline_web
     build_world(folder, seed=config.data_seed, documents=config.offline_web.documents)
     with open(folder / "documents.jsonl", "rb") as rows:
-        print(f"world  {sum(1 for _ in rows)} pages in {folder}", file=sys.stderr)
+        print(f"offline web  {sum(1 for _ in rows)} pages in {folder}", file=sys.stderr)
 
 
 if __name__ == "__main__":

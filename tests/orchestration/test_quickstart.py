@@ -13,7 +13,7 @@ import pytest
 
 from configs import miniature
 from stepdr_jax.errors import UserError
-from stepdr_jax.orchestration import process, run, stages
+from stepdr_jax.orchestration import plan, process, quickstart
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -39,14 +39,14 @@ def small_run(tmp_path, monkeypatch):
     config = miniature.get_config().unlock()
     config.run_dir = str(home)
 
-    def plan(config, reference, seeds=1):
+    def small_plan(config, reference, seeds=1):
         return [
-            stages.Stage(name, name, "small_stage", (name, str(home)), f"{name}.out", 5.0)
+            plan.PlannedStage(name, name, "small_stage", (name, str(home)), f"{name}.out", 5.0)
             for name in ("a", "b", "report")
         ]
 
-    monkeypatch.setattr(stages, "plan", plan)
-    monkeypatch.setattr(run, "ENTRIES", run.re.compile(r".*"))
+    monkeypatch.setattr(plan, "plan", small_plan)
+    monkeypatch.setattr(quickstart, "ENTRIES", re.compile(r".*"))
     return config.lock(), home
 
 
@@ -55,7 +55,7 @@ def calls(home):
 
 
 def start(config, **kwargs):
-    return run.run(config, config, ["--config.seed=0"], **kwargs)
+    return quickstart.run_stages(config, config, ["--config.seed=0"], **kwargs)
 
 
 def test_stages_run_in_order_and_a_second_run_does_nothing(small_run, capsys):
@@ -132,11 +132,11 @@ def test_fresh_deletes_a_run_and_refuses_a_folder_with_other_things(small_run, m
     start(config)
     monkeypatch.undo()
     with pytest.raises(UserError, match="also holds a.out, b.out, calls"):
-        run._empty(home)
+        quickstart._empty(home)
     for name in ("a.out", "b.out", "report.out", "calls"):
         (home / name).unlink()
     (home / "seed0").mkdir()
-    run._empty(home)
+    quickstart._empty(home)
     assert [path.name for path in home.iterdir()] == [".lock"]
 
 
@@ -152,13 +152,13 @@ def test_fresh_deletes_a_run_and_refuses_a_folder_with_other_things(small_run, m
     ],
 )
 def test_time_left_is_read_from_progress_lines(line, seconds):
-    assert run.seconds_left(line) == seconds
+    assert quickstart.seconds_left(line) == seconds
 
 
 def test_the_plan_makes_data_once_and_trains_every_seed():
     config = miniature.get_config()
-    keys = [stage.key for stage in stages.plan(config, config, seeds=2)]
-    assert keys[:3] == ["world", "synthesize", "build_data"] and keys[-1] == "report"
+    keys = [stage.key for stage in plan.plan(config, config, seeds=2)]
+    assert keys[:3] == ["offline_web", "synthesize", "build_data"] and keys[-1] == "report"
     assert keys[3:8] == [f"seed0.{name}" for name in ("midtrain1", "midtrain2", "sft", "ppo", "evaluate")]
     assert len(keys) == 14
 
@@ -167,9 +167,9 @@ def test_estimates_follow_the_amount_of_work_and_the_pace_of_the_machine():
     config = miniature.get_config()
     more = miniature.get_config().unlock()
     more.sft.steps *= 2
-    seconds = {stage.key: stage.seconds for stage in stages.plan(config, config)}
-    assert {stage.key: stage.seconds for stage in stages.plan(more, config)}["seed0.sft"] == 2 * seconds["seed0.sft"]
-    assert stages.pace([]) == 1.0 and stages.pace([(90.0, 190.0)]) == 2.0
+    seconds = {stage.key: stage.seconds for stage in plan.plan(config, config)}
+    assert {stage.key: stage.seconds for stage in plan.plan(more, config)}["seed0.sft"] == 2 * seconds["seed0.sft"]
+    assert plan.pace([]) == 1.0 and plan.pace([(90.0, 190.0)]) == 2.0
 
 
 def test_a_killed_parent_takes_the_stage_with_it(tmp_path):
@@ -191,7 +191,7 @@ def test_a_killed_parent_takes_the_stage_with_it(tmp_path):
 
 def test_every_stage_is_a_script_that_has_its_flags():
     config = miniature.get_config()
-    for stage in stages.plan(config, config):
+    for stage in plan.plan(config, config):
         source = (ROOT / (stage.module.replace(".", "/") + ".py")).read_text()
         for argument in stage.arguments:
             name = argument.removeprefix("--").partition("=")[0]

@@ -17,19 +17,18 @@ from ml_collections import ConfigDict
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.orchestration import process, stages
+from stepdr_jax.orchestration import plan, process
+from stepdr_jax.orchestration.plan import PlannedStage
 from stepdr_jax.progress import clock
+from stepdr_jax.runtime import provenance
+from stepdr_jax.runtime.layout import ENTRIES, RunLayout
 
-LEDGER = "stages.json"
 NEEDED_BYTES = 2 * 10**9  # corpus, rows, checkpoints and reports of a run, with room to spare
-ENTRIES = re.compile(
-    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config\.json|\..*|.*\.log)$"
-)
 LEFT = re.compile(r", (?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)? left$")
 DONE = re.compile(r"  (\d+)/(\d+) ")
 
 
-def run(
+def run_stages(
     config: ConfigDict,
     reference: ConfigDict,
     config_arguments: Sequence[str],
@@ -49,57 +48,56 @@ def run(
     Raises:
         UserError: the folder is in use, not writable or short of space; or a stage stopped, with the stage's reason.
     """
-    run_dir = Path(config.run_dir)
-    with process.exclusive(run_dir):
+    layout = RunLayout.from_config(config)
+    with process.exclusive(layout.root):
         if fresh:
-            _empty(run_dir)
-        process.check_space(run_dir, NEEDED_BYTES)
-        ledger = _read_ledger(run_dir)
-        todo = stages.plan(config, reference, seeds)
-        marks = {stage.key: stages.fingerprint(config, stage) for stage in todo}
+            _empty(layout.root)
+        process.check_space(layout.root, NEEDED_BYTES)
+        ledger = _read_ledger(layout)
+        todo = plan.plan(config, reference, seeds)
         view = _View(todo)
         ran = False
         for stage in todo:
+            fingerprint = provenance.config_fingerprint(config, stage.key, stage.arguments)
             # The report draws on everything before it, so it is made again whenever something before it ran.
-            if stages.finished(run_dir, stage, marks[stage.key], ledger) and not (ran and stage is todo[-1]):
+            if plan.finished(layout, stage, fingerprint, ledger) and not (ran and stage is todo[-1]):
                 view.skip(stage, ledger[stage.key])
                 continue
             ran = True
-            _run_stage(run_dir, stage, marks[stage.key], ledger, list(config_arguments), view)
+            _run_stage(layout, stage, fingerprint, ledger, list(config_arguments), view)
         view.table()
-        return run_dir / todo[-1].output
+        return layout.root / todo[-1].output
 
 
 def _run_stage(
-    run_dir: Path, stage: stages.Stage, mark: str, ledger: dict, arguments: list[str], view: "_View"
+    layout: RunLayout, stage: PlannedStage, fingerprint: str, ledger: dict, arguments: list[str], view: "_View"
 ) -> None:
-    log_path = run_dir / "logs" / f"{stage.key}.log"
+    log_path, output = layout.logs / f"{stage.key}.log", layout.root / stage.output
     view.start(stage)
-    outcome = process.run(stage.module, [*arguments, *stage.arguments], log_path, view.line)
+    outcome = process.run_module(stage.module, [*arguments, *stage.arguments], log_path, view.line)
     before = ledger.get(stage.key, {})
     resumed = before.get("unfinished", False)
     entry = {
         "seconds": round(outcome.seconds + (before.get("seconds", 0.0) if resumed else 0.0), 1),
         "peak_bytes": max(outcome.peak_bytes, before.get("peak_bytes", 0) if resumed else 0),
     }
-    done = outcome.status == 0 and (run_dir / stage.output).exists()
-    entry |= {"fingerprint": mark, "finished_at": time.time()} if done else {"unfinished": True}
+    done = outcome.status == 0 and output.exists()
+    entry |= {"fingerprint": fingerprint, "finished_at": time.time()} if done else {"unfinished": True}
     ledger[stage.key] = entry
-    files.write_json(run_dir / LEDGER, ledger)
+    files.write_json(layout.ledger, ledger)
     view.end(stage, entry, done)
     if done:
         return
     if outcome.status in (130, -2):
         raise KeyboardInterrupt
-    reason = process.describe(outcome.status) if outcome.status else f"ended without writing {run_dir / stage.output}"
+    reason = process.describe(outcome.status) if outcome.status else f"ended without writing {output}"
     reason += f": {outcome.error}" if outcome.error and outcome.status else ""
     raise UserError(f"{stage.title} {reason} (log: {log_path}); then run the same command, finished work is kept")
 
 
-def _read_ledger(run_dir: Path) -> dict:
-    path = run_dir / LEDGER
+def _read_ledger(layout: RunLayout) -> dict:
     try:
-        ledger = files.read_json(path) if path.exists() else {}
+        ledger = files.read_json(layout.ledger) if layout.ledger.exists() else {}
     except UserError:  # only a record of what is done: every stage finds that out again by itself
         ledger = {}
     return ledger if isinstance(ledger, dict) else {}
@@ -135,23 +133,23 @@ def seconds_left(line: str) -> float | None:
 class _View:
     """What a person sees: where the run is, how long it will take, and at the end where the time went."""
 
-    def __init__(self, todo: list[stages.Stage]):
+    def __init__(self, todo: list[PlannedStage]):
         self.todo = todo
         self.rows: dict[str, tuple[str, dict]] = {}
         self.actual: list[tuple[float, float]] = []  # (estimated, actual) seconds of what ran to its end
         self.began = time.monotonic()
         self.stage_began = self.began
-        self.current: stages.Stage | None = None
+        self.current: PlannedStage | None = None
         self.terminal = sys.stderr.isatty()
         self.overwriting = False
 
-    def skip(self, stage: stages.Stage, entry: dict) -> None:
+    def skip(self, stage: PlannedStage, entry: dict) -> None:
         self.rows[stage.key] = ("already done", entry)
 
-    def start(self, stage: stages.Stage) -> None:
+    def start(self, stage: PlannedStage) -> None:
         self.current, self.stage_began = stage, time.monotonic()
         number = self.todo.index(stage) + 1
-        expected = clock(stage.seconds * stages.pace(self.actual))
+        expected = clock(stage.seconds * plan.pace(self.actual))
         self._print(f"[{number}/{len(self.todo)}] {stage.title}, about {expected}; {self._overall(None)}")
 
     def line(self, line: str) -> None:
@@ -161,7 +159,7 @@ class _View:
         else:
             self._print(f"    {line}  |  {self._overall(left)}", overwrite=True)
 
-    def end(self, stage: stages.Stage, entry: dict, done: bool) -> None:
+    def end(self, stage: PlannedStage, entry: dict, done: bool) -> None:
         self.rows[stage.key] = ("done" if done else "stopped", entry)
         if done:
             self.actual.append((stage.seconds, time.monotonic() - self.stage_began))
@@ -183,7 +181,7 @@ class _View:
         rich.console.Console(file=sys.stderr).print(table)
 
     def _overall(self, stage_left: float | None) -> str:
-        pace = stages.pace(self.actual)
+        pace = plan.pace(self.actual)
         now = time.monotonic()
         left = 0.0
         for stage in self.todo:

@@ -1,4 +1,4 @@
-"""QA at milestones of training, by the training process and by a job that watches: a tiny model, a real tool host."""
+"""Held-out questions on evaluation checkpoints, by the training process and by a job that watches: a tiny model, a real tool host."""
 
 import shutil
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from stepdr_jax import files, records
-from stepdr_jax.evaluation import milestones
+from stepdr_jax.evaluation import checkpoints
 from stepdr_jax.records import Rubric, RubricSet
 from stepdr_jax.runtime import checkpoint
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import loop, state
 from tests.reporting import synthetic_run
@@ -19,8 +20,8 @@ from tools_env.process import ToolHost
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Twelve steps of 120 tokens, a milestone every 500 tokens at the rows of every third step."""
-    run_dir = tmp_path_factory.mktemp("milestones")
+    """Twelve steps of 120 tokens, an evaluation checkpoint every 500 tokens at the rows of every third step."""
+    run_dir = tmp_path_factory.mktemp("evaluated")
     tasks = synthetic_run.make_tasks(12)
     records.write_records(run_dir / "corpus" / "tasks.jsonl", tasks)
     check = Rubric(rid="a", criterion="States it.", weight=1, role="explicit", check={"kind": "states", "any": ["x"]})
@@ -37,26 +38,26 @@ def trained(tmp_path_factory):
     def host():
         return ToolHost(world, web_port=9, log_path=run_dir / "log")
 
-    on_milestone = milestones.inline(config, "midtrain1", host)
+    on_milestone = checkpoints.inline_evaluation(config, "midtrain1", host)
     loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tokenizer.vocab_size, on_milestone=on_milestone)
-    return config, host, state.stage_dir(config, 0, "midtrain1")
+    return config, host, RunLayout.from_config(config).stage("midtrain1")
 
 
-def test_milestones_lie_at_the_rows_that_pass_a_multiple_of_the_tokens(trained):
-    config, _, home = trained
-    assert state.milestones(home) == [6, 9]  # 720 and 1,080 tokens
-    assert [event["step"] for event in files.read_jsonl(home / "events.jsonl") if event["event"] == "evaluated"] == [
+def test_evaluation_checkpoints_lie_at_the_rows_that_pass_a_multiple_of_the_tokens(trained):
+    config, _, layout = trained
+    assert layout.eval_steps() == [6, 9]  # 720 and 1,080 tokens
+    assert [event["step"] for event in files.read_jsonl(layout.events) if event["event"] == "evaluated"] == [
         6,
         9,
     ]
-    final = checkpoint.restore(home / "checkpoints", {"step": np.zeros((), np.int32)})
+    final = checkpoint.restore(layout.checkpoint_dir, {"step": np.zeros((), np.int32)})
     params = {step: state.load_params(config, 0, f"midtrain1@{step}") for step in (6, 9)}
     assert final.step == 12
     assert not np.array_equal(params[6]["embedding"], params[9]["embedding"])
 
 
-def test_a_row_a_milestone_says_what_was_measured(trained):
-    rows = files.read_jsonl(milestones.rows_path(trained[0], "midtrain1"))
+def test_a_row_per_checkpoint_says_what_was_measured(trained):
+    rows = files.read_jsonl(trained[2].qa_rows)
     assert [(row["step"], row["tokens"], row["episodes"]) for row in rows] == [(6, 720, 4), (9, 1080, 4)]
     for row in rows:
         assert row["missing"] == 0
@@ -65,47 +66,47 @@ def test_a_row_a_milestone_says_what_was_measured(trained):
 
 
 def test_a_job_that_watches_writes_the_same_rows_and_ends_with_the_stages(trained, tmp_path):
-    config, host, home = trained
-    path = milestones.rows_path(config, "midtrain1")
+    config, host, layout = trained
+    path = layout.qa_rows
     before = files.read_jsonl(path)
     shutil.move(path, tmp_path / "qa.jsonl")
-    (home / "done.json").rename(tmp_path / "done.json")
+    layout.done.rename(tmp_path / "done.json")
     looks = []
 
     def sleep(seconds):
         looks.append(seconds)
-        (tmp_path / "done.json").rename(home / "done.json")
+        (tmp_path / "done.json").rename(layout.done)
 
-    rows = list(milestones.watch(config, ["midtrain1"], None, every=7.0, sleep=sleep))
+    rows = list(checkpoints.watch_stages(config, ["midtrain1"], None, every=7.0, sleep=sleep))
     assert looks == [7.0]
     assert rows == [{"stage": "midtrain1"} | row for row in before] and files.read_jsonl(path) == before
 
 
-def test_a_milestone_that_was_undone_loses_its_row(trained, tmp_path):
-    config, _, home = trained
-    shutil.move(state.milestone_dir(home, 9), tmp_path / "gone")
-    milestones.evaluate(config, "midtrain1", 6, None)
-    assert [row["step"] for row in files.read_jsonl(milestones.rows_path(config, "midtrain1"))] == [6]
-    shutil.move(tmp_path / "gone", state.milestone_dir(home, 9))
+def test_a_checkpoint_that_was_undone_loses_its_row(trained, tmp_path):
+    config, _, layout = trained
+    shutil.move(layout.eval_checkpoint(9), tmp_path / "gone")
+    checkpoints.evaluate_checkpoint(config, "midtrain1", 6, None)
+    assert [row["step"] for row in files.read_jsonl(layout.qa_rows)] == [6]
+    shutil.move(tmp_path / "gone", layout.eval_checkpoint(9))
 
 
-def test_a_milestone_that_a_killed_process_did_not_come_to_is_evaluated_by_the_next(trained, tmp_path):
+def test_a_checkpoint_that_a_killed_process_did_not_come_to_is_evaluated_by_the_next(trained, tmp_path):
     """Its checkpoint is of the same step, so that the next process does not pass it again."""
-    config, _, home = trained
+    config, _, _ = trained
     copy = config.copy_and_resolve_references()
     copy.run_dir = str(tmp_path / "run")
     shutil.copytree(config.run_dir, copy.run_dir)
-    resumed = state.stage_dir(copy, 0, "midtrain1")
-    (resumed / "done.json").unlink()
-    shutil.rmtree(resumed / "milestones" / "00000009")
-    (resumed / "qa.jsonl").unlink()
-    checkpoint.remove_after(resumed / "checkpoints", 10)
+    resumed = RunLayout.from_config(copy).stage("midtrain1")
+    resumed.done.unlink()
+    shutil.rmtree(resumed.directory / "eval_checkpoints" / "00000009")
+    resumed.qa_rows.unlink()
+    checkpoint.remove_after(resumed.checkpoint_dir, 10)
     asked = []
 
     def on_milestone(step):
         asked.append(step)
         row = {"step": step, "tokens": 0}
-        files.append_jsonl(resumed / "qa.jsonl", row)
+        files.append_jsonl(resumed.qa_rows, row)
         return row
 
     words = Tokenizer.load(tmp_path / "run" / "tokenizer" / "tokenizer.json").vocab_size
@@ -113,9 +114,9 @@ def test_a_milestone_that_a_killed_process_did_not_come_to_is_evaluated_by_the_n
     assert asked == [6]
 
 
-def test_no_milestones_and_no_evaluation_in_this_process_unless_asked(trained):
+def test_no_evaluation_checkpoints_and_no_evaluation_in_this_process_unless_asked(trained):
     config = trained[0].copy_and_resolve_references()
     config.eval.inline = False
-    assert milestones.inline(config, "midtrain1", trained[1]) is None
+    assert checkpoints.inline_evaluation(config, "midtrain1", trained[1]) is None
     config.eval.update(dict(inline=True, every_tokens=0))
-    assert milestones.inline(config, "midtrain1", trained[1]) is None
+    assert checkpoints.inline_evaluation(config, "midtrain1", trained[1]) is None
