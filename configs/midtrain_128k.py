@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     #   config.data.sources = ConfigDict(dict(
     #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*-pages-articles*.xml*.bz2", component="general_knowledge"),
     #       synth=dict(format="synth", path="<synth>/*.parquet", component="synthetic_knowledge"),
-    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", licence="<of the data set>")))
+    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", license="<of the data set>")))
     # and what must not be trained on:
     #   config.data.evaluation_sets = ConfigDict(dict(simpleqa="<evals>/simple_qa_test_set.csv", frames="<evals>/frames.tsv"))
     config.data.update(

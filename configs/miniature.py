@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     )
     config.data = ConfigDict(
         dict(
-            # name -> dict(format=, path=, component=, capability=, lang=, licence=): your own data and public formats, beside
+            # name -> dict(format=, path=, component=, capability=, lang=, license=): your own data and public formats, beside
             # what launch.synthesize writes (stepdr_jax/data/sources; configs/own_data.py is an example)
             sources=ConfigDict(),
             shard_mib=256.0,  # of source text in one ArrayRecord

@@ -25,7 +25,7 @@ from stepdr_jax.evaluation.results import Result
 from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.progress import Progress
-from stepdr_jax.records import RubricSet, Task, Verdict
+from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages, storage
 from stepdr_jax.runtime.layout import RunLayout
 

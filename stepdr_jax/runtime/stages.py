@@ -87,7 +87,9 @@ _PPO = dict(program="ppo", parent="sft", unit="iteration", work=_episodes)
 STAGES: tuple[Stage, ...] = (
     Stage("offline_web", "Offline web", "launch.offline_web", "world/sites.json", shared=True),
     Stage("synthesize", "Synthesis", "launch.synthesize", "corpus/card.json", seconds=25, work=_tasks, shared=True),
-    Stage("build_data", "Data", "launch.build_data", "data/card.json", seconds=55, work=_copies, shared=True),
+    Stage(
+        "build_data", "Data preparation", "launch.build_data", "data/card.json", seconds=55, work=_copies, shared=True
+    ),
     _training("midtrain1", "Mid-training I", "launch.midtrain --stage=midtrain1", INIT, 90),
     _training("midtrain2", "Mid-training II", "launch.midtrain --stage=midtrain2", "midtrain1", 85),
     _training("sft", "SFT", "launch.sft", "midtrain2", 45),

@@ -333,12 +333,12 @@ def _open_data(config, stage: str) -> Batches:
         run.data,
         stage,
         dict(settings.mixture),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        opening=(settings.warmup_data, settings.warmup_data_steps),
+        warmup_data=(settings.warmup_data, settings.warmup_data_steps),
         heldout_rows=settings.heldout_rows,
-        remix=settings.mixture_schedule,
+        mixture_schedule=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )
 

@@ -78,7 +78,7 @@ def run(tmp_path_factory) -> Path:
 def write(run: Path, out: Path, iterations=(0, 1, 2), **settings) -> tuple[dict, str]:
     tasks = {task.id: task for task in records.read_records(run / "corpus" / "tasks.jsonl", records.Task)}
     rubrics = {row.task_id: row for row in records.read_records(run / "corpus" / "rubrics.jsonl", RubricSet)}
-    counts = trajectories.write(
+    counts = trajectories.write_trajectories_page(
         run / "seed0" / "ppo" / "iterations",
         out,
         iterations=iterations,
@@ -131,14 +131,14 @@ def test_text_of_episodes_is_nowhere_in_the_page(run, tmp_path):
 
 def test_iterations_are_chosen_by_number_and_range(run, tmp_path):
     directory = run / "seed0" / "ppo" / "iterations"
-    assert trajectories.iterations_of(directory) == [0, 1, 2]
-    assert trajectories.iterations_of(directory, "2,0-1") == [0, 1, 2]
+    assert trajectories.select_iterations(directory) == [0, 1, 2]
+    assert trajectories.select_iterations(directory, "2,0-1") == [0, 1, 2]
     with pytest.raises(UserError, match="iteration 7 is not in"):
-        trajectories.iterations_of(directory, "7")
+        trajectories.select_iterations(directory, "7")
     with pytest.raises(UserError, match="expected iterations such as"):
-        trajectories.iterations_of(directory, "last")
+        trajectories.select_iterations(directory, "last")
     with pytest.raises(UserError, match="found none"):
-        trajectories.iterations_of(tmp_path)
+        trajectories.select_iterations(tmp_path)
 
 
 def test_an_iteration_alone_without_corpus_and_token_logs(run, tmp_path):
@@ -181,17 +181,16 @@ def browser():
 
 
 CONTRAST = """() => {
-  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
-  const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255));
-  const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor);
-  let least = 99;
-  for (const name of ["", "below", "rare"]) {
-    const span = document.querySelector(".turn").appendChild(document.createElement("span"));
-    span.className = name; span.style.setProperty("--k", "1");
-    const style = getComputedStyle(span), a = light(over(paint(style.backgroundColor), card)), b = light(paint(style.color));
-    least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-    span.remove();
+  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour;
+  c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; }; const over = (a, b) => [0, 1, 2].map((i) =>
+  a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255)); const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255;
+  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor); let least = 99; for (const
+  name of ["", "below", "rare"]) {
+    const span = document.querySelector(".turn").appendChild(document.createElement("span")); span.className = name;
+    span.style.setProperty("--k", "1"); const style = getComputedStyle(span), a =
+    light(over(paint(style.backgroundColor), card)), b = light(paint(style.color)); least = Math.min(least,
+    (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)); span.remove();
   }
   return least;
 }"""
