@@ -26,7 +26,8 @@ def main(config) -> None:
     tasks = {split: sum(table.values()) for split, table in card["tasks"].items()}
     print(
         f"corpus  {tasks.get('train', 0)} training and {tasks.get('heldout', 0)} held-out tasks  "
-        f"{card['episodes']['run']} expert episodes, {kept} kept  {sum(card['reading'].values())} synthetic documents  "
+        f"{card['episodes']['run']} expert episodes, {kept} kept  "
+        f"{sum(card['synthetic_documents'].values())} synthetic documents  "
         f"{layout.corpus_card}",
         file=sys.stderr,
     )

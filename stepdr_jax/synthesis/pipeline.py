@@ -97,12 +97,12 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
     by_id = {item.task.id: item.task for item in usable}
     trajectories = _cleaned(episodes, by_id, domain, config.synthesis.noise_share, config.data_seed)
     document_rows = list(domain.document_rows())
-    files.write_jsonl(corpus / "reading.jsonl", document_rows)
+    files.write_jsonl(corpus / "synthetic_documents.jsonl", document_rows)
     counts: collections.Counter = collections.Counter()
     rows = _rows(trajectories, domain, config.synthesis.trajectory_copies, config.data_seed, counts)
     files.write_jsonl(corpus / "trajectories.jsonl", rows)
 
-    names = ("documents", "triples", "tasks", "rubrics", "trajectories", "reading")
+    names = ("documents", "triples", "tasks", "rubrics", "trajectories", "synthetic_documents")
     heldout = len(domain.knowledge.heldout)
     card = {
         "fingerprint": fingerprint,
@@ -115,7 +115,7 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
         "rubric_sets_dropped": _count(item.rubric_set.drop_reason for item in drawn if not item.rubric_set.kept),
         "episodes": _episode_card(trajectories, by_id),
         "trajectories": dict(sorted(counts.items())),
-        "reading": _count(row["component"] for row in document_rows),
+        "synthetic_documents": _count(row["component"] for row in document_rows),
         "teacher": config.teacher.model or "offline expert",
         "seconds": round(time.monotonic() - began, 1),
     }
