@@ -1,4 +1,4 @@
-"""Makes the corpus: offline web, tasks, rubrics, expert episodes, cleaning, renamed copies and reading material.
+"""Makes the corpus: offline web, tasks, rubrics, expert episodes, cleaning, renamed copies and synthetic documents.
 
 Writes run_dir/world and run_dir/corpus. Safe to run again: finished work is kept, an interrupted run continues.
 """
@@ -26,7 +26,8 @@ def main(config) -> None:
     tasks = {split: sum(table.values()) for split, table in card["tasks"].items()}
     print(
         f"corpus  {tasks.get('train', 0)} training and {tasks.get('heldout', 0)} held-out tasks  "
-        f"{card['episodes']['run']} expert episodes, {kept} kept  {sum(card['reading'].values())} reading rows  "
+        f"{card['episodes']['run']} expert episodes, {kept} kept  "
+        f"{sum(card['synthetic_documents'].values())} synthetic documents  "
         f"{layout.corpus_card}",
         file=sys.stderr,
     )
