@@ -12,7 +12,7 @@ from absl import flags
 
 from launch import entry
 from tools_env import server
-from tools_env.service.settings import Settings
+from tools_env.service.settings import TOKEN_VARIABLE, Settings
 
 WORLD = flags.DEFINE_string("world", "", "world directory; empty: run_dir/world, built if needed")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
@@ -37,7 +37,7 @@ def main(config) -> None:
         world_dir=world,
         host=HOST.value,
         port=PORT.value,
-        token=os.environ.get(server.TOKEN_VARIABLE) or None,
+        token=os.environ.get(TOKEN_VARIABLE) or None,
         state_dir=STATE.value or None,
         web_port=WEB_PORT.value or None,
         workers=WORKERS.value,

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,10 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
 from tools_env.service.settings import Settings
-from tools_env.service.workers import flags
-
-TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
-_ROOT = Path(__file__).resolve().parent.parent
+from tools_env.service.workers import server_command, server_environment
 
 
 class ToolHost:
@@ -97,11 +93,8 @@ class ToolHost:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="stepdr_host_") as folder:
             port_file = Path(folder) / "address"
-            command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
-            command += flags(self._settings)
-            paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            environment[TOKEN_VARIABLE] = self._settings.token or ""
+            command = server_command(self._settings, port_file)
+            environment = server_environment(self._settings)
             with open(self._log_path, "ab") as log:
                 log_start = log.tell()
                 self._process = subprocess.Popen(

@@ -20,7 +20,7 @@ from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.rl import faulty
 from tests.tools_env.conftest import write_world
 from tools_env.process import ToolHost
-from tools_env.server import serve
+from tools_env.service.host import serve
 from tools_env.service.settings import Settings
 
 

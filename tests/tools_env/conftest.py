@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from tools_env.client import ToolsClient
-from tools_env.server import serve
+from tools_env.service.host import serve
 from tools_env.service.settings import Settings
 
 COUNTRIES = {

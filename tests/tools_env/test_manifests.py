@@ -28,7 +28,7 @@ def given(monkeypatch) -> object:
     container = pod("StatefulSet", "tools")["containers"][0]
     for variable in container["env"]:
         monkeypatch.setenv(variable["name"], "given")
-    settings, _, _ = server.parse_flags([flag.replace("$(POD)", "tools-0") for flag in container["args"]])
+    settings, _ = server.parse_flags([flag.replace("$(POD)", "tools-0") for flag in container["args"]])
     return settings
 
 

@@ -18,7 +18,7 @@ from tools_env.search.index import EmbeddedBackend, PassageIndex
 from tools_env.search.opensearch import OpenSearchBackend
 from tools_env.search.providers import WebBackend
 from tools_env.search.remote import Remote
-from tools_env.server import serve
+from tools_env.service.host import serve
 from tools_env.service.settings import Settings
 
 

@@ -23,7 +23,7 @@ from tools_env.search.backend import Filters
 from tools_env.search.citations import Citations
 from tools_env.search.index import PassageIndex
 from tools_env.search.wikitext import pages, plain
-from tools_env.server import serve
+from tools_env.service.host import serve
 from tools_env.service.settings import Settings
 
 

@@ -136,9 +136,7 @@ def test_host_stops_when_the_process_that_started_it_ends(world, tmp_path):
 
 def test_flags_carry_every_setting(monkeypatch):
     monkeypatch.setenv("STEPDR_TOOLS_TOKEN", "secret")
-    settings, port_file, stop = parse_flags(
-        ["--world=w", "--topk=3", "--fetch_timeout=0.5", "--port_file=p", "--web_port=7"]
-    )
+    settings, flags = parse_flags(["--world=w", "--topk=3", "--fetch_timeout=0.5", "--port_file=p", "--web_port=7"])
     assert (settings.world_dir, settings.topk, settings.fetch_timeout, settings.web_port) == ("w", 3, 0.5, 7)
     assert (settings.token, settings.state_dir, settings.allow_internet) == ("secret", None, False)
-    assert (port_file, stop) == ("p", False)
+    assert (flags.port_file, flags.mcp, flags.stop_with_stdin) == ("p", False, False)

@@ -10,7 +10,7 @@ from tools_env.client import ToolsClient
 from tools_env.offline_web.build import build_world
 from tools_env.search import text
 from tools_env.search.index import PassageIndex
-from tools_env.server import serve
+from tools_env.service.host import serve
 from tools_env.service.settings import Settings
 
 

@@ -6,20 +6,18 @@ One client is one session: its own workspace, todo list and citations. Calls go 
 limits as over gRPC. What a reply has beside its text (outcome, sources, truncation) is under META in `_meta`.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
-import logging
-import sys
 import time
 
 from mcp import types
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
 
-from tools_env.errors import CallUnfinished, RetryLater, ToolHostError, Unavailable, UnknownSession
+from tools_env.errors import CallUnfinished, RetryLater, Unavailable, UnknownSession
 from tools_env.protocol import tools_pb2
+from tools_env.service.assembly import make_service
 from tools_env.service.metrics import Metrics
 from tools_env.service.service import DEFAULT_DEADLINE, ToolService
 from tools_env.service.sessions import Budget, Opening, Session
@@ -86,24 +84,9 @@ def _result(text: str, *, failed: bool, meta: dict | None = None) -> types.CallT
 
 async def serve(settings: Settings) -> None:
     """Serves one client until standard input ends. Raises ToolHostError."""
-    from tools_env.server import make_service
-
     async with contextlib.AsyncExitStack() as resources:
         face = McpFace(await make_service(settings, resources, Metrics()))
         resources.callback(face.close)
         server = Server("stepdr-tools", on_list_tools=face.list_tools, on_call_tool=face.call_tool)
         async with stdio_server() as (incoming, outgoing):
             await server.run(incoming, outgoing, server.create_initialization_options())
-
-
-def main(argv: list[str]) -> int:
-    """Exit status 2 means that the message on stderr names what to change; stdout belongs to the protocol."""
-    from tools_env.server import parse_flags
-
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(serve(parse_flags(argv)[0]))
-    except ToolHostError as error:
-        print(f"tool host: {error}", file=sys.stderr)
-        return 2
-    return 0

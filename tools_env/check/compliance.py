@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tools_env.protocol import tools_pb2 as pb
 from tools_env.protocol import tools_pb2_grpc
+from tools_env.service.settings import TOKEN_VARIABLE
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ToolService"].full_name
 SECONDS = 20.0  # for one RPC
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--address", required=True, help="host:port")
     parser.add_argument("--tls_ca", help="PEM file of the authority that signed the server's certificate")
     flags = parser.parse_args(argv)
-    results = asyncio.run(check(flags.address, os.environ.get("STEPDR_TOOLS_TOKEN") or None, flags.tls_ca))
+    results = asyncio.run(check(flags.address, os.environ.get(TOKEN_VARIABLE) or None, flags.tls_ca))
     for result in results:
         print(f"{result.state:8}{result.fact}" + (f"\n        {result.reason}" if result.reason else ""))
     counts = {state: sum(r.state == state for r in results) for state in ("passed", "failed", "skipped")}

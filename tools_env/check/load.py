@@ -29,6 +29,7 @@ from tools_env.check import chaos
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.process import ToolHost
+from tools_env.service.settings import TOKEN_VARIABLE
 
 SAMPLE_SECONDS = 1.0
 
@@ -322,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--kill needs a host of our own with a supervisor: --world and --workers=2")
     if bool(flags.address) == bool(flags.world):
         parser.error("name either --address or --world")
-    token = os.environ.get("STEPDR_TOOLS_TOKEN") or None
+    token = os.environ.get(TOKEN_VARIABLE) or None
     try:
         with contextlib.ExitStack() as stack:
             redis = stack.enter_context(chaos.Redis()) if "redis" in kinds else None

@@ -5,6 +5,8 @@ from typing import Any
 
 from tools_env.errors import ToolHostError
 
+TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"  # environment variable of the bearer token
+
 
 def _field(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})

@@ -21,12 +21,11 @@ from prometheus_client import multiprocess
 
 from tools_env.errors import ToolHostError
 from tools_env.service import metrics
-from tools_env.service.settings import Settings
+from tools_env.service.settings import TOKEN_VARIABLE, Settings
 
 FIRST_PAUSE = 0.1  # seconds before a worker is started again; doubles while it dies young
 MAX_PAUSE = 10.0
 YOUNG = 30.0  # seconds
-TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
 _ROOT = Path(__file__).resolve().parents[2]
 STARTUP = 120.0  # seconds until a worker must answer
 
@@ -131,21 +130,11 @@ class _Worker:
         while not self._stopping:
             began = time.monotonic()
             self._address_file.unlink(missing_ok=True)
-            command = [
-                sys.executable,
-                "-m",
-                "tools_env.server",
-                f"--port_file={self._address_file}",
-                "--stop_with_stdin",
-            ]
-            paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
             self._process = await asyncio.create_subprocess_exec(
-                *command,
-                *flags(self._settings),
+                *server_command(self._settings, self._address_file),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
-                env=os.environ
-                | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), TOKEN_VARIABLE: self._settings.token or ""},
+                env=server_environment(self._settings),
             )
             pid = self._process.pid
             logger.info("worker %d is process %d", self._settings.worker, pid)
@@ -178,12 +167,18 @@ class _Worker:
             await self._process.wait()
 
 
-def flags(settings: Settings) -> list[str]:
-    """Returns the command line of `settings`, without the token, which travels in the environment."""
-    found = []
+def server_command(settings: Settings, port_file: Path) -> list[str]:
+    """Returns the command line of a host with these settings, but for the token, which travels in the environment."""
+    command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
     for field in dataclasses.fields(Settings):
         value = getattr(settings, field.name)
-        if field.name == "token" or value == field.default:
-            continue
-        found.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
-    return found
+        if field.name != "token" and value != field.default:
+            command.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
+    return command
+
+
+def server_environment(settings: Settings) -> dict[str, str]:
+    """Returns the environment of that command: this process's, with the token and the path of this package."""
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    pythonpath = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": pythonpath, TOKEN_VARIABLE: settings.token or ""}
