@@ -68,10 +68,10 @@ def main(config) -> None:
         trajectory = run(config.tools.address)
     else:
         # Here: a person who asks through a running tool host needs none of its packages.
-        from tools_env.offline_web.build import build_world
+        from tools_env.offline_web.build import build_offline_web
 
         world = Path(config.run_dir) / "world"
-        build_world(world, seed=config.data_seed, documents=config.world.documents)
+        build_offline_web(world, seed=config.data_seed, documents=config.world.documents)
         with tool_host.own(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from launch import entry, tool_host
 from stepdr_jax.synthesis import pipeline
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 
 
 def main(config) -> None:
     run_dir = Path(config.run_dir)
-    build_world(run_dir / "world", seed=config.data_seed, documents=config.world.documents)
+    build_offline_web(run_dir / "world", seed=config.data_seed, documents=config.world.documents)
     card = pipeline.finished(config)
     if card:
         pass

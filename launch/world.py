@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 from launch import entry
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 
 
 def main(config) -> None:
     folder = Path(config.run_dir) / "world"
-    build_world(folder, seed=config.data_seed, documents=config.world.documents)
+    build_offline_web(folder, seed=config.data_seed, documents=config.world.documents)
     with open(folder / "documents.jsonl", "rb") as rows:
         print(f"world  {sum(1 for _ in rows)} pages in {folder}", file=sys.stderr)
 

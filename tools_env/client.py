@@ -48,7 +48,7 @@ class ToolInfraError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class CitedSource:
     """A passage that a tool showed, under the id that cites it. `authority`: 0 unknown, 1 ordinary, 2 authoritative."""
 
     id: str
@@ -63,7 +63,7 @@ class Source:
 class ToolResult:
     outcome: str  # "ok", "tool_error", "bad_arguments" or "budget_exhausted"
     text: str  # what the model reads
-    sources: tuple[Source, ...]  # passages that the text shows
+    sources: tuple[CitedSource, ...]  # passages that the text shows
     truncated: bool  # the whole result lies in the workspace
     cache_hit: bool
     remaining: dict[str, int]  # tool_calls, output_tokens, wall_seconds, calls_per_tool.<tool>: those that are limited
@@ -204,7 +204,7 @@ class ToolsClient:
         end = time.monotonic() + timeout
         backoff, unavailable = FIRST_BACKOFF, 0
         rpc = getattr(self._connected(address, place), method)
-        metadata = (*self._metadata, *tracing.outgoing())
+        metadata = (*self._metadata, *tracing.outgoing_trace_context())
         while True:
             try:
                 return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=metadata)
@@ -247,7 +247,7 @@ class ToolSession:
             outcome=OUTCOMES[reply.outcome],
             text=reply.text,
             sources=tuple(
-                Source(
+                CitedSource(
                     s.id, s.url, s.title, s.text, s.authority, s.published_at if s.HasField("published_at") else None
                 )
                 for s in reply.sources

@@ -1,7 +1,7 @@
 """Indexes documents for the tool host: folders, Wikipedia dumps, JSONL and archives of texts.
 
 python -m tools_env.index --out=DIR SOURCE...
-python -m tools_env.server --world=DIR
+python -m tools_env.server --offline_web=DIR
 
 Repeat the command to bring the index up to date: what is unchanged is left alone, what changed is replaced, what the
 sources no longer have is dropped. It may be killed at any moment; the same command goes on.
@@ -24,12 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from tools_env.errors import ToolError, ToolHostError, Unavailable
 from tools_env.search import choose, opensearch, store
 from tools_env.search import index as embedded
-from tools_env.search.sources import Source, candidates, parse
-from tools_env.search.wikitext import LICENCE
+from tools_env.search.sources import IndexSource, document_candidates, parse_source
+from tools_env.search.wikitext import LICENSE
 
 EXAMPLE = """example:
   python -m tools_env.index --out=search ~/notes,site=notes.example,authority=2 enwiki-latest-pages-articles.xml.bz2
-  python -m tools_env.server --world=search
+  python -m tools_env.server --offline_web=search
 
 Sources: a folder (md, txt, html, pdf), a MediaWiki dump (.xml, .xml.bz2), .jsonl (an object with url, title, text a
 line; id, lang, authority, published_at if known), .tar(.gz, .xz, .bz2) of such files. ,site=HOST is the host of pages
@@ -40,8 +40,8 @@ SHOWN_FAILURES = 10
 logger = logging.getLogger(__name__)
 
 
-def run(
-    out: Path, sources: list[Source], *, vectors: str = "none", options: str = "", console: Console
+def update_index(
+    out: Path, sources: list[IndexSource], *, vectors: str = "none", options: str = "", console: Console
 ) -> dict[str, int]:
     """Brings the index in `out` up to date with the sources.
 
@@ -54,7 +54,9 @@ def run(
     """
     if (out / "documents.jsonl").exists():
         raise ToolHostError(f"{out} is a world, whose index is made from its documents; name another directory")
-    embedder = choose.embedder_of(choose.read_options("embedded", options), 120.0) if vectors == "endpoint" else None
+    embedder = (
+        choose.make_embedder(choose.read_search_options("embedded", options), 120.0) if vectors == "endpoint" else None
+    )
     if vectors == "endpoint" and embedder is None:
         raise ToolHostError("--vectors=endpoint needs embeddings_url, _model and _dimensions in --search_options")
     writer = store.Writer(out / "index")
@@ -65,14 +67,14 @@ def run(
             committed, sites = time.monotonic(), {}
             for source in sources:
                 bar.update(task, description=source.path.name[:40])
-                for candidate in candidates(source):
+                for candidate in document_candidates(source):
                     bar.advance(task)
                     _one(writer, candidate, sites, count, console)
                     if time.monotonic() - committed > COMMIT_SECONDS:
                         _commit(writer, out, sites)
                         committed = time.monotonic()
                 if str(source.path).endswith((".xml", ".xml.bz2")):
-                    (out / "LICENCE").write_text(LICENCE + "\n")
+                    (out / "LICENSE").write_text(LICENSE + "\n")
             count["removed"] = writer.remove_unseen()
             _commit(writer, out, sites)
         count["documents"] = writer.documents()
@@ -132,15 +134,15 @@ def _progress(console: Console) -> Progress:
 
 
 async def _push(out: Path, options: str, console: Console) -> int:
-    chosen = choose.read_options("opensearch", options)
-    remote, embedder = choose.remote_of(chosen, 300.0), choose.embedder_of(chosen, 120.0)
+    chosen = choose.read_search_options("opensearch", options)
+    remote, embedder = choose.make_cluster_client(chosen, 300.0), choose.make_embedder(chosen, 120.0)
     passages, alive = store.Passages(out / "index"), store.alive(out / "index")
     rows = ((passages[int(i)], passages.language(int(i))) for i in alive)
     try:
         with _progress(console) as bar:
             task = bar.add_task("to the cluster", total=len(alive))
             report = lambda done: bar.update(task, completed=done)  # noqa: E731
-            return await opensearch.push(remote, str(chosen["index"]), rows, embedder, report)
+            return await opensearch.push_passages(remote, str(chosen["index"]), rows, embedder, report)
     except (ToolError, Unavailable) as error:
         raise ToolHostError(f"{error}; see to it and repeat the command") from None
     finally:
@@ -158,7 +160,9 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="PATH[,site=HOST][,authority=0|1|2]")
-    parser.add_argument("--out", required=True, type=Path, help="directory of the index; a host serves it with --world")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="directory of the index; a host serves it with --offline_web"
+    )
     parser.add_argument(
         "--vectors",
         choices=("none", "lsa", "endpoint"),
@@ -171,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     console = Console(stderr=True)
     try:
-        sources = [parse(argument) for argument in flags.sources]
-        count = run(flags.out, sources, vectors=flags.vectors, options=flags.search_options, console=console)
+        sources = [parse_source(argument) for argument in flags.sources]
+        count = update_index(flags.out, sources, vectors=flags.vectors, options=flags.search_options, console=console)
         if flags.opensearch:
             asyncio.run(_push(flags.out, flags.opensearch, console))
     except ToolHostError as error:

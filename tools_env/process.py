@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
-from tools_env.service.settings import Settings
+from tools_env.service.settings import HostSettings
 from tools_env.service.workers import server_command, server_environment
 
 
@@ -20,7 +20,7 @@ class ToolHost:
 
     def __init__(
         self,
-        world_dir: str | os.PathLike,
+        offline_web: str | os.PathLike,
         *,
         port: int = 0,
         token: str | None = None,
@@ -42,8 +42,8 @@ class ToolHost:
           startup_timeout: seconds until the host must answer; building the index is part of it.
           settings: any other field of Settings.
         """
-        self._settings = Settings(
-            world_dir=str(world_dir),
+        self._settings = HostSettings(
+            offline_web=str(offline_web),
             port=port,
             token=token,
             state_dir=None if state_dir is None else str(state_dir),

@@ -1,8 +1,8 @@
 """Command line of the tool host: serves the research tools over gRPC until it is stopped.
 
-python -m tools_env.server --world=DIR --port=0 --port_file=PATH
-python -m tools_env.server --world=DIR --workers=4 --state_dir=DIR    several processes; sessions survive a restart
-python -m tools_env.server --world=DIR --mcp                          for a client of the Model Context Protocol
+python -m tools_env.server --offline_web=DIR --port=0 --port_file=PATH
+python -m tools_env.server --offline_web=DIR --workers=4 --state_dir=DIR    several processes; sessions survive a restart
+python -m tools_env.server --offline_web=DIR --mcp                          for a client of the Model Context Protocol
 """
 
 import argparse
@@ -17,18 +17,18 @@ from pathlib import Path
 from tools_env.errors import ToolHostError
 from tools_env.service import workers
 from tools_env.service.auth import check_exposure
-from tools_env.service.host import serve
-from tools_env.service.settings import TOKEN_VARIABLE, Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
 
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings, *, port_file: str | None = None, stop_with_stdin: bool = False) -> None:
+def run_host(settings: HostSettings, *, port_file: str | None = None, stop_with_stdin: bool = False) -> None:
     """Serves until SIGTERM or SIGINT (or the end of standard input), then drains. Raises ToolHostError."""
     asyncio.run(_run_until_stopped(settings, port_file, stop_with_stdin))
 
 
-async def _run_until_stopped(settings: Settings, port_file: str | None, stop_with_stdin: bool) -> None:
+async def _run_until_stopped(settings: HostSettings, port_file: str | None, stop_with_stdin: bool) -> None:
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,9 +36,9 @@ async def _run_until_stopped(settings: Settings, port_file: str | None, stop_wit
     watcher = asyncio.create_task(_watch_stdin(stopped)) if stop_with_stdin else None
     if settings.workers > 1 and settings.socket_dir is None:
         check_exposure(settings.host, settings.token, settings.tls_client_ca, settings.allow_anyone)
-        await workers.run(settings, lambda address: _announce(address, port_file), stopped.wait())
+        await workers.run_workers(settings, lambda address: _announce(address, port_file), stopped.wait())
     else:
-        host = await serve(settings)
+        host = await start_host(settings)
         _announce(host.address, port_file)
         await stopped.wait()
         logger.info("draining")
@@ -64,7 +64,7 @@ async def _watch_stdin(stopped: asyncio.Event) -> None:
     stopped.set()
 
 
-def parse_flags(argv: list[str] | None = None) -> tuple[Settings, argparse.Namespace]:
+def parse_flags(argv: list[str] | None = None) -> tuple[HostSettings, argparse.Namespace]:
     """Returns the settings (flags, and the token's environment variable) and the other flags.
 
     The other flags are port_file (str or None), mcp and stop_with_stdin (bool). Raises ToolHostError.
@@ -74,14 +74,14 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Settings, argparse.Names
         description="Serves the research tools over gRPC.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    fields = [field for field in dataclasses.fields(Settings) if field.name != "token"]
+    fields = [field for field in dataclasses.fields(HostSettings) if field.name != "token"]
     for field in fields:
-        names = ["--world", "--world_dir"] if field.name == "world_dir" else [f"--{field.name}"]
+        flag = f"--{field.name}"
         if field.type is bool:
-            parser.add_argument(*names, action="store_true", dest=field.name, help=field.metadata["help"])
+            parser.add_argument(flag, action="store_true", help=field.metadata["help"])
             continue
         kind = int if field.type in (int, int | None) else float if field.type is float else str
-        parser.add_argument(*names, dest=field.name, type=kind, default=field.default, help=field.metadata["help"])
+        parser.add_argument(flag, type=kind, default=field.default, help=field.metadata["help"])
     parser.add_argument("--port_file", help="file that is written with host:port when the host answers calls")
     parser.add_argument(
         "--mcp",
@@ -91,7 +91,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[Settings, argparse.Names
     parser.add_argument("--stop_with_stdin", action="store_true", help="stop when standard input ends")
     flags = parser.parse_args(argv)
     settings = {field.name: vars(flags).pop(field.name) for field in fields}
-    return Settings(**settings, token=os.environ.get(TOKEN_VARIABLE) or None), flags
+    return HostSettings(**settings, token=os.environ.get(TOKEN_VARIABLE) or None), flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         if flags.mcp:
             from tools_env.adapters import mcp
 
-            asyncio.run(mcp.serve(settings))
+            asyncio.run(mcp.serve_mcp(settings))
         else:
-            run(settings, port_file=flags.port_file, stop_with_stdin=flags.stop_with_stdin)
+            run_host(settings, port_file=flags.port_file, stop_with_stdin=flags.stop_with_stdin)
     except ToolHostError as error:
         print(f"tool host: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.service import health
 from tools_env.service.auth import check_exposure
-from tools_env.service.settings import Settings
+from tools_env.service.settings import HostSettings
 
 
 def certificates(folder):
@@ -129,7 +129,7 @@ def test_host_that_strangers_could_reach_does_not_start(host):
 
 def test_half_a_certificate_and_an_empty_token_are_named(running, tmp_path):
     with pytest.raises(ToolHostError, match="tls_cert and tls_key together"):
-        Settings(world_dir="w", tls_cert="c.pem")
+        HostSettings(offline_web="w", tls_cert="c.pem")
 
     async def main(**settings):
         async with running(**settings):

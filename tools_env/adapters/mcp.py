@@ -1,6 +1,6 @@
 """The same tools for any client of the Model Context Protocol, over standard input and output.
 
-python -m tools_env.server --mcp --world=DIR
+python -m tools_env.server --mcp --offline_web=DIR
 
 One client is one session: its own workspace, todo list and citations. Calls go through the same handlers, checks and
 limits as over gRPC. What a reply has beside its text (outcome, sources, truncation) is under META in `_meta`.
@@ -20,13 +20,13 @@ from tools_env.protocol import tools_pb2
 from tools_env.service.assembly import make_service
 from tools_env.service.metrics import Metrics
 from tools_env.service.service import DEFAULT_DEADLINE, ToolService
-from tools_env.service.sessions import Budget, Opening, Session
-from tools_env.service.settings import Settings
+from tools_env.service.sessions import Budget, Session, SessionSpec
+from tools_env.service.settings import HostSettings
 
 META = "stepdr.tools/v1"
 
 
-class McpFace:
+class McpAdapter:
     """The handlers of one client."""
 
     def __init__(self, service: ToolService):
@@ -65,7 +65,7 @@ class McpFace:
                 return await self._in_session(tool, arguments_json)
             except UnknownSession:  # the client was silent for longer than the lease
                 pass
-        self._session = self._service.open(Opening("", "mcp", Budget()))
+        self._session = self._service.open(SessionSpec("", "mcp", Budget()))
         return await self._in_session(tool, arguments_json)
 
     async def _in_session(self, tool: str, arguments_json: str) -> tools_pb2.CallToolResponse:
@@ -82,11 +82,11 @@ def _result(text: str, *, failed: bool, meta: dict | None = None) -> types.CallT
     return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=failed, _meta=meta)
 
 
-async def serve(settings: Settings) -> None:
+async def serve_mcp(settings: HostSettings) -> None:
     """Serves one client until standard input ends. Raises ToolHostError."""
     async with contextlib.AsyncExitStack() as resources:
-        face = McpFace(await make_service(settings, resources, Metrics()))
-        resources.callback(face.close)
-        server = Server("stepdr-tools", on_list_tools=face.list_tools, on_call_tool=face.call_tool)
+        adapter = McpAdapter(await make_service(settings, resources, Metrics()))
+        resources.callback(adapter.close)
+        server = Server("stepdr-tools", on_list_tools=adapter.list_tools, on_call_tool=adapter.call_tool)
         async with stdio_server() as (incoming, outgoing):
             await server.run(incoming, outgoing, server.create_initialization_options())

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tools_env.browser import sandbox
 from tools_env.errors import Unavailable
-from tools_env.sandbox.cgroups import Groups
-from tools_env.web.egress import Reach
-from tools_env.web.proxy import Proxy
+from tools_env.sandbox.cgroups import ControlGroups
+from tools_env.web.egress import EgressPolicy
+from tools_env.web.proxy import ForwardProxy
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,21 @@ _FLAGS = (
 class Chromium:
     """The browser of one host. Create it on the event loop it is used on; `close` ends it."""
 
-    def __init__(self, reach: Reach, executable: str, walls: sandbox.Walls, *, memory_mb: int, processes: int = 1000):
-        self._reach = reach
+    def __init__(
+        self,
+        egress: EgressPolicy,
+        executable: str,
+        isolation: sandbox.Isolation,
+        *,
+        memory_mb: int,
+        processes: int = 1000,
+    ):
+        self._egress = egress
         self._executable = executable
-        self._walls = walls
+        self._isolation = isolation
         self._memory = memory_mb << 20
         self._processes = processes
-        self._groups = Groups()
+        self._groups = ControlGroups()
         if not self._groups.memory:
             logger.warning("browser: its memory is not limited as a whole (no writable memory control group)")
         self._changing = asyncio.Lock()  # held while a process is started or ended
@@ -92,18 +100,20 @@ class Chromium:
         async with contextlib.AsyncExitStack() as resources:
             group = self._groups.make("browser", self._memory, self._processes)
             resources.push_async_callback(_removed, group)
-            program, folder = resources.enter_context(sandbox.wrapped(self._executable, self._walls, group))
-            proxy = Proxy(self._reach, secret)
+            program, folder = resources.enter_context(
+                sandbox.sandboxed_program(self._executable, self._isolation, group)
+            )
+            proxy = ForwardProxy(self._egress, secret)
             resources.push_async_callback(proxy.close)
             playwright = await resources.enter_async_context(async_playwright())
-            if self._walls.outer:
+            if self._isolation.namespaces:
                 port, handover = sandbox.PORT, asyncio.create_task(_handed_over(folder, proxy))
                 resources.callback(handover.cancel)
             else:
                 port, handover = await proxy.start(), None
             browser = await playwright.chromium.launch(
                 executable_path=program,
-                chromium_sandbox=self._walls.inner,
+                chromium_sandbox=self._isolation.chromium,
                 args=list(_FLAGS),
                 proxy={"server": f"http://127.0.0.1:{port}", "username": "browser", "password": secret},
                 env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"},
@@ -127,7 +137,7 @@ class Chromium:
                 logger.exception("while the browser was closed")
 
 
-async def _handed_over(folder: Path, proxy: Proxy) -> None:
+async def _handed_over(folder: Path, proxy: ForwardProxy) -> None:
     """Takes the proxy's port from inside the sandbox and serves it."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as control:

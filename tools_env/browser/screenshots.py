@@ -14,11 +14,11 @@ from pathlib import Path
 from tools_env.errors import ToolError
 from tools_env.tools import workspace
 
-FOLDER = "shots"
+FOLDER = "screenshots"
 
 
 @dataclasses.dataclass
-class Shots:
+class Screenshots:
     """The screenshots of one session.
 
     Attributes:

@@ -7,11 +7,10 @@ import re
 import time
 from typing import Any
 
-from tools_env.browser import reading
-from tools_env.browser.reading import Reading
-from tools_env.browser.screenshots import Shots
+from tools_env.browser.screenshots import Screenshots
+from tools_env.browser.snapshot import PageSnapshot, take_snapshot
 from tools_env.errors import ToolError
-from tools_env.web.proxy import REFUSED
+from tools_env.web.proxy import REFUSAL_HEADER
 
 ACTION_MS = 4000.0  # for an element to become usable
 _QUIET_SECONDS = 0.2  # without a request in flight: the page has answered
@@ -23,12 +22,12 @@ _MAX_NOTES = 5
 class Tab:
     """The page of one session; `context` and `page` are None while it has none."""
 
-    shots: Shots
+    screenshots: Screenshots
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     used: float = dataclasses.field(default_factory=time.monotonic)
     context: Any = None
     page: Any = None
-    reading: Reading | None = None  # what the model saw last
+    snapshot: PageSnapshot | None = None  # what the model saw last
     lost: str = ""  # why the page is gone, until the model has read it
     refused: str = ""  # why the proxy refused the last document
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -37,7 +36,7 @@ class Tab:
 
     def attach(self, context, page) -> None:
         """Takes a new page: refuses what would leave it, with a note for the model, and follows its requests."""
-        self.context, self.page, self.reading, self.refused, self.lost = context, page, None, "", ""
+        self.context, self.page, self.snapshot, self.refused, self.lost = context, page, None, "", ""
         self.notes, self._pending = [], {}
         context.on("page", self._popup)
         page.on("dialog", self._dialog)
@@ -50,7 +49,7 @@ class Tab:
     def detach(self, why: str):
         """Returns the context, to be closed; `why` is told at the next call that needs a page."""
         context = self.context
-        self.context, self.page, self.reading, self.lost, self.notes = None, None, None, why, []
+        self.context, self.page, self.snapshot, self.lost, self.notes = None, None, None, why, []
         return context
 
     async def stop(self) -> None:
@@ -60,24 +59,24 @@ class Tab:
         await self.page.evaluate("1")
         await session.detach()
 
-    async def read(self) -> Reading:
+    async def read(self) -> PageSnapshot:
         """Reads the page once it has come to rest; again when it went on while it was read."""
         for attempt in range(3):
             await self._rest()
-            if self.reading is not None:
-                await self.reading.dispose()
-                self.reading = None
+            if self.snapshot is not None:
+                await self.snapshot.dispose()
+                self.snapshot = None
             try:
-                self.reading = await reading.read(self.page)
+                self.snapshot = await take_snapshot(self.page)
                 break
             except playwright_error() as error:
                 if attempt == 2 or not re.search("destroyed|navigat|detached", str(error)):
                     raise
-        return self.reading
+        return self.snapshot
 
     async def find(self, target: str):
         """Returns Playwright's ElementHandle of what the model names, by number or text. Raises ToolError."""
-        found = (self.reading or await self.read()).find(target)
+        found = (self.snapshot or await self.read()).find(target)
         handle = await found.handle.evaluate_handle("(found, i) => found.elements[i]", found.index)
         element = handle.as_element()
         if element is None:
@@ -121,10 +120,10 @@ class Tab:
 
     def _replied(self, response) -> None:
         if response.request.is_navigation_request() and response.frame == self.page.main_frame:
-            self.refused = response.headers.get(REFUSED, "").partition("details=")[2]
+            self.refused = response.headers.get(REFUSAL_HEADER, "").partition("details=")[2]
 
 
-async def fill(element, text: str) -> None:
+async def fill_field(element, text: str) -> None:
     """Puts text into a field, or chooses the option of that text. Raises ToolError and Playwright's errors."""
     kind = await element.evaluate("e => e.tagName === 'SELECT' ? 'select' : (e.type || '').toLowerCase()")
     if kind == "file":

@@ -18,30 +18,30 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tools_env.cache.shared_work import SharedWork
-from tools_env.cache.stores import SqliteStore, Store
+from tools_env.cache.stores import CacheStore, SqliteStore
 from tools_env.errors import ToolError, ToolHostError
 
-MODES = ("read_through", "replay_only", "live")
+CACHE_MODES = ("read_through", "replay_only", "live")
 SESSION_MODE: contextvars.ContextVar[str] = contextvars.ContextVar("stepdr_cache_mode", default="")
 STORE_PAUSE = 1.0  # seconds without the store after it broke, so that one that hangs does not slow every call
 CLAIM_SECONDS = 30.0  # a claim of a process that died is void after this
 POLL_SECONDS = 0.02
 
 
-def key(what: str, version: str, arguments: Any) -> str:
+def cache_key(what: str, version: str, arguments: Any) -> str:
     """Returns the address of a result: equal arguments give equal keys whatever the order of their fields."""
     canonical = json.dumps([what, version, arguments], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class Cache:
+class RetrievalCache:
     """`get` is called on the event loop. A store that breaks costs its speed, not the call, except in replay_only."""
 
     def __init__(
         self,
         path: str | os.PathLike | None = None,
         *,
-        store: Store | None = None,
+        store: CacheStore | None = None,
         entries: int = 20_000,
         mode: str = "read_through",
         failure_seconds: float = 0.0,
@@ -57,8 +57,8 @@ class Cache:
 
         Raises ToolHostError for an unknown mode or a file that is not a cache.
         """
-        if mode not in MODES:
-            raise ToolHostError(f"expected a cache mode of {', '.join(MODES)}, got {mode!r}")
+        if mode not in CACHE_MODES:
+            raise ToolHostError(f"expected a cache mode of {', '.join(CACHE_MODES)}, got {mode!r}")
         self._mode = mode
         self._entries = entries
         self._failure_seconds = failure_seconds

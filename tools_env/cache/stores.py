@@ -9,7 +9,7 @@ from typing import Protocol
 from tools_env.errors import ToolHostError, Unavailable
 
 
-class Store(Protocol):
+class CacheStore(Protocol):
     """Keys are hex digests, values are JSON. Methods raise one of `errors` when the store does not answer."""
 
     errors: tuple[type[Exception], ...]

@@ -21,7 +21,7 @@ from tools_env.errors import ToolHostError
 KINDS = ("worker", "redis")
 
 
-class Redis:
+class RedisServer:
     """A redis-server of our own on a loopback port; a context manager. Keeps nothing on disk."""
 
     def __init__(self):
@@ -34,7 +34,7 @@ class Redis:
             self.port = free.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
-    def __enter__(self) -> "Redis":
+    def __enter__(self) -> "RedisServer":
         self.start()
         return self
 
@@ -58,13 +58,13 @@ class Redis:
         self._process.wait()
 
 
-def workers_of(pid: int) -> list[int]:
+def worker_processes(pid: int) -> list[int]:
     """Returns the process ids of a supervisor's workers."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children if b"--worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-async def kill(kinds: list[str], pid: int, redis: Redis | None, every: float, seconds: float) -> list[str]:
+async def kill_parts(kinds: list[str], pid: int, redis: RedisServer | None, every: float, seconds: float) -> list[str]:
     """Kills one part after another, `every` so many seconds, for `seconds`; returns what was killed."""
     killed, draw, end = [], random.Random(0), time.monotonic() + seconds
     while time.monotonic() + every < end:
@@ -76,6 +76,6 @@ async def kill(kinds: list[str], pid: int, redis: Redis | None, every: float, se
             await asyncio.to_thread(redis.start)
         else:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(draw.choice(workers_of(pid)), signal.SIGKILL)
+                os.kill(draw.choice(worker_processes(pid)), signal.SIGKILL)
         killed.append(kind)
     return killed

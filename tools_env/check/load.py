@@ -1,8 +1,8 @@
 """A load generator: many sessions at once, mixed tools, and a check of every reply for loss, duplication and leaks.
 
 python -m tools_env.check.load --address=host:port --sessions=1000 --seconds=300
-python -m tools_env.check.load --world=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   kills parts meanwhile
-python -m tools_env.check.load --world=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
+python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   kills parts meanwhile
+python -m tools_env.check.load --offline_web=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
 
 Each session appends a mark of its own to a file, call after call, and reads it at the end: a lost call is a mark that is
 missing, a duplicated one a mark that is there twice, a leak a mark of another session. Shell calls count in the same way:
@@ -35,7 +35,7 @@ SAMPLE_SECONDS = 1.0
 
 
 @dataclasses.dataclass
-class Load:
+class LoadReport:
     """What a run saw. `seconds_of` has one entry per call, `memory` MB of all processes of the host once a second."""
 
     calls: int = 0
@@ -64,7 +64,7 @@ class Load:
         return 1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
-async def run(
+async def run_load(
     client: ToolsClient,
     *,
     sessions: int,
@@ -74,12 +74,12 @@ async def run(
     seed: int = 0,
     pid: int | None = None,
     shell: float = 0.0,
-) -> Load:
+) -> LoadReport:
     """Loads a host for `seconds` with so many sessions at a time.
 
     `shell` is the share of calls that run a command. A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
     """
-    load, began = Load(), time.monotonic()
+    load, began = LoadReport(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
     end = began + seconds
 
@@ -96,14 +96,14 @@ async def run(
     return load
 
 
-async def _sample(load: Load, pid: int) -> None:
+async def _sample(load: LoadReport, pid: int) -> None:
     while True:
         with contextlib.suppress(psutil.Error):
-            load.memory.append(sum(psutil.Process(p).memory_info().rss for p in family(pid)) / 2**20)
+            load.memory.append(sum(psutil.Process(p).memory_info().rss for p in process_tree(pid)) / 2**20)
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """Returns the process and all below it, without a look at every process of the machine, which would hold calls up."""
     found = [pid]
     for parent in found:
@@ -113,7 +113,7 @@ def family(pid: int) -> list[int]:
 
 
 async def _episode(
-    client: ToolsClient, load: Load, name: str, end: float, think: float, calls: int, shell: float
+    client: ToolsClient, load: LoadReport, name: str, end: float, think: float, calls: int, shell: float
 ) -> None:
     draw = random.Random(name)
     await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
@@ -189,7 +189,7 @@ async def _episode(
     await session.close()
 
 
-async def rate(call, concurrency: int, seconds: float) -> float:
+async def call_rate(call, concurrency: int, seconds: float) -> float:
     """Returns calls a second of `call(number)` with so many at a time."""
     done, end = 0, time.monotonic() + seconds
 
@@ -231,7 +231,7 @@ async def against_echo(
     """
 
     def spent(of: int) -> float:
-        return sum(sum(psutil.Process(p).cpu_times()[:2]) for p in family(of))
+        return sum(sum(psutil.Process(p).cpu_times()[:2]) for p in process_tree(of))
 
     from tools_env.protocol import tools_pb2
 
@@ -254,8 +254,10 @@ async def against_echo(
             base = 0
             for _ in range(rounds):
                 before = spent(process.pid), spent(pid or process.pid)
-                echo = await rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
-                ours = await rate(lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds)
+                echo = await call_rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
+                ours = await call_rate(
+                    lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds
+                )
                 base += 10_000_000
                 line = f"echo {echo:,.0f} calls/s, trivial call {ours:,.0f} calls/s, ratio {ours / echo:.2f}"
                 if pid:
@@ -276,7 +278,7 @@ async def against_echo(
         await process.wait()
 
 
-def report(load: Load) -> str:
+def format_report(load: LoadReport) -> str:
     """Returns the run in a few lines."""
     lines = [
         f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
@@ -301,7 +303,7 @@ def report(load: Load) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="load", description=__doc__.split("\n")[0])
     parser.add_argument("--address", help="host:port of a running host")
-    parser.add_argument("--world", help="world directory, to start a host of our own")
+    parser.add_argument("--offline_web", help="world directory, to start a host of our own")
     parser.add_argument("--workers", type=int, default=1, help="processes of our own host")
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=300.0)
@@ -319,22 +321,22 @@ def main(argv: list[str] | None = None) -> int:
     kinds = list(filter(None, flags.kill.split(",")))
     if set(kinds) - set(chaos.KINDS):
         parser.error(f"--kill knows {', '.join(chaos.KINDS)}")
-    if kinds and (not flags.world or flags.workers < 2):
-        parser.error("--kill needs a host of our own with a supervisor: --world and --workers=2")
-    if bool(flags.address) == bool(flags.world):
-        parser.error("name either --address or --world")
+    if kinds and (not flags.offline_web or flags.workers < 2):
+        parser.error("--kill needs a host of our own with a supervisor: --offline_web and --workers=2")
+    if bool(flags.address) == bool(flags.offline_web):
+        parser.error("name either --address or --offline_web")
     token = os.environ.get(TOKEN_VARIABLE) or None
     try:
         with contextlib.ExitStack() as stack:
-            redis = stack.enter_context(chaos.Redis()) if "redis" in kinds else None
+            redis = stack.enter_context(chaos.RedisServer()) if "redis" in kinds else None
             host = None
-            if flags.world:
+            if flags.offline_web:
                 sizes = dict(workers=flags.workers, concurrency=flags.concurrency, queue=flags.queue)
                 tools = "shell" if flags.shell else ""
                 cache = redis.url if redis else None
                 host = stack.enter_context(
                     ToolHost(
-                        flags.world,
+                        flags.offline_web,
                         token=token,
                         redis_url=cache,
                         tools=tools,
@@ -344,16 +346,18 @@ def main(argv: list[str] | None = None) -> int:
                 )
             address = host.address if host else flags.address
 
-            async def loaded() -> Load:
+            async def loaded() -> LoadReport:
                 if flags.echo and not token:
                     await against_echo(address, rounds=flags.echo, pid=host.pid if host else None)
                 client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
                 sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think, calls=flags.calls)
                 killer = None
                 if kinds:
-                    killer = asyncio.create_task(chaos.kill(kinds, host.pid, redis, flags.kill_every, flags.seconds))
+                    killer = asyncio.create_task(
+                        chaos.kill_parts(kinds, host.pid, redis, flags.kill_every, flags.seconds)
+                    )
                 pid = host.pid if host else None
-                found = await run(client, **sizes, shell=flags.shell, seed=os.getpid(), pid=pid)
+                found = await run_load(client, **sizes, shell=flags.shell, seed=os.getpid(), pid=pid)
                 if killer:
                     print(f"killed: {', '.join(await killer)}")
                 await client.close()
@@ -363,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ToolHostError, ToolInfraError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 2
-    print(report(load))
+    print(format_report(load))
     return 0 if load.clean else 1
 
 

@@ -83,12 +83,12 @@ async def _main() -> None:
         for text in SENTENCES:
             if (wav := speak(voice, text)) is None:
                 break
-            rates.append(word_error_rate(text, await asr.recognise(wav, 120)))
+            rates.append(word_error_rate(text, await asr.recognize_speech(wav, 120)))
         print(f"| {voice} | {sum(rates) / len(rates):.0%} |" if rates else f"| {voice} | not installed |")
     print("\n| page | characters wrong |\n|---|---|")
     for size, noise in ((12, False), (16, False), (28, False), (28, True)):
         text, png = page(size, noise)
-        rate = character_error_rate(text, await analyze_image.recognise(png, 60, "eng"))
+        rate = character_error_rate(text, await analyze_image.recognize_text(png, 60, "eng"))
         print(f"| {size} pixels, {'noise and 3 degrees' if noise else 'clean'} | {rate:.1%} |")
 
 

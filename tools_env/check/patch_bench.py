@@ -24,7 +24,7 @@ MIN_CHARS = 4_000  # a long text
 _METHODS = ("patch", "search and replace", "unified diff")
 
 
-def run(texts: list[str], edits: int, seed: int) -> dict:
+def run_patch_bench(texts: list[str], edits: int, seed: int) -> dict:
     """Returns counts: tokens of patching and rewriting, and of each method its right, refused and wrong edits."""
     rng = random.Random(seed)
     outcomes = {slips: {method: Counter() for method in _METHODS} for slips in ("exact", "slips")}
@@ -53,7 +53,7 @@ def _outcome(result: str | None, meant: str) -> str:
 
 def _patched(text: str, anchor: str, new: str) -> str | None:
     try:
-        return patch.apply(text, anchor, new).text
+        return patch.apply_patch(text, anchor, new).text
     except ToolError:
         return None
 
@@ -148,11 +148,11 @@ def read_texts(folder: str | None, limit: int = 400) -> list[str]:
                 # Half as they are, lines wrapped; half with a paragraph on one line, as reports are.
                 found.append(text if len(found) % 2 else re.sub(r"(?<=\S)\n[ ]*(?=\S)", " ", text))
         return found
-    from tools_env.offline_web.build import build_world
+    from tools_env.offline_web.build import build_offline_web
 
-    with tempfile.TemporaryDirectory() as world:
-        build_world(world, seed=0)
-        rows = [json.loads(line) for line in (Path(world) / "documents.jsonl").open(encoding="utf-8")]
+    with tempfile.TemporaryDirectory() as offline_web:
+        build_offline_web(offline_web, seed=0)
+        rows = [json.loads(line) for line in (Path(offline_web) / "documents.jsonl").open(encoding="utf-8")]
     pages = [row["text"] for row in rows if row["lang"] == "en"]
     joined = ["\n\n".join(pages[i : i + 15]) for i in range(0, len(pages), 15)]
     return [text for text in joined if len(text) >= MIN_CHARS][:limit]
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     print(f"{flags.edits} edits in {len(texts)} texts of {sum(map(len, texts)) // len(texts)} characters on average")
-    print(report(run(texts, flags.edits, flags.seed)))
+    print(report(run_patch_bench(texts, flags.edits, flags.seed)))
     return 0
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 from tools_env.offline_web import folder
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 from tools_env.search import store, text
 from tools_env.search.index import PassageIndex, build_vectors
 
@@ -58,10 +58,12 @@ def articles(path: Path) -> Iterator[tuple[str, str]]:
 def paragraphs(body: str) -> list[str]:
     """Returns the prose of an article: blocks of at least 80 characters that end as sentences do."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", body))
-    return folder.cut(b for b in blocks if len(b) >= 80 and b.endswith((".", '."')) and not b.startswith("#"))
+    return folder.split_paragraphs(
+        b for b in blocks if len(b) >= 80 and b.endswith((".", '."')) and not b.startswith("#")
+    )
 
 
-def collection(path: Path, limit: int, world: Path) -> Iterator[dict]:
+def collection(path: Path, limit: int, offline_web: Path) -> Iterator[dict]:
     """Yields documents for the index: articles in the order of their titles' hashes, then the world's Chinese pages."""
     kept = 0
     for title, body in sorted(articles(path), key=lambda pair: _hash(pair[0])):
@@ -71,7 +73,7 @@ def collection(path: Path, limit: int, world: Path) -> Iterator[dict]:
             url = f"http://articles.example/{quote(title)}"
             level = int(_hash(title)[:8], 16) % 3
             yield {"id": url, "url": url, "title": title, "text": "\n".join(found), "lang": "en", "authority": level}
-    for line in (world / "documents.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (offline_web / "documents.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["lang"] == "zh":
             yield row
@@ -150,10 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=500, help="of each kind")
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="stepdr_search_") as temporary:
-        world, directory = Path(temporary) / "world", Path(temporary) / "collection"
-        build_world(world, seed=0)
+        offline_web, directory = Path(temporary) / "world", Path(temporary) / "collection"
+        build_offline_web(offline_web, seed=0)
         began = time.perf_counter()
-        rows = list(collection(flags.articles, flags.paragraphs, world))
+        rows = list(collection(flags.articles, flags.paragraphs, offline_web))
         read = time.perf_counter() - began
         began = time.perf_counter()
         writer = store.Writer(directory / "index")

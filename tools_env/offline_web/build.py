@@ -24,20 +24,20 @@ from tools_env.offline_web import facts as world_facts
 from tools_env.offline_web import folder, pages, sentences
 
 
-def build_world(world_dir: str | os.PathLike, *, seed: int, documents: str = "") -> None:
-    """Builds a world in `world_dir` (2 s without documents), or returns at once when it is there for these inputs.
+def build_offline_web(offline_web_dir: str | os.PathLike, *, seed: int, documents: str = "") -> None:
+    """Builds a world in `offline_web_dir` (2 s without documents), or returns at once when it is there for these inputs.
 
     The directory appears whole or stays as it was. A world of other inputs is replaced, with what was derived from it.
 
     Args:
-        world_dir: absent, empty, or an earlier world.
+        offline_web_dir: absent, empty, or an earlier world.
         seed: decides dates, links, which passages err, and which pages exist on the smaller hosts.
         documents: folder of md, html, txt and pdf files to add as the host library.test; "" for none.
 
     Raises:
-        ToolHostError: the folder or one of its files cannot be read, or `world_dir` holds something else.
+        ToolHostError: the folder or one of its files cannot be read, or `offline_web_dir` holds something else.
     """
-    target = Path(world_dir)
+    target = Path(offline_web_dir)
     library = folder.read_folder(documents) if documents else []
     fingerprint = _fingerprint(seed, library)
     if _built(target) == fingerprint:
@@ -116,7 +116,7 @@ def _write(out: Path, seed: int, library: list[dict], fingerprint: str) -> None:
 def _entity_row(entity: world_facts.Entity) -> dict:
     attributes = {
         relation: {
-            lang: sentences.join(value.items(lang), lang)
+            lang: sentences.join_items(value.items(lang), lang)
             for lang in pages.LANGS
             if lang == "en" or relation in sentences.WORD_ZH
         }

@@ -15,9 +15,9 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.search import text
-from tools_env.web.fetch import Fetched
-from tools_env.web.page import decode
-from tools_env.web.page import read as read_page
+from tools_env.web.charset import decode_body
+from tools_env.web.fetch import FetchedPage
+from tools_env.web.page import extract_page
 
 HOST = "library.test"
 SITE = {"authority": 1, "behaviour": "normal", "about": "your own documents"}
@@ -52,7 +52,7 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
     if not root.is_dir():
         raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct world.documents")
     try:
-        paths = sorted(files(root))
+        paths = sorted(document_files(root))
     except OSError as error:
         raise ToolHostError(
             f"cannot read the folder {error.filename or root}: {error.strerror}; change its permissions"
@@ -64,7 +64,7 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
     return [_document(path, root, urls) for path in paths]
 
 
-def files(root: Path) -> Iterator[Path]:
+def document_files(root: Path) -> Iterator[Path]:
     def fail(error: OSError):
         raise error
 
@@ -91,7 +91,7 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
     return row | {"links": _resolved(links, path, row["url"], urls)}
 
 
-def document(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
+def read_document_file(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
     """Returns the row of one document, its links left out.
 
     Args:
@@ -111,20 +111,22 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
     if kind in ("text/markdown", "text/plain"):
         if b"\x00" in body and not body.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ToolHostError(f"the document {shown} is not text; give it its true extension or remove it")
-        content = body.decode("utf-16") if body.startswith((b"\xff\xfe", b"\xfe\xff")) else decode(body, "utf-8-sig")
+        content = (
+            body.decode("utf-16") if body.startswith((b"\xff\xfe", b"\xfe\xff")) else decode_body(body, "utf-8-sig")
+        )
         title, date, lines = _markdown(content)
         if kind == "text/markdown":
             links = [(anchor, target) for anchor, target in _LINK.findall(content)]
     else:
         try:
-            page = read_page(Fetched(url, kind, None, body))
+            page = extract_page(FetchedPage(url, kind, None, body))
         except ToolError as error:
             raise ToolHostError(f"cannot read the document {shown}: {error}; repair or remove it") from None
         title, date, lines = page.title, page.published_at, page.passages
         if kind == "text/html":
-            links = _html_links(decode(body, None))
+            links = _html_links(decode_body(body, None))
     # Links are kept beside the text; in it they would stand between a reader and its words.
-    lines = cut(line if line.startswith("#") else text.passage(line) for line in lines)
+    lines = split_paragraphs(line if line.startswith("#") else text.passage(line) for line in lines)
     if not any(text.passage(line) for line in lines):
         raise ToolHostError(f"the document {shown} has no text (a scan needs recognising first); convert or remove it")
     title = " ".join((title or relative.stem.replace("_", " ")).split())[:120]
@@ -134,7 +136,7 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
         "url": url,
         "title": title,
         "text": f"# {title}\n{content}",
-        "lang": language(content),
+        "lang": detect_language(content),
         "source": "folder",
         "authority": authority,
         "published_at": date,
@@ -142,12 +144,12 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
     return row, links
 
 
-def cut(lines: Iterable[str]) -> list[str]:
+def split_paragraphs(lines: Iterable[str]) -> list[str]:
     """Returns the lines with long paragraphs cut between sentences."""
     return [piece for line in lines for piece in _pieces(line)]
 
 
-def language(content: str) -> str:
+def detect_language(content: str) -> str:
     """Returns "zh" when Chinese characters make up at least a fifth of the letters, else "en"."""
     letters = len(_LETTER.findall(content))
     return "zh" if letters and len(_HAN.findall(content)) >= 0.2 * letters else "en"

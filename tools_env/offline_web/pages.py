@@ -166,7 +166,7 @@ def _value_links(facts: Facts, value: Value, lang: str) -> list[tuple[str, str]]
 
 def _reference(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
     rng = _random(seed, "atlas", country.id)
-    said = {r: sentences.state(r, country, value, lang) for r, value in country.values.items()}
+    said = {r: sentences.plain_sentence(r, country, value, lang) for r, value in country.values.items()}
     links = [link for value in country.values.values() for link in _value_links(facts, value, lang)]
     if rng.random() < DEAD_LINK_SHARE:
         anchor = f"{country.zh}的历史" if lang == "zh" else f"History of {country.en}"
@@ -212,7 +212,7 @@ def _city(facts: Facts, city: Entity, lang: str, seed: int) -> Page:
     name, of = city.name(lang), country.name(lang)
     region, money = country.values["region"], country.values["currency"]
     code = country.values["calling_code"].en[0]
-    paid = sentences.prose("currency", money, lang)
+    paid = sentences.value_in_prose("currency", money, lang)
     if lang == "zh":
         passages = [f"{name}是{of}的首都。", f"{of}位于{region.zh[0]}。", f"在{name}用{paid}付款。"]
         passages.append(f"从国外致电{name}，先拨{code}。")
@@ -230,7 +230,7 @@ def _city(facts: Facts, city: Entity, lang: str, seed: int) -> Page:
 def _members(facts: Facts, entity: Entity, lang: str, seed: int) -> Page:
     """A currency or a language and the countries that use it; a long page for the widespread ones."""
     countries = facts.holders[entity.id]
-    listed = sentences.join(tuple(country.name(lang) for country in countries), lang)
+    listed = sentences.join_items(tuple(country.name(lang) for country in countries), lang)
     money = entity.kind == "currency"
     if lang == "zh":
         passages = [f"{entity.zh}在{listed}{'流通' if money else '使用'}。"]
@@ -247,7 +247,7 @@ def _members(facts: Facts, entity: Entity, lang: str, seed: int) -> Page:
 def _region(facts: Facts, region: Entity, lang: str, seed: int) -> Page:
     """A hub: its members, and their capitals."""
     countries = facts.holders[region.id]
-    listed = sentences.join(tuple(country.name(lang) for country in countries), lang)
+    listed = sentences.join_items(tuple(country.name(lang) for country in countries), lang)
     passages = [f"{region.zh}包括{listed}。" if lang == "zh" else f"{region.en} is made up of {listed}."]
     links = []
     for country in countries:
@@ -270,7 +270,7 @@ def _almanac(facts: Facts, relation: str, lang: str, seed: int) -> Page:
     title, form = _ALMANAC[relation][2:] if lang == "zh" else _ALMANAC[relation][:2]
     holders = [country for country in facts.of_kind("country") if relation in country.values]
     passages = [
-        form.format(x=country.name(lang), v=sentences.prose(relation, country.values[relation], lang))
+        form.format(x=country.name(lang), v=sentences.value_in_prose(relation, country.values[relation], lang))
         for country in holders
     ]
     links = tuple((country.name(lang), _url(country, lang)) for country in holders)
@@ -299,7 +299,7 @@ def _register(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
     date = _day(rng, 0, 150)
     forms = sentences.REGISTER[lang]
     passages = [
-        rng.choice(forms[relation]).format(x=country.name(lang), v=sentences.prose(relation, value, lang))
+        rng.choice(forms[relation]).format(x=country.name(lang), v=sentences.value_in_prose(relation, value, lang))
         for relation, value in country.values.items()
         if relation in forms
     ]
@@ -324,7 +324,7 @@ def _notes(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
     chosen = rng.sample(held, min(len(held), rng.randint(3, 4)))
     passages = [
         rng.choice(forms[relation]).format(
-            x=country.name(lang), v=sentences.prose(relation, country.values[relation], lang)
+            x=country.name(lang), v=sentences.value_in_prose(relation, country.values[relation], lang)
         )
         for relation in chosen
     ]
@@ -361,10 +361,10 @@ def _quick(facts: Facts, country: Entity, lang: str, seed: int, moved: dict[str,
         reason = None
         if (country.id, relation) in facts.former or rng.random() < WRONG_SHARE:
             stated, reason = _wrong(facts, country, relation, rng)
-        passage = sentences.state(relation, country, stated, lang)
+        passage = sentences.plain_sentence(relation, country, stated, lang)
         passages.append(passage)
         if reason:
-            said = (sentences.join(value.items(lang), lang) for value in (stated, true))
+            said = (sentences.join_items(value.items(lang), lang) for value in (stated, true))
             mistakes.append(Mistake(passage, country.id, relation, *said, reason))
     path = path_of(country, lang)
     links = [(country.name(lang), f"http://atlas.test{moved.get(path, path)}")]
@@ -401,7 +401,9 @@ def _odd(host: str, country: Entity, seed: int) -> Page:
     rng = _random(seed, host, country.id)
     title, form = _ODD_EN[host]
     passages = tuple(
-        form.format(x=country.en, relation=relation.replace("_", " "), v=sentences.prose(relation, value, "en"))
+        form.format(
+            x=country.en, relation=relation.replace("_", " "), v=sentences.value_in_prose(relation, value, "en")
+        )
         for relation, value in country.values.items()
     )
     links = ((country.en, _url(country, "en")),)

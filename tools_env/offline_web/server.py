@@ -25,12 +25,12 @@ _PADDING = "<!-- " + "picture " * 128 + "-->\n"
 _UNMARKED = {"travelnotes.test": 'div class="content"', "quickfacts.test": 'div id="page"'}
 
 
-class WorldWeb:
+class OfflineWebServer:
     """Serves a built world from a thread of its own, so it works beside any event loop, or without one."""
 
-    def __init__(self, world_dir: str | os.PathLike):
+    def __init__(self, offline_web_dir: str | os.PathLike):
         """Reads the pages. Raises ToolHostError when the world is missing or damaged."""
-        self._site = _Site(world_dir)
+        self._site = _Site(offline_web_dir)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -82,15 +82,15 @@ class WorldWeb:
         self.stop()
 
 
-def make_app(world_dir: str | os.PathLike) -> web.Application:
+def make_offline_web_app(offline_web_dir: str | os.PathLike) -> web.Application:
     """Returns the aiohttp application, to be served on an event loop of the caller's."""
-    return _Site(world_dir).app()
+    return _Site(offline_web_dir).app()
 
 
 class _Site:
-    def __init__(self, world_dir: str | os.PathLike):
-        self._hosts = _read_hosts(Path(world_dir) / "sites.json")
-        documents, index = Path(world_dir) / "documents.jsonl", Path(world_dir) / "index"
+    def __init__(self, offline_web_dir: str | os.PathLike):
+        self._hosts = _read_hosts(Path(offline_web_dir) / "sites.json")
+        documents, index = Path(offline_web_dir) / "documents.jsonl", Path(offline_web_dir) / "index"
         # A directory of the index command has no documents beside its index.
         in_index = not documents.is_file() and (index / "documents.sqlite").is_file()
         self._pages = store.Pages(index) if in_index else _read_pages(documents)
@@ -116,7 +116,7 @@ class _Site:
             return _error(404, "This page does not exist.")
         odd = host.get("pages", {}).get(path, {})
         charset = odd.get("charset", "utf-8")
-        content = render(row, charset=charset, padding_bytes=odd.get("padding_bytes", 0))
+        content = render_page(row, charset=charset, padding_bytes=odd.get("padding_bytes", 0))
         return web.Response(
             body=content.encode(charset, "xmlcharrefreplace"),
             headers={"Content-Type": f"text/html; charset={odd.get('declared_charset', charset)}"},
@@ -153,7 +153,7 @@ def _error(status: int, reason: str) -> web.Response:
     return web.Response(status=status, text=body, content_type="text/html")
 
 
-def render(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
+def render_page(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
     """Returns a document as an HTML page: navigation, title, a paragraph or heading a line, related links, footer.
 
     Args:

@@ -10,7 +10,7 @@ _PREFIX = "stepdr_"
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ControlGroup:
     """One group. `procs` are the files that a process writes its id to in order to join."""
 
     folders: tuple[Path, ...]
@@ -39,7 +39,7 @@ class Group:
         return gone
 
 
-class Groups:
+class ControlGroups:
     """The groups of this process. Each controller is None where it is missing or not ours to write."""
 
     def __init__(self):
@@ -54,7 +54,7 @@ class Groups:
     def pids(self) -> bool:
         return "pids" in self._parents
 
-    def make(self, name: str, memory_bytes: int, processes: int) -> Group:
+    def make(self, name: str, memory_bytes: int, processes: int) -> ControlGroup:
         """Makes a group with these limits, as far as the controllers are there."""
         folders = {}
         for controller, parent in self._parents.items():
@@ -70,7 +70,7 @@ class Groups:
                 _set(folders["memory"] / "memory.memsw.limit_in_bytes", memory_bytes)
         if "pids" in folders:
             _set(folders["pids"] / "pids.max", processes)
-        return Group(tuple(dict.fromkeys(folders.values())))
+        return ControlGroup(tuple(dict.fromkeys(folders.values())))
 
 
 def _set(path: Path, value: int) -> None:

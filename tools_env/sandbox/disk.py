@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 
-def used(workspace: Path, max_entries: int) -> tuple[int, int]:
+def disk_usage(workspace: Path, max_entries: int) -> tuple[int, int]:
     """Returns (bytes on disk, entries) of a folder, links not followed; stops counting above `max_entries`."""
     size = entries = 0
     stack = [os.fspath(workspace)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tools_env.errors import ToolHostError
 from tools_env.sandbox import seccomp
-from tools_env.sandbox.cgroups import Group, Groups
+from tools_env.sandbox.cgroups import ControlGroup, ControlGroups
 
 COMMANDS = "/run/commands"  # where the sandbox sees its control folder, read only
 _NEEDED = {"bwrap": "bubblewrap", "prlimit": "util-linux", "setpriv": "util-linux"}
@@ -22,7 +22,7 @@ _FILTER_FD = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Limits of one session's sandbox."""
 
     memory_mb: int = 512
@@ -38,7 +38,7 @@ class Limits:
 def write_control(control: Path) -> None:
     """Writes what every sandbox of a session reads from its control folder: filter, users, start of the shell."""
     control.mkdir(parents=True, exist_ok=True)
-    program = seccomp.program()
+    program = seccomp.filter_program()
     if program is not None:
         (control / "filter").write_bytes(program)
     (control / "passwd").write_text("user:x:1000:1000::/workspace:/bin/bash\n")
@@ -52,8 +52,14 @@ def write_control(control: Path) -> None:
     )
 
 
-def arguments(
-    workspace: Path, control: Path, limits: Limits, group: Group | None, inner: list[str], *, may_write: bool = True
+def sandbox_command(
+    workspace: Path,
+    control: Path,
+    limits: SandboxLimits,
+    group: ControlGroup | None,
+    inner: list[str],
+    *,
+    may_write: bool = True,
 ) -> list[str]:
     """Returns the command line that runs `inner` in the sandbox, as its own first process, from a terminal or not."""
     mb = 1 << 20
@@ -111,7 +117,7 @@ unshare --user true 2>/dev/null || echo userns
 """
 
 
-def check(groups: Groups) -> list[str]:
+def check_isolation(groups: ControlGroups) -> list[str]:
     """Runs a sandbox and returns what is weaker than it should be, in words; an empty list is full isolation.
 
     Raises ToolHostError when no sandbox can be run at all.
@@ -122,7 +128,7 @@ def check(groups: Groups) -> list[str]:
         workspace, control = Path(folder, "workspace"), Path(folder, "control")
         workspace.mkdir()
         write_control(control)
-        argv = arguments(workspace, control, Limits(), None, ["bash", "-c", _PROBE])
+        argv = sandbox_command(workspace, control, SandboxLimits(), None, ["bash", "-c", _PROBE])
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
     seen = done.stdout.split()
     if "started" not in seen:

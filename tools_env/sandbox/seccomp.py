@@ -49,7 +49,7 @@ _MACHINES = {"x86_64": (0, 0xC000003E, 56, 41), "aarch64": (1, 0xC00000B7, 220, 
 _CLONE3 = 435  # its flags lie in memory, where a filter cannot look; ENOSYS makes the C library use clone
 
 
-def program() -> bytes | None:
+def filter_program() -> bytes | None:
     """Returns the filter for this machine, or None where its system call numbers are not known here."""
     if platform.machine() not in _MACHINES:
         return None

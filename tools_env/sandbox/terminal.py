@@ -32,7 +32,7 @@ set -g exit-empty off
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class PaneState:
     """A pane as it is now. `prompts` counts the prompts its shell has shown, `status` is its last exit status."""
 
     prompts: int
@@ -74,7 +74,7 @@ class Terminals:
             await asyncio.sleep(0.02)
         raise RuntimeError("tmux did not start")
 
-    async def state(self, name: str) -> State | None:
+    async def state(self, name: str) -> PaneState | None:
         """Returns the state of a pane, or None when there is none of this name."""
         if self._server is None or self._server.returncode is not None:
             return None
@@ -85,7 +85,7 @@ class Terminals:
         dead, pid, title = (text.rstrip("\n") + "  ").split(" ", 2)
         counted = re.match(r"(\d{1,9}):(\d{1,3})", title)
         prompts, status = (int(counted.group(1)), int(counted.group(2))) if counted else (0, 0)
-        return State(prompts, status, int(pid), dead == "1")
+        return PaneState(prompts, status, int(pid), dead == "1")
 
     async def send(self, name: str, keys: list[str]) -> None:
         """Types keys: names such as Enter, Escape, C-c, Up are pressed, everything else is typed as it is."""

@@ -78,7 +78,7 @@ class Lsa:
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Returns float32 [len(texts), dimensions]."""
-        return unit(np.asarray(self._weighted(self._counts(texts)) @ self._components_FxD, dtype=np.float32))
+        return normalized(np.asarray(self._weighted(self._counts(texts)) @ self._components_FxD, dtype=np.float32))
 
     def save(self, path: Path) -> None:
         with open(path, "wb") as out:
@@ -141,13 +141,13 @@ class EndpointEmbedder:
                 f"expected {len(texts)} embeddings of {self.dimensions} numbers, got an array of shape {vectors.shape}; "
                 "correct embeddings_dimensions"
             )
-        return unit(vectors)
+        return normalized(vectors)
 
     async def close(self) -> None:
         await self._remote.close()
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def normalized(vectors: np.ndarray) -> np.ndarray:
     """Returns the rows at length 1; a row of zeros stays."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
@@ -187,7 +187,7 @@ def load_embedder(folder: Path) -> Lsa | None:
         return None
 
 
-def build(
+def build_dense_index(
     folder: Path,
     embedder: Embedder,
     fingerprint: str,

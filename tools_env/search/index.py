@@ -23,8 +23,6 @@ from tools_env.search import dense, ranking, store, text
 from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
 
-__all__ = ["Passage", "PassageIndex", "build"]
-
 CANDIDATES = 64  # passages that each retrieval hands to the ranking
 COMMON = 0.3  # tokens in a larger share of passages do not select candidates when rarer ones can
 MODES = ("bm25", "dense", "hybrid")
@@ -55,21 +53,23 @@ def _read_rows(documents: Path) -> Iterator[dict]:
     return (row[-1] for row in sorted(rows, key=lambda row: row[:2]))
 
 
-def build(world_dir: str | os.PathLike) -> Path:
-    """Builds world_dir/index unless it is there and current; returns its path.
+def build_index(offline_web_dir: str | os.PathLike) -> Path:
+    """Builds offline_web_dir/index unless it is there and current; returns its path.
 
     The index appears whole or not at all. Raises ToolHostError when documents.jsonl is missing or damaged.
     """
-    world_dir = Path(world_dir)
-    documents, target = world_dir / "documents.jsonl", world_dir / "index"
+    offline_web_dir = Path(offline_web_dir)
+    documents, target = offline_web_dir / "documents.jsonl", offline_web_dir / "index"
     if not documents.is_file():
         if (target / "documents.sqlite").is_file():
             return target  # of the index command, which keeps it current
-        raise ToolHostError(f"{documents} does not exist; build the world first, or name its directory with --world")
+        raise ToolHostError(
+            f"{documents} does not exist; build the world first, or name its directory with --offline_web"
+        )
     fingerprint = _fingerprint(documents)
     if _current(target) == fingerprint:
         return target
-    temporary = world_dir / f".index.{os.getpid()}.tmp"
+    temporary = offline_web_dir / f".index.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         writer = store.Writer(temporary)
@@ -80,7 +80,7 @@ def build(world_dir: str | os.PathLike) -> Path:
         finally:
             writer.close()
         count = writer.passages
-        retired = world_dir / f".index.{os.getpid()}.old"
+        retired = offline_web_dir / f".index.{os.getpid()}.old"
         if target.exists():
             os.rename(target, retired)
         try:
@@ -108,7 +108,7 @@ class PassageIndex:
 
     def __init__(
         self,
-        world_dir: str | os.PathLike,
+        offline_web_dir: str | os.PathLike,
         mode: str = "bm25",
         *,
         authority: bool = True,
@@ -117,7 +117,7 @@ class PassageIndex:
         """Builds what is missing and opens it.
 
         Args:
-          world_dir: a world, or a directory of the index command.
+          offline_web_dir: a world, or a directory of the index command.
           mode: one of MODES: which retrieval finds candidates and orders them.
           authority: whether authority decides between passages of comparable relevance.
           embedder: makes the vectors of the modes dense and hybrid; without it latent semantic analysis does.
@@ -128,15 +128,15 @@ class PassageIndex:
             raise ToolHostError(f"expected search_ranking as one of {', '.join(MODES)}, got {mode!r}")
         self.mode, self._authority, self._vectors = mode, authority, None
         try:
-            self._open(build(world_dir))
+            self._open(build_index(offline_web_dir))
         except (ValueError, OSError, TypeError, KeyError) as error:
-            if not (Path(world_dir) / "documents.jsonl").is_file():
+            if not (Path(offline_web_dir) / "documents.jsonl").is_file():
                 raise ToolHostError(
-                    f"the index in {world_dir} is damaged ({error}); remove it and run the index command again"
+                    f"the index in {offline_web_dir} is damaged ({error}); remove it and run the index command again"
                 ) from None
             # A damaged index is rebuilt from the documents; if those are the fault, the second try says so.
-            shutil.rmtree(Path(world_dir) / "index", ignore_errors=True)
-            self._open(build(world_dir))
+            shutil.rmtree(Path(offline_web_dir) / "index", ignore_errors=True)
+            self._open(build_index(offline_web_dir))
         if mode != "bm25":
             self._open_vectors(embedder)
         self.fingerprint = f"{self._content} {mode} {authority} {self._vectors.embedder.name if self._vectors else ''}"
@@ -343,5 +343,5 @@ def build_vectors(path: Path, embedder: dense.Embedder | None, progress=lambda d
             embedder = dense.Lsa.fit([texts(int(i), int(i) + 1)[0] for i in alive[::step]])
             fitted.write_text(str(len(alive)))
             embedder.save(folder / "lsa.npz")
-    dense.build(folder, embedder, _current(path), alive, texts, len(passages), progress)
+    dense.build_dense_index(folder, embedder, _current(path), alive, texts, len(passages), progress)
     return embedder

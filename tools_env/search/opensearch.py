@@ -22,7 +22,7 @@ _FIELDS = ("id", "url", "title", "text", "authority", "published_at")
 _HEADERS = {"Content-Type": "application/x-ndjson"}
 
 
-def mapping(dimensions: int) -> dict[str, Any]:
+def index_mapping(dimensions: int) -> dict[str, Any]:
     """Returns settings and mappings of the index; `dimensions` 0 leaves vectors out."""
     keyword, shown = {"type": "keyword"}, {"type": "text", "index": False}
     fields: dict[str, Any] = {
@@ -169,7 +169,7 @@ def _merged(hits: list[dict[str, tuple[Passage, float]]], mode: str, authority: 
     return list(unique.values())
 
 
-async def push(
+async def push_passages(
     remote: Remote,
     index: str,
     rows: Iterable[tuple[Passage, str]],
@@ -185,7 +185,7 @@ async def push(
         await remote.get(f"/{index}", 30.0)
     except ToolError:
         # There is none yet.
-        await remote.put(f"/{index}", 30.0, json=mapping(embedder.dimensions if embedder else 0))
+        await remote.put(f"/{index}", 30.0, json=index_mapping(embedder.dimensions if embedder else 0))
     generation, done, batch = uuid.uuid4().hex, 0, []
 
     async def send() -> None:

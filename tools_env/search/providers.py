@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tools_env.errors import Unavailable
-from tools_env.offline_web.folder import language
+from tools_env.offline_web.folder import detect_language
 from tools_env.search import text
 from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
@@ -36,7 +36,7 @@ class WebBackend:
             host = urlsplit(url).hostname
             if not snippet or not host or not url.startswith(("http://", "https://")):
                 continue
-            if not filters.accept(url, date, language(f"{title} {snippet}")):
+            if not filters.accept(url, date, detect_language(f"{title} {snippet}")):
                 continue
             passage = Passage(
                 id=self._citations.id(url, snippet),

@@ -86,7 +86,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes | None:
     return bytes(body)
 
 
-def secret(variable: str, what: str) -> str:
+def read_secret(variable: str, what: str) -> str:
     """Returns the value of an environment variable. Raises ToolHostError when it is not set."""
     value = os.environ.get(variable, "")
     if not value:

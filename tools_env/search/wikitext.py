@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from tools_env.errors import ToolHostError
 
-LICENCE = (
+LICENSE = (
     "text of Wikipedia: CC BY-SA, with attribution to its pages; see https://creativecommons.org/licenses/by-sa/4.0/"
 )
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -53,7 +53,7 @@ class DumpPage:
     wikitext: str
 
 
-def pages(path: Path) -> Iterator[DumpPage]:
+def dump_pages(path: Path) -> Iterator[DumpPage]:
     """Yields the articles of an .xml or .xml.bz2 dump in its order; redirects and other namespaces are passed over.
 
     Memory stays flat. Raises ToolHostError when the file is no dump or ends too soon.
@@ -102,7 +102,7 @@ def _page(node, host: str, lang: str) -> DumpPage | None:
     )
 
 
-def plain(wikitext: str) -> str:
+def plain_text(wikitext: str) -> str:
     """Returns wikitext as Markdown: a paragraph or list item a line, headings with #. Lists of sources are left out."""
     content = _DROPPED.sub("", _COMMENT.sub("", wikitext))
     content = _to_end(_INNER_TEMPLATE, "", content)

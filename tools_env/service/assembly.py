@@ -9,42 +9,42 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from tools_env.cache.retrieval import Cache
-from tools_env.cache.stores import RedisStore, SqliteStore, Store
+from tools_env.cache.retrieval import RetrievalCache
+from tools_env.cache.stores import CacheStore, RedisStore, SqliteStore
 from tools_env.errors import ToolHostError
 from tools_env.search import choose
 from tools_env.service.metrics import Metrics
 from tools_env.service.service import ToolService
 from tools_env.service.sessions import Sessions
-from tools_env.service.settings import Settings
+from tools_env.service.settings import HostSettings
 from tools_env.tools import file, optional, todo, web
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 from tools_env.web.fetch import Fetcher
 
 logger = logging.getLogger(__name__)
 
 
-async def make_service(settings: Settings, resources: contextlib.AsyncExitStack, metrics: Metrics) -> ToolService:
+async def make_service(settings: HostSettings, resources: contextlib.AsyncExitStack, metrics: Metrics) -> ToolService:
     """Returns the service without a transport; what it holds is released with `resources`. Raises ToolHostError."""
-    if not settings.world_dir and settings.search == "embedded":
-        raise ToolHostError("expected --world=DIR: a world, or a directory that `python -m tools_env.index` made")
-    sites = _read_sites(Path(settings.world_dir)) if settings.world_dir else {}
-    backend, citations = await choose.make(settings, sites)
+    if not settings.offline_web and settings.search == "embedded":
+        raise ToolHostError("expected --offline_web=DIR: a world, or a directory that `python -m tools_env.index` made")
+    sites = _read_sites(Path(settings.offline_web)) if settings.offline_web else {}
+    backend, citations = await choose.make_search_backend(settings, sites)
     resources.push_async_callback(backend.close)
     web_port = settings.web_port
-    if web_port is None and settings.world_dir:
-        from tools_env.offline_web.server import WorldWeb
+    if web_port is None and settings.offline_web:
+        from tools_env.offline_web.server import OfflineWebServer
 
-        world_web = WorldWeb(settings.world_dir)
-        web_port = world_web.start()
-        resources.callback(world_web.stop)
+        web_server = OfflineWebServer(settings.offline_web)
+        web_port = web_server.start()
+        resources.callback(web_server.stop)
     if settings.state_dir is None:
         state = Path(tempfile.mkdtemp(prefix="stepdr_tools_"))
         resources.callback(shutil.rmtree, state, ignore_errors=True)
     else:
         state = Path(settings.state_dir)
         _lock(state, settings.worker, resources)
-    cache = Cache(
+    cache = RetrievalCache(
         store=_store(settings, state, resources),
         entries=settings.cache_entries,
         mode=settings.cache_mode,
@@ -52,9 +52,9 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
         count=lambda result: metrics.cache.labels(result).inc(),
     )
     resources.callback(cache.close)
-    reach = Reach(sites, web_port or 0, settings.allow_internet)
+    egress = EgressPolicy(sites, web_port or 0, settings.allow_internet)
     fetcher = Fetcher(
-        reach,
+        egress,
         timeout=settings.fetch_timeout,
         max_bytes=settings.max_page_bytes,
         max_redirects=settings.max_redirects,
@@ -73,22 +73,22 @@ async def make_service(settings: Settings, resources: contextlib.AsyncExitStack,
     resources.callback(reaper.cancel)
     return ToolService(
         [
-            web.make(backend, citations, fetcher, cache, sites, settings.topk),
-            file.make(settings.max_file_chars, settings.max_files),
+            web.make_web_tool(backend, citations, fetcher, cache, sites, settings.topk),
+            file.make_file_tool(settings.max_file_chars, settings.max_files),
             todo.TOOL,
-            *optional.build(settings.tools, settings.tool_options, resources, reach),
+            *optional.build_optional_tools(settings.tools, settings.tool_options, resources, egress),
         ],
         sessions,
         lease=settings.lease,
         max_chars=settings.max_observation_chars,
-        concurrency=slots(settings),
+        concurrency=tool_concurrency(settings),
         queue=settings.queue,
         metrics=metrics,
         endpoint=settings.advertise,
     )
 
 
-def slots(settings: Settings) -> dict[str, int]:
+def tool_concurrency(settings: HostSettings) -> dict[str, int]:
     """Returns calls at a time by tool; "" stands for the tools not named. Raises ToolHostError."""
     found = {"": settings.concurrency}
     for entry in filter(None, settings.tool_concurrency.split(",")):
@@ -99,7 +99,7 @@ def slots(settings: Settings) -> dict[str, int]:
     return found
 
 
-def _store(settings: Settings, state: Path, resources: contextlib.AsyncExitStack) -> Store | None:
+def _store(settings: HostSettings, state: Path, resources: contextlib.AsyncExitStack) -> CacheStore | None:
     if settings.redis_url:
         store = RedisStore(settings.redis_url)
         resources.push_async_callback(store.aclose)
@@ -119,15 +119,15 @@ def _lock(state: Path, worker: int, resources: contextlib.AsyncExitStack) -> Non
         raise ToolHostError(f"{state} is in use by another tool host; stop it or name another state_dir") from None
 
 
-def _read_sites(world_dir: Path) -> dict[str, int]:
+def _read_sites(offline_web_dir: Path) -> dict[str, int]:
     """Returns host name -> authority."""
-    path = world_dir / "sites.json"
+    path = offline_web_dir / "sites.json"
     try:
         hosts = json.loads(path.read_text(encoding="utf-8"))["hosts"]
         return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
     except FileNotFoundError:
         raise ToolHostError(
-            f"{path} does not exist; build the world first, or name its directory with --world"
+            f"{path} does not exist; build the world first, or name its directory with --offline_web"
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the world again") from None

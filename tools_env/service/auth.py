@@ -14,7 +14,7 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
-class BearerToken(grpc.aio.ServerInterceptor):
+class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without `authorization: Bearer <token>`.
 
     `tokens` holds several, separated by commas, while one replaces another.

@@ -30,7 +30,7 @@ from typing import Any
 
 from tools_env.errors import BadArguments, ToolError
 from tools_env.search.citations import Citations
-from tools_env.tools.base import Output
+from tools_env.tools.base import ToolOutput
 
 KINDS = {
     "latency": {"seconds": 0.5},
@@ -55,11 +55,11 @@ class Fault:
 
 
 @dataclasses.dataclass(frozen=True)
-class Profile:
+class FaultProfile:
     seed: int
     tools: Mapping[str, tuple[Fault, ...]]
 
-    def plan(self, tool: str, session_seed: int, call_id: str) -> "Plan":
+    def plan(self, tool: str, session_seed: int, call_id: str) -> "FaultPlan":
         """Returns what happens to one call."""
         chosen = []
         for fault in self.tools.get(tool, self.tools.get("*", ())):
@@ -68,13 +68,13 @@ class Profile:
             digest = _draw(self.seed, session_seed, tool, fault.position, unit)
             if int.from_bytes(digest[:8], "big") / 2**64 < fault.rate:
                 chosen.append((fault, digest))
-        return Plan(tuple(chosen))
+        return FaultPlan(tuple(chosen))
 
 
-def parse(text: str, tools: Collection[str]) -> Profile:
+def parse_fault_profile(text: str, tools: Collection[str]) -> FaultProfile:
     """Returns the profile; "" is none. Raises BadArguments that names the wrong part."""
     if not text:
-        return Profile(0, {})
+        return FaultProfile(0, {})
     try:
         given = json.loads(text)
         seed, by_tool = int(given.get("seed", 0)), given["tools"]
@@ -84,7 +84,9 @@ def parse(text: str, tools: Collection[str]) -> Profile:
     for tool in rows:
         if tool != "*" and tool not in tools:
             raise BadArguments(f"faults name no tool of this host: {tool}; the tools are {', '.join(tools)}")
-    return Profile(seed, {tool: tuple(_fault(tool, i, row) for i, row in enumerate(of)) for tool, of in rows.items()})
+    return FaultProfile(
+        seed, {tool: tuple(_fault(tool, i, row) for i, row in enumerate(of)) for tool, of in rows.items()}
+    )
 
 
 def _fault(tool: str, position: int, row: Any) -> Fault:
@@ -115,7 +117,7 @@ def _draw(*parts: Any) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class FaultPlan:
     """The faults of one call, each with the digest that it takes further choices from."""
 
     chosen: tuple[tuple[Fault, bytes], ...]
@@ -149,7 +151,7 @@ class Plan:
             if fault.kind == "timeout":
                 raise ToolError("timed out")
 
-    def after(self, output: Output, injected: list[str]) -> Output:
+    def after(self, output: ToolOutput, injected: list[str]) -> ToolOutput:
         """Returns the output as the faults leave it; the given one, which others may share, is not changed."""
         for fault, digest in self._of("empty", "contradiction", "truncate"):
             if output.failed:
@@ -157,7 +159,7 @@ class Plan:
             injected.append(fault.kind)
             output = copy.copy(output)
             if fault.kind == "empty":
-                output = Output("No results.", cache_hit=output.cache_hit)
+                output = ToolOutput("No results.", cache_hit=output.cache_hit)
             elif fault.kind == "contradiction":
                 _contradict(output, digest)
             else:
@@ -167,7 +169,7 @@ class Plan:
         return output
 
 
-def _contradict(output: Output, digest: bytes) -> None:
+def _contradict(output: ToolOutput, digest: bytes) -> None:
     """Puts after every passage that has a number or a name a twin that states another one, citable as any passage."""
     ids, twins = Citations(), []
     for i, source in enumerate(output.sources):

@@ -11,12 +11,12 @@ from grpc_reflection.v1alpha import reflection
 from tools_env.errors import ToolHostError
 from tools_env.protocol import tools_pb2, tools_pb2_grpc
 from tools_env.service.assembly import make_service
-from tools_env.service.auth import BearerToken, check_exposure, server_credentials
+from tools_env.service.auth import BearerTokenInterceptor, check_exposure, server_credentials
 from tools_env.service.metrics import Metrics
-from tools_env.service.metrics import serve as serve_metrics
-from tools_env.service.routing import RoutedService, socket_of
-from tools_env.service.settings import Settings
-from tools_env.service.tracing import Spans
+from tools_env.service.metrics import serve_metrics as serve_metrics
+from tools_env.service.routing import RoutedService, worker_socket
+from tools_env.service.settings import HostSettings
+from tools_env.service.tracing import SpanInterceptor
 
 SERVICE = tools_pb2.DESCRIPTOR.services_by_name["ToolService"].full_name
 MAX_MESSAGE = 16 << 20  # bytes
@@ -43,7 +43,7 @@ class RunningHost:
         await self._resources.aclose()
 
 
-async def serve(settings: Settings) -> RunningHost:
+async def start_host(settings: HostSettings) -> RunningHost:
     """Starts one process of a tool host on the running event loop and returns it when it answers calls.
 
     Raises ToolHostError when the world is missing, the port is taken or strangers could call.
@@ -58,11 +58,11 @@ async def serve(settings: Settings) -> RunningHost:
             resources.push_async_callback(routed.close)
         interceptors = []
         if settings.otlp_endpoint:
-            spans = Spans(settings.otlp_endpoint, settings.worker)
+            spans = SpanInterceptor(settings.otlp_endpoint, settings.worker)
             resources.push_async_callback(spans.close)
             interceptors.append(spans)
         if settings.token:
-            interceptors.append(BearerToken(settings.token))
+            interceptors.append(BearerTokenInterceptor(settings.token))
         server = grpc.aio.server(
             interceptors=interceptors,
             options=[
@@ -83,7 +83,7 @@ async def serve(settings: Settings) -> RunningHost:
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         if routed is not None:
-            server.add_insecure_port(socket_of(settings.socket_dir, settings.worker))
+            server.add_insecure_port(worker_socket(settings.socket_dir, settings.worker))
         port = _bind(server, settings)
         metrics_port = None
         if settings.metrics_port is not None:
@@ -105,7 +105,7 @@ async def serve(settings: Settings) -> RunningHost:
     return running
 
 
-def _bind(server, settings: Settings) -> int:
+def _bind(server, settings: HostSettings) -> int:
     host, port = settings.host, settings.port
     try:
         if settings.tls_cert:

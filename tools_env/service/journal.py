@@ -12,7 +12,7 @@ from typing import Any
 NAME = "journal.jsonl"
 
 
-class Journal:
+class SessionJournal:
     """The records of one session, oldest first."""
 
     def __init__(self, directory: Path):

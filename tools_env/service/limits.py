@@ -12,7 +12,7 @@ from tools_env.errors import RetryLater
 from tools_env.service import tracing
 
 
-class Limit:
+class ConcurrencyLimit:
     """A semaphore with a bounded queue."""
 
     def __init__(self, name: str, concurrency: int, queue: int, gauges=None):
@@ -45,13 +45,13 @@ class Limit:
             try:
                 await self._slots.acquire()
             finally:
-                tracing.note(queue_seconds=time.monotonic() - began)
+                tracing.annotate_span(queue_seconds=time.monotonic() - began)
                 self.waiting -= 1
                 if self._waiting is not None:
                     self._waiting.dec()
         else:
             await self._slots.acquire()
-            tracing.note(queue_seconds=0.0)
+            tracing.annotate_span(queue_seconds=0.0)
         if self._running is not None:
             self._running.inc()
         try:

@@ -30,7 +30,7 @@ class Metrics:
         self.cache = Counter("stepdr_tool_cache_lookups", "Lookups in the retrieval cache", ["result"], **kept)
 
 
-def serve(host: str, port: int, registry: CollectorRegistry | None):
+def serve_metrics(host: str, port: int, registry: CollectorRegistry | None):
     """Serves /metrics from a thread; None collects from all processes that share. Returns (port, function that stops).
 
     Raises OSError when the port is taken.

@@ -12,9 +12,9 @@ import grpc
 from tools_env.protocol import tools_pb2_grpc
 from tools_env.service import tracing
 from tools_env.service.service import ToolService
-from tools_env.service.sessions import owner
+from tools_env.service.sessions import owning_worker
 
-PASSED_ON = "stepdr-passed-on"  # metadata of a call that another worker sent; it goes no further
+FORWARDED = "stepdr-passed-on"  # metadata of a call that another worker sent; it goes no further
 _OPTIONS = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", 16 << 20),
@@ -24,7 +24,7 @@ _OPTIONS = [
 ]
 
 
-def socket_of(folder: str, worker: int) -> str:
+def worker_socket(folder: str, worker: int) -> str:
     return f"unix:{Path(folder) / f'{worker}.sock'}"
 
 
@@ -36,7 +36,7 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
         self._worker = worker
         self._workers = workers
         self._channels = {
-            peer: grpc.aio.insecure_channel(socket_of(socket_dir, peer), options=_OPTIONS)
+            peer: grpc.aio.insecure_channel(worker_socket(socket_dir, peer), options=_OPTIONS)
             for peer in range(workers)
             if peer != worker
         }
@@ -54,19 +54,19 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
         return await self._at(place, "OpenSession", request, context)
 
     async def CallTool(self, request, context):
-        return await self._at(owner(request.session_id, self._workers), "CallTool", request, context)
+        return await self._at(owning_worker(request.session_id, self._workers), "CallTool", request, context)
 
     async def CloseSession(self, request, context):
-        return await self._at(owner(request.session_id, self._workers), "CloseSession", request, context)
+        return await self._at(owning_worker(request.session_id, self._workers), "CloseSession", request, context)
 
     async def _at(self, worker: int | None, method: str, request, context):
         given = dict(context.invocation_metadata() or ())
-        if worker is None or worker == self._worker or PASSED_ON in given:
+        if worker is None or worker == self._worker or FORWARDED in given:
             return await getattr(self._local, method)(request, context)
-        metadata = [(PASSED_ON, "1"), *tracing.outgoing(given)]
+        metadata = [(FORWARDED, "1"), *tracing.outgoing_trace_context(given)]
         if "authorization" in given:
             metadata.append(("authorization", given["authorization"]))
-        tracing.note(passed_to=worker)
+        tracing.annotate_span(passed_to=worker)
         try:
             call = getattr(self._stubs[worker], method)
             return await call(request, timeout=context.time_remaining(), metadata=metadata)

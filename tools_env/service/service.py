@@ -28,12 +28,12 @@ from tools_env.protocol import tools_pb2, tools_pb2_grpc
 from tools_env.search import citations
 from tools_env.search.text import estimated_tokens
 from tools_env.service import faults, tracing
-from tools_env.service.limits import Limit
+from tools_env.service.limits import ConcurrencyLimit
 from tools_env.service.metrics import Metrics
-from tools_env.service.sessions import Budget, Opening, Session, Sessions
+from tools_env.service.sessions import Budget, Session, Sessions, SessionSpec
 from tools_env.tools import arguments as argument_check
 from tools_env.tools import implicit_context
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 DEFAULT_DEADLINE = 60.0  # seconds, for callers that set none
 MAX_DEADLINE = 900.0  # seconds; a longer wait is cut to this
@@ -82,7 +82,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         self._metrics = metrics or Metrics()
         slots = concurrency if isinstance(concurrency, Mapping) else {"": concurrency}
         self._limits = {
-            name: Limit(
+            name: ConcurrencyLimit(
                 name,
                 slots.get(name, slots.get("")),
                 queue,
@@ -99,12 +99,12 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
     def list_tools(self) -> list[Tool]:
         return list(self._tools.values())
 
-    def open(self, opening: Opening) -> Session:
+    def open(self, spec: SessionSpec) -> Session:
         """Opens a session. Raises BadArguments for a fault profile or cache mode that cannot be understood."""
-        profile = faults.parse(opening.faults_json, self._tools)
-        if opening.cache_mode not in ("", *caching.MODES):
-            raise BadArguments(f"cache_mode must be one of {', '.join(caching.MODES)}, got {opening.cache_mode!r}")
-        session = self._sessions.open(opening)
+        profile = faults.parse_fault_profile(spec.faults_json, self._tools)
+        if spec.cache_mode not in ("", *caching.CACHE_MODES):
+            raise BadArguments(f"cache_mode must be one of {', '.join(caching.CACHE_MODES)}, got {spec.cache_mode!r}")
+        session = self._sessions.open(spec)
         session.attachments["faults"] = profile
         self._metrics.sessions.set(len(self._sessions))
         return session
@@ -139,7 +139,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         else:
             async with asyncio.timeout(max(deadline - began, 0.0)):
                 reply = await session.once(call_id, asked, execute)
-        tracing.note(replayed=not fresh)
+        tracing.annotate_span(replayed=not fresh)
         if fresh:
             self._metrics.seconds.labels(self._label(tool)).observe(time.monotonic() - began)
         else:
@@ -160,7 +160,9 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         """Runs one call and returns its reply. A call that the host could not run costs no budget."""
         if (spent := session.spent(name)) is not None:
             self._metrics.calls.labels(self._label(name), "budget_exhausted").inc()
-            return _reply(session, tools_pb2.OUTCOME_BUDGET_EXHAUSTED, Output(spent), ()).SerializeToString()
+            return _reply_message(
+                session, tools_pb2.OUTCOME_BUDGET_EXHAUSTED, ToolOutput(spent), ()
+            ).SerializeToString()
         session.calls[name] += 1
         injected: list[str] = []
         try:
@@ -173,7 +175,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         output = self._fit(session, output)
         tokens = estimated_tokens(output.text)
         session.output_tokens += tokens
-        reply = _reply(session, outcome, output, injected).SerializeToString()
+        reply = _reply_message(session, outcome, output, injected).SerializeToString()
         session.output_tokens -= tokens
         session.finish(call_id, name, tokens, known, reply)
         self._metrics.calls.labels(self._label(name), _OUTCOME_WORDS[outcome]).inc()
@@ -190,11 +192,11 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             if tool is None:
                 raise BadArguments(f"no tool {name[:100]}; the tools are {', '.join(self._tools)}")
             arguments = self._parse(arguments_json)
-            plan = self._profile(session).plan(name, session.opening.seed, call_id)
+            plan = self._profile(session).plan(name, session.spec.seed, call_id)
             arguments = plan.arguments(arguments, tool.schema, injected)
-            argument_check.check(tool.schema, arguments)
-            call = Call(session.directory, session.known, deadline, self._max_chars)
-            caching.SESSION_MODE.set(session.opening.cache_mode)
+            argument_check.check_arguments(tool.schema, arguments)
+            call = CallContext(session.directory, session.known, deadline, self._max_chars)
+            caching.SESSION_MODE.set(session.spec.cache_mode)
             async with self._limits[name].slot():
                 await plan.before(deadline, injected)
                 if name not in REPEATABLE:
@@ -207,13 +209,13 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             output = plan.after(output, injected)
             return (tools_pb2.OUTCOME_TOOL_ERROR if output.failed else tools_pb2.OUTCOME_OK), output
         except BadArguments as error:
-            return tools_pb2.OUTCOME_BAD_ARGUMENTS, Output(str(error))
+            return tools_pb2.OUTCOME_BAD_ARGUMENTS, ToolOutput(str(error))
         except ToolError as error:
-            return tools_pb2.OUTCOME_TOOL_ERROR, Output(str(error))
+            return tools_pb2.OUTCOME_TOOL_ERROR, ToolOutput(str(error))
 
-    def _profile(self, session: Session) -> faults.Profile:
+    def _profile(self, session: Session) -> faults.FaultProfile:
         if "faults" not in session.attachments:  # a session taken up from its journal
-            session.attachments["faults"] = faults.parse(session.opening.faults_json, self._tools)
+            session.attachments["faults"] = faults.parse_fault_profile(session.spec.faults_json, self._tools)
         return session.attachments["faults"]
 
     def _parse(self, arguments_json: str) -> dict:
@@ -231,11 +233,13 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             raise BadArguments("arguments must be an object")
         return arguments
 
-    def _fit(self, session: Session, output: Output) -> Output:
+    def _fit(self, session: Session, output: ToolOutput) -> ToolOutput:
         """Applies the implicit-context rule, and keeps only the sources whose mark the text still shows."""
         if len(output.text) > self._max_chars and not output.paged:
-            path = implicit_context.store(session.directory / "workspace", output.text)
-            output.text = implicit_context.shorten(output.text, output.blocks or [output.text], path, self._max_chars)
+            path = implicit_context.store_result(session.directory / "workspace", output.text)
+            output.text = implicit_context.shorten_result(
+                output.text, output.blocks or [output.text], path, self._max_chars
+            )
             output.truncated = True
             shown = set(citations.CITED.findall(output.text))
             output.sources = [source for source in output.sources if source.id in shown]
@@ -264,7 +268,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         )
         try:
             session = self.open(
-                Opening(
+                SessionSpec(
                     request.request_id,
                     request.episode_id,
                     budget,
@@ -274,7 +278,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
                 )
             )
         except BadArguments as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, brief(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, shortened(error))
         return tools_pb2.OpenSessionResponse(
             session_id=session.id,
             lease_seconds=self._lease,
@@ -299,17 +303,19 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             )
             return tools_pb2.CallToolResponse.FromString(reply)
         except RetryLater as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, brief(error), retry_metadata(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, shortened(error), retry_metadata(error))
         except tuple(STATUS) as error:
-            await context.abort(STATUS[type(error)], brief(error))
+            await context.abort(STATUS[type(error)], shortened(error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, brief(f"{request.tool}: no result in {seconds:g} s"))
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, shortened(f"{request.tool}: no result in {seconds:g} s")
+            )
         except Exception as error:
             logger.exception("%s failed in session %s", request.tool, request.session_id)
-            await context.abort(grpc.StatusCode.INTERNAL, brief(f"{request.tool}: {type(error).__name__}: {error}"))
+            await context.abort(grpc.StatusCode.INTERNAL, shortened(f"{request.tool}: {type(error).__name__}: {error}"))
 
 
-def brief(message: object) -> str:
+def shortened(message: object) -> str:
     """Returns a message that fits the trailing metadata, which gRPC drops at random above 8 KiB: it may echo a caller."""
     text = str(message)
     return text if len(text) <= 500 else text[:500] + "..."
@@ -329,7 +335,7 @@ def retry_metadata(error: RetryLater) -> tuple[tuple[str, str | bytes], ...]:
     )
 
 
-def _reply(session: Session, outcome: int, output: Output, injected: Sequence[str]):
+def _reply_message(session: Session, outcome: int, output: ToolOutput, injected: Sequence[str]):
     return tools_pb2.CallToolResponse(
         outcome=outcome,
         text=output.text,

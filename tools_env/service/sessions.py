@@ -19,8 +19,8 @@ from typing import Any
 
 from tools_env.cache.shared_work import SharedWork
 from tools_env.errors import CallIdReused, CallUnfinished, UnknownSession
-from tools_env.search.index import Passage
-from tools_env.service.journal import Journal
+from tools_env.search.backend import Passage
+from tools_env.service.journal import SessionJournal
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ NO_LIMIT = Budget()
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
+class SessionSpec:
     """What a session was opened with."""
 
     request_id: str
@@ -56,17 +56,22 @@ class Session:
     """The state of one episode. `clock` gives seconds and never goes back."""
 
     def __init__(
-        self, opening: Opening, directory: Path, clock: Callable[[], float], journal: Journal | None, age: float = 0.0
+        self,
+        spec: SessionSpec,
+        directory: Path,
+        clock: Callable[[], float],
+        journal: SessionJournal | None,
+        age: float = 0.0,
     ):
         """`age`: seconds since the session was opened, for one that is restored."""
         self.id = directory.name
-        self.opening = opening
+        self.spec = spec
         self.directory = directory
-        self.budget = opening.budget
+        self.budget = spec.budget
         self.known: dict[str, Passage] = {}  # passages shown so far, by citation id
         self.calls = collections.Counter()  # calls that count, by tool
         self.output_tokens = 0
-        self.attachments: dict[str, Any] = {}  # what the service derives from the opening once
+        self.attachments: dict[str, Any] = {}  # what the service derives from the spec once
         self._clock = clock
         self._journal = journal
         self.last_used = clock()
@@ -214,20 +219,20 @@ class Sessions:
         self._requests: dict[str, str] = {}  # request id -> session id
         if durable and directory.is_dir():
             for folder in directory.iterdir():
-                if owner(folder.name, workers) == worker:
+                if owning_worker(folder.name, workers) == worker:
                     self._restore(folder)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def _restore(self, folder: Path) -> None:
-        journal = Journal(folder)
+        journal = SessionJournal(folder)
         try:
             if journal.age(time.time()) > self._lease:
                 raise ValueError("its lease has ended")
             first, *records = journal.read()
-            opening = Opening(**(first["open"] | {"budget": Budget(**first["open"]["budget"])}))
-            session = Session(opening, folder, self._clock, journal, age=max(time.time() - first["at"], 0.0))
+            spec = SessionSpec(**(first["open"] | {"budget": Budget(**first["open"]["budget"])}))
+            session = Session(spec, folder, self._clock, journal, age=max(time.time() - first["at"], 0.0))
             session.restore(records)
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.info("session %s is not taken up: %s", folder.name, error)
@@ -237,18 +242,18 @@ class Sessions:
 
     def _add(self, session: Session) -> None:
         self._open[session.id] = session
-        if session.opening.request_id:
-            self._requests[session.opening.request_id] = session.id
+        if session.spec.request_id:
+            self._requests[session.spec.request_id] = session.id
 
-    def open(self, opening: Opening) -> Session:
+    def open(self, spec: SessionSpec) -> Session:
         """Opens a session; a repeated request gets the session it opened."""
-        known = self._open.get(self._requests.get(opening.request_id, ""))
+        known = self._open.get(self._requests.get(spec.request_id, ""))
         if known is not None:
             return known
         directory = self._directory / f"session_{self._worker}_{secrets.token_hex(8)}"
-        journal = Journal(directory) if self._durable else None
-        session = Session(opening, directory, self._clock, journal)
-        session._write({"open": dataclasses.asdict(opening), "at": time.time()})
+        journal = SessionJournal(directory) if self._durable else None
+        session = Session(spec, directory, self._clock, journal)
+        session._write({"open": dataclasses.asdict(spec), "at": time.time()})
         self._add(session)
         return session
 
@@ -266,7 +271,7 @@ class Sessions:
         """Removes a session and its files; None when it is not open."""
         session = self._open.pop(session_id, None)
         if session is not None:
-            self._requests.pop(session.opening.request_id, None)
+            self._requests.pop(session.spec.request_id, None)
             shutil.rmtree(session.directory, ignore_errors=True)
         return session
 
@@ -279,7 +284,7 @@ class Sessions:
         return ended
 
 
-def owner(session_id: str, workers: int) -> int | None:
+def owning_worker(session_id: str, workers: int) -> int | None:
     """Returns the number of the worker process that has a session, or None for what is no session id."""
     parts = session_id.split("_")
     if len(parts) != 3 or parts[0] != "session" or not parts[1].isdecimal() or len(parts[1]) > 6:

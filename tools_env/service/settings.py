@@ -13,10 +13,10 @@ def _field(default: Any, help: str) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class HostSettings:
     """Settings of one tool host. Durations are in seconds."""
 
-    world_dir: str = _field(
+    offline_web: str = _field(
         "",
         "a world (documents.jsonl and sites.json; the search index is built into its folder index) or a directory that "
         "`python -m tools_env.index` made; needed by search=embedded",
@@ -52,7 +52,7 @@ class Settings:
     allow_internet: bool = _field(False, "open public addresses that the world does not serve")
     search: str = _field(
         "embedded",
-        "where queries go: embedded (the index of world_dir), opensearch (a cluster), web (a provider of live results)",
+        "where queries go: embedded (the index of offline_web), opensearch (a cluster), web (a provider of live results)",
     )
     search_ranking: str = _field("bm25", "bm25, dense or hybrid (both, by reciprocal ranks); not for search=web")
     search_without_authority: bool = _field(False, "authority does not decide between comparable passages")

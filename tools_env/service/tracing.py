@@ -19,17 +19,17 @@ from tools_env.errors import ToolHostError
 SERVICE = "/stepdr.tools.v1.ToolService/"
 NAMES = ("traceparent", "tracestate")  # metadata of the W3C trace context
 SHUTDOWN = 5.0  # seconds to hand over the last spans
-_NOTES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("notes", default=None)
+_SPAN_ATTRIBUTES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("notes", default=None)
 
 
-def note(**attributes: Any) -> None:
+def annotate_span(**attributes: Any) -> None:
     """Adds attributes, named without their prefix `stepdr.`, to the span of the RPC that runs, if there is one."""
-    notes = _NOTES.get()
+    notes = _SPAN_ATTRIBUTES.get()
     if notes is not None:
         notes.update((f"stepdr.{name}", value) for name, value in attributes.items())
 
 
-def outgoing(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+def outgoing_trace_context(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     """Returns the trace context for the metadata of a call: of the current span, or else the one in `given`."""
     if "opentelemetry.trace" in sys.modules:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -41,7 +41,7 @@ def outgoing(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     return [(name, given[name]) for name in NAMES if given and name in given]
 
 
-class Spans(grpc.aio.ServerInterceptor):
+class SpanInterceptor(grpc.aio.ServerInterceptor):
     """Makes the spans. Health checks and reflection have none."""
 
     def __init__(self, endpoint: str, worker: int = 0):
@@ -95,7 +95,7 @@ class Spans(grpc.aio.ServerInterceptor):
             if value := getattr(request, field, ""):
                 attributes[name] = value[:200]
         notes: dict[str, Any] = {}
-        mark = _NOTES.set(notes)
+        mark = _SPAN_ATTRIBUTES.set(notes)
         with self._tracer.start_as_current_span(
             f"{SERVICE.strip('/')}/{method}",
             context=parent,
@@ -120,4 +120,4 @@ class Spans(grpc.aio.ServerInterceptor):
                 raise
             finally:
                 span.set_attributes(notes)
-                _NOTES.reset(mark)
+                _SPAN_ATTRIBUTES.reset(mark)

@@ -21,7 +21,7 @@ from prometheus_client import multiprocess
 
 from tools_env.errors import ToolHostError
 from tools_env.service import metrics
-from tools_env.service.settings import TOKEN_VARIABLE, Settings
+from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
 
 FIRST_PAUSE = 0.1  # seconds before a worker is started again; doubles while it dies young
 MAX_PAUSE = 10.0
@@ -32,7 +32,7 @@ STARTUP = 120.0  # seconds until a worker must answer
 logger = logging.getLogger(__name__)
 
 
-async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitable) -> None:
+async def run_workers(settings: HostSettings, ready: Callable[[str], None], stopped: Awaitable) -> None:
     """Serves with `settings.workers` processes until `stopped`; `ready` is told host:port when all answer.
 
     Raises ToolHostError when the port is taken or a worker does not start.
@@ -43,9 +43,9 @@ async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitab
         resources.callback(shutil.rmtree, folder, ignore_errors=True)
         web_port = settings.web_port
         if web_port is None:
-            from tools_env.offline_web.server import WorldWeb
+            from tools_env.offline_web.server import OfflineWebServer
 
-            web = WorldWeb(settings.world_dir)
+            web = OfflineWebServer(settings.offline_web)
             web_port = web.start()
             resources.callback(web.stop)
         shared = folder / "metrics"
@@ -54,7 +54,7 @@ async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitab
         resources.callback(os.environ.pop, metrics.SHARED_VARIABLE, None)
         if settings.metrics_port is not None:
             try:
-                metrics_port, stop = metrics.serve(settings.host, settings.metrics_port, None)
+                metrics_port, stop = metrics.serve_metrics(settings.host, settings.metrics_port, None)
             except OSError:
                 raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
             logger.info("metrics at http://%s:%d/metrics", settings.host, metrics_port)
@@ -117,7 +117,7 @@ async def _end(workers: list["_Worker"], tasks: list[asyncio.Task]) -> None:
 class _Worker:
     """One process of the host. It also ends when its supervisor does, because its standard input then ends."""
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(self, settings: HostSettings, folder: Path):
         self._settings = settings
         self._address_file = folder / f"{settings.worker}.address"
         self._process: asyncio.subprocess.Process | None = None
@@ -167,17 +167,17 @@ class _Worker:
             await self._process.wait()
 
 
-def server_command(settings: Settings, port_file: Path) -> list[str]:
+def server_command(settings: HostSettings, port_file: Path) -> list[str]:
     """Returns the command line of a host with these settings, but for the token, which travels in the environment."""
     command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
-    for field in dataclasses.fields(Settings):
+    for field in dataclasses.fields(HostSettings):
         value = getattr(settings, field.name)
         if field.name != "token" and value != field.default:
             command.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
     return command
 
 
-def server_environment(settings: Settings) -> dict[str, str]:
+def server_environment(settings: HostSettings) -> dict[str, str]:
     """Returns the environment of that command: this process's, with the token and the path of this package."""
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     pythonpath = os.pathsep.join(filter(None, paths))

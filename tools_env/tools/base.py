@@ -9,11 +9,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tools_env.search.index import Passage
+from tools_env.search.backend import Passage
 
 
 @dataclasses.dataclass
-class Output:
+class ToolOutput:
     """A tool's result. `sources` are the passages that the text may show; `failed` makes it a tool error."""
 
     text: str
@@ -26,7 +26,7 @@ class Output:
 
 
 @dataclasses.dataclass
-class Call:
+class CallContext:
     """What a tool may touch while it runs: its session's files and memory, and the time it has left."""
 
     directory: Path  # the session's own folder; the workspace below it is what the model sees
@@ -52,6 +52,6 @@ class Tool:
     name: str
     description: str
     schema: dict[str, Any]
-    run: Callable[[Call, dict[str, Any]], Awaitable[Output]]
+    run: Callable[[CallContext, dict[str, Any]], Awaitable[ToolOutput]]
     version: str = "1"
     instant: bool = False  # `run` never waits for anything, so a call of it needs no task and no timer

@@ -16,12 +16,12 @@ from typing import Any
 
 from tools_env.browser import sandbox
 from tools_env.browser.chromium import Chromium
-from tools_env.browser.screenshots import Shots
-from tools_env.browser.tab import ACTION_MS, Tab, fill, playwright_error
+from tools_env.browser.screenshots import Screenshots
+from tools_env.browser.tab import ACTION_MS, Tab, fill_field, playwright_error
 from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.search.citations import canonical_url
-from tools_env.tools.base import Call, Output, Tool
-from tools_env.web.egress import Reach
+from tools_env.tools.base import CallContext, Tool, ToolOutput
+from tools_env.web.egress import EgressPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -54,43 +54,43 @@ _NEEDED = {"open": ("url",), "click": ("target",), "type": ("target", "text")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BrowserOptions:
     """What a host may set."""
 
     executable: str = ""  # the first of chromium, chromium-browser, google-chrome on PATH
     timeout: int = 20  # seconds of one action, less when the call has less
     contexts: int = 16  # sessions with an open page; one unused for longest makes room, or others wait
     idle: int = 300  # seconds until an unused page is closed
-    shots: int = 50  # screenshots of a session
+    screenshots: int = 50  # screenshots of a session
     # Bits of 64. On 40 articles (browser_bench) a typed word or a ticked box changed at most 4, a scroll at least 20.
     threshold: int = 4
     memory_mb: int = 4096  # of the whole browser, where control groups are writable
     accept_weaker_isolation: bool = False
 
 
-class Browser:
+class BrowserTool:
     """The tool's state. Create it on the event loop it is used on; `close` ends every page and the browser."""
 
-    def __init__(self, options: Options, reach: Reach):
-        """Raises ToolHostError when the browser cannot run here, or behind weaker walls than `options` accepts."""
-        executable = sandbox.find(options.executable)
-        walls = sandbox.strongest(executable, shutil.which("bwrap") is not None)
-        if walls.weakness and not options.accept_weaker_isolation:
+    def __init__(self, options: BrowserOptions, egress: EgressPolicy):
+        """Raises ToolHostError when the browser cannot run here, or with weaker isolation than `options` accepts."""
+        executable = sandbox.find_chromium(options.executable)
+        isolation = sandbox.strongest_isolation(executable, shutil.which("bwrap") is not None)
+        if isolation.weakness and not options.accept_weaker_isolation:
             raise ToolHostError(
-                f"the browser tool's sandbox is weaker here than it should be: {walls.weakness}; fix that, leave browser "
+                f"the browser tool's sandbox is weaker here than it should be: {isolation.weakness}; fix that, leave browser "
                 "out, or set its option accept_weaker_isolation"
             )
-        if walls.weakness:
-            logger.warning("browser: %s", walls.weakness)
+        if isolation.weakness:
+            logger.warning("browser: %s", isolation.weakness)
         self._options = options
-        self._reach = reach
-        self._chromium = Chromium(reach, executable, walls, memory_mb=options.memory_mb)
+        self._egress = egress
+        self._chromium = Chromium(egress, executable, isolation, memory_mb=options.memory_mb)
         self._tabs: dict[Path, Tab] = {}
         self._watcher: asyncio.Task | None = None
         self._closing: set[asyncio.Task] = set()
         self._opening = asyncio.Lock()
 
-    async def run(self, call: Call, arguments: dict[str, Any]) -> Output:
+    async def run(self, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
         """The tool."""
         action = arguments["action"]
         missing = [name for name in _NEEDED.get(action, ()) if name not in arguments]
@@ -110,7 +110,7 @@ class Browser:
         finally:
             tab.used = time.monotonic()
 
-    async def _act(self, call: Call, tab: Tab, action: str, arguments: dict[str, Any]) -> str:
+    async def _act(self, call: CallContext, tab: Tab, action: str, arguments: dict[str, Any]) -> str:
         """Does what was asked. Returns what failed although there is a page to show, or ""."""
         if action == "open":
             return await self._open(call, tab, arguments["url"])
@@ -122,7 +122,7 @@ class Browser:
             if action == "click":
                 await element.click(timeout=ACTION_MS)
             else:
-                await fill(element, arguments["text"])
+                await fill_field(element, arguments["text"])
                 if arguments.get("submit"):
                     await element.press("Enter", timeout=ACTION_MS)
         elif action == "scroll":
@@ -134,13 +134,13 @@ class Browser:
                 raise ToolError("there is no earlier page")
         return ""
 
-    async def _open(self, call: Call, tab: Tab, wanted: str) -> str:
+    async def _open(self, call: CallContext, tab: Tab, wanted: str) -> str:
         if wanted in call.known:
             wanted = call.known[wanted].url
         if _NO_SCHEME.match(wanted):
             wanted = f"http://{wanted}"
         try:
-            address = str(self._reach.url(canonical_url(wanted)))
+            address = str(self._egress.url(canonical_url(wanted)))
         except ValueError:
             raise ToolError("not an http address") from None
         if tab.page is None or tab.page.is_closed():
@@ -167,26 +167,26 @@ class Browser:
                     raise
             await asyncio.sleep(0.1)
 
-    async def _shown(self, call: Call, tab: Tab, failure: str, *, photograph: bool) -> Output:
+    async def _shown(self, call: CallContext, tab: Tab, failure: str, *, photograph: bool) -> ToolOutput:
         """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
         found = await tab.read()
         if tab.refused:
             failure, tab.refused = tab.refused, ""
         head = [" | ".join(filter(None, [found.title, found.url])), *filter(None, [failure])]
         key = (found.url.partition("#")[0], found.digest, found.scroll)
-        if tab.shots.redundant(key) and not photograph:
-            head.append(f"the screen is as in {tab.shots.path}")
+        if tab.screenshots.redundant(key) and not photograph:
+            head.append(f"the screen is as in {tab.screenshots.path}")
         else:
             png = await tab.page.screenshot(type="png", animations="disabled", caret="hide")
             try:
-                new = await tab.shots.add(call.workspace, key, png)
-                head.append(f"{'screenshot:' if new else 'the screen looks as in'} {tab.shots.path}")
+                new = await tab.screenshots.add(call.workspace, key, png)
+                head.append(f"{'screenshot:' if new else 'the screen looks as in'} {tab.screenshots.path}")
             except ToolError as error:  # the text is still worth reading
                 head.append(f"no screenshot: {error}")
         head += tab.notes
         tab.notes = []
         text = found.text()
-        return Output("\n".join([*head, text]), blocks=["\n".join(head), text], failed=bool(failure))
+        return ToolOutput("\n".join([*head, text]), blocks=["\n".join(head), text], failed=bool(failure))
 
     async def close(self) -> None:
         """Ends the browser."""
@@ -201,8 +201,8 @@ class Browser:
         tab = self._tabs.get(directory)
         if tab is None:
             (directory / _MARK).mkdir(exist_ok=True)
-            shots = Shots(self._options.threshold, self._options.shots)
-            tab = self._tabs[directory] = Tab(shots)
+            screenshots = Screenshots(self._options.threshold, self._options.screenshots)
+            tab = self._tabs[directory] = Tab(screenshots)
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         return tab
@@ -318,9 +318,9 @@ _NET = {
 }
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: Reach) -> Tool:
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack, egress: EgressPolicy) -> Tool:
     """Returns the tool for a host. `options`: the fields of Options. Raises ToolHostError."""
-    fields = {field.name: type(field.default) for field in dataclasses.fields(Options)}
+    fields = {field.name: type(field.default) for field in dataclasses.fields(BrowserOptions)}
     for name, value in options.items():
         if name not in fields:
             raise ToolHostError(f"browser has no option {name}; its options are {', '.join(sorted(fields))}")
@@ -333,7 +333,7 @@ def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: 
         raise ToolHostError(
             f"browser needs the package {error.name}; install the extra: pip install .[browser]"
         ) from None
-    browser = Browser(Options(**options), reach)
+    browser = BrowserTool(BrowserOptions(**options), egress)
     resources.push_async_callback(browser.close)
     return Tool(
         name="browser",

@@ -30,7 +30,7 @@ _A = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _ZIPPED = ("docx", "xlsx", "pptx", "epub")
 
 
-def read(name: str, content: bytes) -> list[str]:
+def read_document(name: str, content: bytes) -> list[str]:
     """Returns the blocks of a document as Markdown. The content decides before the name. Raises ToolError."""
     if content.startswith(b"%PDF-"):
         return _pdf(content)
@@ -191,9 +191,9 @@ def _epub(archive: zipfile.ZipFile) -> list[str]:
 
 def _html(content: bytes) -> str:
     from tools_env.web import page
-    from tools_env.web.fetch import Fetched
+    from tools_env.web.fetch import FetchedPage
 
-    found = page.read(Fetched("file", "text/html", None, content))
+    found = page.extract_page(FetchedPage("file", "text/html", None, content))
     return "\n".join([f"# {found.title}"] * bool(found.title) + found.passages)
 
 
@@ -230,7 +230,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        answer = {"blocks": read(sys.argv[1], sys.stdin.buffer.read())}
+        answer = {"blocks": read_document(sys.argv[1], sys.stdin.buffer.read())}
     except ToolError as error:
         answer = {"error": str(error)}
     except (MemoryError, RecursionError):

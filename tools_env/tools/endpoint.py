@@ -41,7 +41,7 @@ class Endpoint:
         return reply
 
 
-def read_options(tool: str, options: dict[str, Any]) -> Endpoint | None:
+def read_endpoint_options(tool: str, options: dict[str, Any]) -> Endpoint | None:
     """Returns the endpoint that a host's options name, or None. Raises ToolHostError."""
     names = [field.name for field in dataclasses.fields(Endpoint)]
     for name, value in options.items():

@@ -16,7 +16,7 @@ FOLDER = "results"
 _MARK = re.compile(r" \\cite\{\w+\}$")
 
 
-def store(folder: Path, text: str) -> str:
+def store_result(folder: Path, text: str) -> str:
     """Stores a result in a workspace and returns its path there, "" if that cannot be; equal texts get equal paths."""
     name = f"{FOLDER}/{syllables(hashlib.sha256(text.encode()).digest(), 3)}.md"
     try:
@@ -26,7 +26,7 @@ def store(folder: Path, text: str) -> str:
     return name
 
 
-def shorten(text: str, blocks: list[str], path: str, max_chars: int) -> str:
+def shorten_result(text: str, blocks: list[str], path: str, max_chars: int) -> str:
     """Returns at most about `max_chars` characters: the start of every block and where the whole text lies."""
     where = f"stored in {path}; read with file" if path else "in all; the rest could not be stored in the workspace"
     tail = f"... {len(text)} characters {where}"

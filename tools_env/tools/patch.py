@@ -20,14 +20,14 @@ MIN_MARGIN = 5.0  # by which the best run must beat the best run that does not o
 
 
 @dataclasses.dataclass(frozen=True)
-class Patched:
+class PatchedText:
     text: str
     first_line: int  # 1-based, in the old text
     last_line: int
     exact: bool
 
 
-def apply(text: str, anchor: str, replacement: str) -> Patched:
+def apply_patch(text: str, anchor: str, replacement: str) -> PatchedText:
     """Returns the text with the anchored place replaced. Raises ToolError when there is no such place or several."""
     if not anchor.strip():
         raise ToolError("anchor is empty; give a piece of the text that is there now")
@@ -38,7 +38,7 @@ def apply(text: str, anchor: str, replacement: str) -> Patched:
         start = text.index(anchor)
         first = text.count("\n", 0, start) + 1
         last = first + anchor.rstrip("\n").count("\n")
-        return Patched(text[:start] + replacement + text[start + len(anchor) :], first, last, exact=True)
+        return PatchedText(text[:start] + replacement + text[start + len(anchor) :], first, last, exact=True)
     wanted = anchor.strip()
     found = max((_closest(text, wanted, cut) for cut in (_LINE, _SENTENCE)), key=lambda run: run.score)
     first = text.count("\n", 0, found.start) + 1
@@ -51,7 +51,7 @@ def apply(text: str, anchor: str, replacement: str) -> Patched:
     if not _same_ends(wanted, piece):
         raise ToolError(f"anchor fits line {first} but ends elsewhere than a line or sentence; copy it exactly")
     last = first + piece.count("\n")
-    return Patched(_replaced(text, found.start, found.end, replacement), first, last, exact=False)
+    return PatchedText(_replaced(text, found.start, found.end, replacement), first, last, exact=False)
 
 
 @dataclasses.dataclass(frozen=True)

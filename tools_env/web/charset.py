@@ -27,7 +27,7 @@ _COMMON = frozenset(
 _KANA = re.compile("[\u3040-\u30ff]")
 
 
-def decode(body: bytes, charset: str | None) -> str:
+def decode_body(body: bytes, charset: str | None) -> str:
     """Returns a page's text. `charset`: what the header says; then its own declaration; then the bytes themselves.
 
     Text that is valid UTF-8 is UTF-8, whatever is said: other charsets are so by chance only for a letter or two.

@@ -16,16 +16,16 @@ import yarl
 
 from tools_env.errors import ToolError
 
-WORLD_PORT = 80
+OFFLINE_WEB_PORT = 80
 # Clouds keep services for their own machines at these, which ipaddress takes for public.
-_OF_CLOUDS = [ipaddress.ip_network(block) for block in ("168.63.129.16/32", "192.0.0.0/24")]
+_CLOUD_INTERNAL = [ipaddress.ip_network(block) for block in ("168.63.129.16/32", "192.0.0.0/24")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NUMBER_AT_END = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", re.IGNORECASE)
 
 Lookup = Callable[[str, int], Awaitable[list[str]]]
 
 
-class Reach:
+class EgressPolicy:
     """The hosts and addresses that one tool host may connect to."""
 
     def __init__(
@@ -82,7 +82,7 @@ class Reach:
     def _check(self, host: str, port: int) -> None:
         """Refuses what can be refused without looking a name up."""
         if host in self._hosts:
-            if port != WORLD_PORT:
+            if port != OFFLINE_WEB_PORT:
                 raise ToolError("cannot connect")
             return
         literal = literal_address(host)
@@ -113,7 +113,7 @@ def is_public(address: str) -> bool:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.scope_id):
         return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in block for block in _OF_CLOUDS))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in block for block in _CLOUD_INTERNAL))
 
 
 async def _system_lookup(host: str, port: int) -> list[str]:

@@ -13,7 +13,7 @@ from aiohttp.abc import AbstractResolver
 
 from tools_env.errors import ToolError
 from tools_env.search.citations import canonical_url
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 
 TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain", "text/markdown", "application/pdf"})
 _UNTOLD = frozenset({"application/octet-stream", "binary/octet-stream"})  # also what a missing type reads as
@@ -29,7 +29,7 @@ _REFRESH_SECONDS = 5  # a page that stays longer is a page, not a redirect
 
 
 @dataclasses.dataclass(frozen=True)
-class Fetched:
+class FetchedPage:
     url: str  # after redirects, canonical
     media_type: str  # one of TYPES
     charset: str | None  # as the header says
@@ -39,12 +39,12 @@ class Fetched:
 class _Resolver(AbstractResolver):
     """What `Reach` allows, for aiohttp's connector."""
 
-    def __init__(self, reach: Reach):
-        self._reach = reach
+    def __init__(self, egress: EgressPolicy):
+        self._egress = egress
 
     async def resolve(self, host, port=0, family=socket.AF_INET):
         try:
-            found = await self._reach.addresses(host, port)
+            found = await self._egress.addresses(host, port)
         except ToolError as error:
             raise OSError(str(error)) from None
         families = {True: socket.AF_INET6, False: socket.AF_INET}
@@ -59,19 +59,19 @@ class Fetcher:
 
     def __init__(
         self,
-        reach: Reach,
+        egress: EgressPolicy,
         *,
         timeout: float = 2.0,
         max_bytes: int = 4 << 20,
         max_redirects: int = 5,
         concurrency: int = 64,
     ):
-        self._reach = reach
+        self._egress = egress
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
         self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=_Resolver(reach), limit=concurrency, limit_per_host=0),
+            connector=aiohttp.TCPConnector(resolver=_Resolver(egress), limit=concurrency, limit_per_host=0),
             headers={
                 "User-Agent": "stepdr-tools",
                 "Accept": "text/html, application/pdf, text/plain;q=0.9",
@@ -81,7 +81,7 @@ class Fetcher:
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def fetch(self, url: str) -> Fetched:
+    async def fetch(self, url: str) -> FetchedPage:
         """Returns the page behind `url`. Raises ToolError with a short reason that names no time or address."""
         try:
             async with asyncio.timeout(self._timeout):
@@ -91,11 +91,11 @@ class Fetcher:
         except (aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
             raise ToolError(_reason(error)) from None
 
-    async def _follow(self, url: str) -> Fetched:
+    async def _follow(self, url: str) -> FetchedPage:
         cookies = aiohttp.CookieJar()  # of this page alone: sites set one and redirect to see it come back
         for _ in range(self._max_redirects + 1):
-            url = self._reach.served(canonical_url(url))
-            target = self._reach.url(url)
+            url = self._egress.served(canonical_url(url))
+            target = self._egress.url(url)
             sent = {name: morsel.value for name, morsel in cookies.filter_cookies(target).items()}
             async with self._client.get(target, allow_redirects=False, cookies=sent) as response:
                 cookies.update_cookies(response.cookies, target)
@@ -110,7 +110,7 @@ class Fetcher:
             media_type = _media_type(response.content_type, body)
             moved = _refresh(body) if media_type in ("text/html", "application/xhtml+xml") else None
             if moved is None or canonical_url(moved := urljoin(url, moved)) == url:
-                return Fetched(url, media_type, response.charset, body)
+                return FetchedPage(url, media_type, response.charset, body)
             url = moved
         raise ToolError("too many redirects")
 

@@ -13,8 +13,8 @@ import sys
 
 from tools_env.errors import ToolError
 from tools_env.search import text
-from tools_env.web.charset import decode
-from tools_env.web.fetch import Fetched
+from tools_env.web.charset import decode_body
+from tools_env.web.fetch import FetchedPage
 
 VERSION = "2"  # part of the cache key; raise when the same bytes would read differently
 
@@ -37,29 +37,29 @@ _MAX_PAGES = 500  # of a PDF
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
+class ExtractedPage:
     title: str
     published_at: str | None  # ISO date
     passages: list[str]
 
 
-def read(fetched: Fetched) -> Page:
+def extract_page(fetched: FetchedPage) -> ExtractedPage:
     """Returns what the page says. Blocking (1-10 ms for HTML, more for PDF). Raises ToolError when unreadable."""
     if fetched.media_type == "application/pdf":
         return _read_pdf(fetched.body)
-    content = decode(fetched.body, fetched.charset)
+    content = decode_body(fetched.body, fetched.charset)
     if fetched.media_type in ("text/plain", "text/markdown"):
         lines = content.splitlines()
         title = next((line.lstrip("# ").strip() for line in lines if line.strip()), "")
-        return Page(title[:120], None, text.passages(content))
+        return ExtractedPage(title[:120], None, text.passages(content))
     return _read_html(content)
 
 
-def _read_html(content: str) -> Page:
+def _read_html(content: str) -> ExtractedPage:
     import lxml.html
 
     if not content.strip():
-        return Page("", None, [])
+        return ExtractedPage("", None, [])
     try:
         # Bytes, because lxml refuses text that carries an encoding declaration.
         root = lxml.html.document_fromstring(
@@ -79,7 +79,7 @@ def _read_html(content: str) -> Page:
         )
         passages = text.passages(extracted or "")
     passages = passages or text.passages(_lines(root)) or text.passages(_TAG.sub("\n", _UNREAD.sub("", content)))
-    return Page(title, _date(root), passages)
+    return ExtractedPage(title, _date(root), passages)
 
 
 def _date(root) -> str | None:
@@ -115,7 +115,7 @@ def _lines(root) -> str:
     return "".join(out)
 
 
-def _read_pdf(body: bytes) -> Page:
+def _read_pdf(body: bytes) -> ExtractedPage:
     """Reads a PDF in a process of its own with limits: a hostile one takes nothing else down."""
     try:
         done = subprocess.run(
@@ -130,10 +130,10 @@ def _read_pdf(body: bytes) -> Page:
         raise ToolError("unreadable PDF: it takes too much time or memory") from None
     if "error" in answer:
         raise ToolError(answer["error"])
-    return Page(**answer)
+    return ExtractedPage(**answer)
 
 
-def _parse_pdf(body: bytes) -> Page:
+def _parse_pdf(body: bytes) -> ExtractedPage:
     import pypdfium2
 
     try:
@@ -147,7 +147,9 @@ def _parse_pdf(body: bytes) -> Page:
     lines = [line.strip() for page in pages for line in page.splitlines()]
     if not title:
         title = next((line for line in lines if line), "")
-    return Page(title[:120], "-".join(created.groups()) if created else None, text.passages("\n".join(_joined(lines))))
+    return ExtractedPage(
+        title[:120], "-".join(created.groups()) if created else None, text.passages("\n".join(_joined(lines)))
+    )
 
 
 def _joined(lines: list[str]) -> list[str]:

@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from tools_env.errors import ToolError
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 
 logger = logging.getLogger(__name__)
 
-REFUSED = "proxy-status"  # header (RFC 9209) of a reply that the proxy made itself
+REFUSAL_HEADER = "proxy-status"  # header (RFC 9209) of a reply that the proxy made itself
 _MAX_HEAD = 64 << 10  # bytes of a request's or reply's head
 _MAX_UPLOAD = 8 << 20
 _CONNECT_SECONDS = 5.0
@@ -35,12 +35,12 @@ class _Refused(Exception):
         self.headers = headers
 
 
-class Proxy:
+class ForwardProxy:
     """One proxy on the running event loop; `close` ends it and every connection through it."""
 
     def __init__(
         self,
-        reach: Reach,
+        egress: EgressPolicy,
         secret: str,
         *,
         max_bytes: int = 32 << 20,
@@ -55,7 +55,7 @@ class Proxy:
           seconds: that one connection may last.
           connections: open at a time; more are closed at once.
         """
-        self._reach = reach
+        self._egress = egress
         self._expected = b"Basic " + base64.b64encode(b"browser:" + secret.encode())
         self._max_bytes = max_bytes
         self._seconds = seconds
@@ -88,7 +88,7 @@ class Proxy:
             async with asyncio.timeout(self._seconds):
                 await self._serve(reader, writer)
         except _Refused as refusal:
-            await _say(writer, refusal)
+            await _send_refusal(writer, refusal)
         except (TimeoutError, OSError, EOFError, ValueError):  # either side broke off, or spoke no HTTP
             writer.transport.abort()
         except asyncio.CancelledError:  # the end of the proxy
@@ -123,7 +123,7 @@ class Proxy:
 
     async def _upstream(self, host: str, port: int):
         try:
-            addresses = await self._reach.addresses(host.lower(), port)
+            addresses = await self._egress.addresses(host.lower(), port)
         except ToolError as error:
             raise _Refused("403 Forbidden", str(error)) from None
         for address, at_port in addresses[:3]:
@@ -144,11 +144,11 @@ class Proxy:
                     first, headers = await _head(upstream[0])
                     status = first.split(" ")[1]
                 client[1].write(_encoded(first, [row for row in headers if _passes(row[0])]))
-            await _pass(upstream[0], client[1], self._max_bytes)
+            await _relay(upstream[0], client[1], self._max_bytes)
 
         async def up():
             if upload is None:
-                return await _pass(client[0], upstream[1], self._max_bytes)
+                return await _relay(client[0], upstream[1], self._max_bytes)
             left = upload
             while part := await client[0].read(min(left, 1 << 16) or 1 << 16):  # beyond the request nothing goes on
                 upstream[1].write(part[:left])
@@ -167,7 +167,7 @@ class Proxy:
             upstream[1].transport.abort()
 
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
     """Passes bytes on until the reader ends. Raises OSError when there are more than `most`."""
     while part := await reader.read(1 << 16):
         most -= len(part)
@@ -198,7 +198,7 @@ def _encoded(first: str, headers: list[tuple[str, str]]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-async def _say(writer: asyncio.StreamWriter, refusal: _Refused) -> None:
+async def _send_refusal(writer: asyncio.StreamWriter, refusal: _Refused) -> None:
     body = f"{refusal}\n".encode()
     headers = ["Content-Type: text/plain", f"Content-Length: {len(body)}", "Cache-Control: no-store"]
     headers += [f"Proxy-Status: stepdr_tools; details={refusal}", "Connection: close", *refusal.headers]

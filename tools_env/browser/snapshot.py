@@ -14,7 +14,7 @@ from tools_env.errors import ToolError
 MAX_FRAMES = 8
 MAX_ELEMENTS = 3000
 _MAX_CHARS = 300_000
-_SCRIPT = Path(__file__).with_name("reading.js").read_text(encoding="utf-8")
+_SCRIPT = Path(__file__).with_name("snapshot.js").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass
@@ -25,7 +25,7 @@ class Element:
 
 
 @dataclasses.dataclass
-class Reading:
+class PageSnapshot:
     """One look at a page. Elements are numbered from 1, through all its frames."""
 
     url: str
@@ -71,7 +71,7 @@ class Reading:
                 pass
 
 
-async def read(page) -> Reading:
+async def take_snapshot(page) -> PageSnapshot:
     """Reads a Playwright page with its frames. Raises Playwright's errors."""
     lines, elements, above, scroll = [], [], 0, 0
     for number, frame in enumerate(page.frames[:MAX_FRAMES]):
@@ -100,4 +100,4 @@ async def read(page) -> Reading:
         if size > _MAX_CHARS:
             break
         kept.append(line)
-    return Reading(page.url, (await page.title())[:200], kept, min(above, len(kept)), scroll, elements)
+    return PageSnapshot(page.url, (await page.title())[:200], kept, min(above, len(kept)), scroll, elements)
