@@ -3,8 +3,8 @@
 python -m tools_env.index --out=DIR SOURCE...
 python -m tools_env.server --offline_web=DIR
 
-Repeat the command to bring the index up to date: what is unchanged is left alone, what changed is replaced, what the
-sources no longer have is dropped. It may be killed at any moment; the same command goes on.
+Repeat the command to update the index: unchanged documents are skipped, changed ones replaced, and missing ones removed. It
+may be killed at any moment; the same command continues.
 """
 
 import argparse
@@ -32,8 +32,8 @@ EXAMPLE = """example:
   python -m tools_env.server --offline_web=search
 
 Sources: a folder (md, txt, html, pdf), a MediaWiki dump (.xml, .xml.bz2), .jsonl (an object with url, title, text a
-line; id, lang, authority, published_at if known), .tar(.gz, .xz, .bz2) of such files. ,site=HOST is the host of pages
-that have no address of their own; ,authority=0|1|2 is unreliable, ordinary or authoritative (default 1)."""
+line; id, lang, authority, published_at if known), .tar(.gz, .xz, .bz2) of such files. ,site=HOST is the host of documents
+without an address; ,authority=0|1|2 is unreliable, ordinary or authoritative (default 1)."""
 COMMIT_SECONDS = 10.0
 SHOWN_FAILURES = 10
 
@@ -43,17 +43,17 @@ logger = logging.getLogger(__name__)
 def update_index(
     out: Path, sources: list[IndexSource], *, vectors: str = "none", options: str = "", console: Console
 ) -> dict[str, int]:
-    """Brings the index in `out` up to date with the sources.
+    """Updates the index in `out` from the sources.
 
     Args:
       vectors: "none", "lsa" (offline) or "endpoint" (embeddings_url and so on in `options`).
-      options: JSON object as the host's search_options.
+      options: JSON object, as the host's search_options.
 
-    Returns numbers of documents: added, changed, unchanged, removed, unreadable; and of passages.
+    Returns the numbers of documents (added, changed, unchanged, removed, unreadable) and of passages.
     Raises ToolHostError.
     """
     if (out / "documents.jsonl").exists():
-        raise ToolHostError(f"{out} is a world, whose index is made from its documents; name another directory")
+        raise ToolHostError(f"{out} is an offline web, whose index is built from its documents; name another directory")
     embedder = (
         choose.make_embedder(choose.read_search_options("embedded", options), 120.0) if vectors == "endpoint" else None
     )
@@ -81,7 +81,7 @@ def update_index(
     finally:
         writer.close()
     if not count["documents"]:
-        raise ToolHostError("the sources have no document that can be indexed; correct them")
+        raise ToolHostError("the sources have no document that can be indexed; name other sources")
     if vectors != "none":
         with _progress(console) as bar:
             task = bar.add_task("vectors", total=writer.passages)
@@ -109,7 +109,7 @@ def _one(writer: store.Writer, candidate, sites: dict[str, int], count: dict[str
 
 
 def _commit(writer: store.Writer, out: Path, sites: dict[str, int]) -> None:
-    """Writes the table of sites first: pages of a site that is not in it could not be opened."""
+    """Commits. Writes the table of sites first: pages of a site that is not in it could not be opened."""
     path = out / "sites.json"
     hosts = json.loads(path.read_text())["hosts"] if path.exists() else {}
     hosts |= {host: {"authority": authority} for host, authority in sites.items()}
@@ -144,7 +144,7 @@ async def _push(out: Path, options: str, console: Console) -> int:
             report = lambda done: bar.update(task, completed=done)  # noqa: E731
             return await opensearch.push_passages(remote, str(chosen["index"]), rows, embedder, report)
     except (ToolError, Unavailable) as error:
-        raise ToolHostError(f"{error}; see to it and repeat the command") from None
+        raise ToolHostError(f"{error}; fix that and repeat the command") from None
     finally:
         await remote.close()
         if embedder:
@@ -152,7 +152,7 @@ async def _push(out: Path, options: str, console: Console) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line. Exit status 2: nothing was done, the message says why; 1: some documents could not be read."""
+    """Runs the command line. Exit status 2: nothing was done, the message says why; 1: some documents could not be read."""
     parser = argparse.ArgumentParser(
         prog="python -m tools_env.index",
         description=__doc__,
@@ -167,10 +167,10 @@ def main(argv: list[str] | None = None) -> int:
         "--vectors",
         choices=("none", "lsa", "endpoint"),
         default="none",
-        help="also make vectors, for search_ranking dense and hybrid: offline (lsa) or by an embedding endpoint",
+        help="also compute vectors, for search_ranking dense and hybrid: offline (lsa) or by an embedding endpoint",
     )
     parser.add_argument("--search_options", default="", help="JSON object with embeddings_url and so on")
-    parser.add_argument("--opensearch", default="", help="JSON object of options; also brings that index up to date")
+    parser.add_argument("--opensearch", default="", help="JSON object of options; also updates that OpenSearch index")
     flags = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     console = Console(stderr=True)

@@ -16,7 +16,7 @@ from tools_env.service.workers import server_command, server_environment
 
 
 class ToolHost:
-    """Runs `python -m tools_env.server`; a context manager. The child also stops when this process ends."""
+    """Runs `python -m tools_env.server`; a context manager. The child process also stops when this process ends."""
 
     def __init__(
         self,
@@ -35,12 +35,12 @@ class ToolHost:
         startup_timeout: float = 120.0,
         **settings,
     ):
-        """Nothing starts yet. Arguments as in settings.Settings.
+        """Starts nothing yet. Arguments as in HostSettings.
 
         Args:
-          log_path: the host's log, appended to; without it the log goes to a temporary file.
-          startup_timeout: seconds until the host must answer; building the index is part of it.
-          settings: any other field of Settings.
+          log_path: the host's log, appended to; default: a temporary file.
+          startup_timeout: seconds until the host must answer; including the time to build the index.
+          settings: any other field of HostSettings.
         """
         self._settings = HostSettings(
             offline_web=str(offline_web),
@@ -86,7 +86,7 @@ class ToolHost:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> str:
-        """Starts the host and returns its address. Raises ToolHostError with the end of its log."""
+        """Starts the host and returns its address. Raises ToolHostError with the last line of its log."""
         if self.alive():
             return self.address
         self.stop()
@@ -105,7 +105,7 @@ class ToolHost:
             except BaseException:
                 self.stop()
                 raise
-        # A restart must come back where clients look for it.
+        # A restart must use the same port.
         self._settings = dataclasses.replace(self._settings, port=int(self._address.rsplit(":", 1)[1]))
         return self._address
 
@@ -129,7 +129,7 @@ class ToolHost:
         return told[-1] if told else f"{lines[-1] if lines else 'it said nothing'} (log: {self._log_path})"
 
     def restart(self) -> str:
-        """Stops the host if it runs and starts it on the same port; open sessions are lost. Returns the address."""
+        """Restarts the host on the same port; open sessions are lost without a state_dir. Returns the address."""
         self.stop()
         return self.start()
 

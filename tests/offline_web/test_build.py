@@ -149,6 +149,6 @@ def test_a_build_that_fails_leaves_the_old_world_and_no_litter(offline_web_dir, 
 
 def test_a_directory_with_other_things_is_never_replaced(tmp_path):
     (tmp_path / "thesis.md").write_text("years of work")
-    with pytest.raises(ToolHostError, match="to be absent, empty or a built world"):
+    with pytest.raises(ToolHostError, match="to be absent, empty or a built offline web"):
         build_offline_web(tmp_path, seed=0)
     assert (tmp_path / "thesis.md").read_text() == "years of work"

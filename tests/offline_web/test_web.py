@@ -164,7 +164,7 @@ def test_a_stopped_web_starts_again_and_frees_its_port(offline_web_dir):
 
 
 def test_a_missing_or_damaged_world_is_named(tmp_path):
-    with pytest.raises(ToolHostError, match="sites.json does not exist; build the world first"):
+    with pytest.raises(ToolHostError, match="sites.json does not exist; build the offline web first"):
         OfflineWebServer(tmp_path)
     (tmp_path / "sites.json").write_text('{"hosts": {}}')
     (tmp_path / "documents.jsonl").write_text('{"url": 3}\n')

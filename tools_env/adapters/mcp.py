@@ -1,9 +1,9 @@
-"""The same tools for any client of the Model Context Protocol, over standard input and output.
+"""Serves the tools to a client of the Model Context Protocol (MCP) over standard input and output.
 
 python -m tools_env.server --mcp --offline_web=DIR
 
 One client is one session: its own workspace, todo list and citations. Calls go through the same handlers, checks and
-limits as over gRPC. What a reply has beside its text (outcome, sources, truncation) is under META in `_meta`.
+limits as over gRPC. The fields of a reply other than its text (outcome, sources, truncation) are under META in `_meta`.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ META = "stepdr.tools/v1"
 
 
 class McpAdapter:
-    """The handlers of one client."""
+    """MCP handlers of one client."""
 
     def __init__(self, service: ToolService):
         self._service = service
@@ -43,7 +43,7 @@ class McpAdapter:
         )
 
     async def call_tool(self, context, params: types.CallToolRequestParams) -> types.CallToolResult:
-        """An outcome other than OK, and a service that is busy or broken, is a result with `isError`."""
+        """Calls a tool. An outcome other than OK, or a busy or broken service, is a result with `isError`."""
         arguments = json.dumps(params.arguments or {}, ensure_ascii=False)
         try:
             reply = await self._call(params.name, arguments)
@@ -63,7 +63,7 @@ class McpAdapter:
         if self._session is not None:
             try:
                 return await self._in_session(tool, arguments_json)
-            except UnknownSession:  # the client was silent for longer than the lease
+            except UnknownSession:  # the lease ended; open a new session
                 pass
         self._session = self._service.open(SessionSpec("", "mcp", Budget()))
         return await self._in_session(tool, arguments_json)

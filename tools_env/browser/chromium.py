@@ -1,4 +1,4 @@
-"""One Chromium process with its proxy: started when first needed, started again after it has gone."""
+"""One Chromium process with its proxy: started on first use and restarted after it ends."""
 
 import asyncio
 import contextlib
@@ -16,11 +16,11 @@ from tools_env.web.proxy import ForwardProxy
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 20.0
-# Playwright's own flags already switch most background work off; these close what could pass the proxy by, for hosts
-# where the browser shares their network.
+# Playwright's own flags already disable most background work. These block what could bypass the proxy where the browser
+# shares the host's network.
 _FLAGS = (
-    "--proxy-bypass-list=<-loopback>",  # loopback is no exception
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no name is looked up; 127.0.0.1 is the proxy's
+    "--proxy-bypass-list=<-loopback>",  # the proxy also handles loopback addresses
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # resolve no names; 127.0.0.1 is the proxy
     "--disable-quic",
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
     "--webrtc-ip-handling-policy=disable_non_proxied_udp",
@@ -61,7 +61,7 @@ class Chromium:
         self._running: contextlib.AsyncExitStack | None = None
 
     async def browser(self):
-        """Returns Playwright's Browser, of a process that runs. Raises Unavailable when none can be started."""
+        """Returns Playwright's Browser of a running process. Raises Unavailable when it cannot be started."""
         ready = self._ready
         if (
             ready is None
@@ -69,10 +69,10 @@ class Chromium:
             and (ready.cancelled() or ready.exception() or not ready.result().is_connected())
         ):
             ready = self._ready = asyncio.create_task(self._begin())
-        return await asyncio.shield(ready)  # a call that has no time left does not stop the start for all
+        return await asyncio.shield(ready)  # one call's timeout must not cancel the start for all
 
     async def restart(self) -> None:
-        """Ends the process; the next `browser` starts another."""
+        """Ends the process; the next call of `browser` starts another."""
         ready, self._ready = self._ready, None
         if ready is not None and not ready.done():
             ready.cancel()
@@ -133,12 +133,12 @@ class Chromium:
         if running is not None:
             try:
                 await running.aclose()
-            except Exception:  # a browser that was killed leaves little that can be closed in order
+            except Exception:  # parts of a killed browser cannot be closed in order
                 logger.exception("while the browser was closed")
 
 
 async def _handed_over(folder: Path, proxy: ForwardProxy) -> None:
-    """Takes the proxy's port from inside the sandbox and serves it."""
+    """Receives the proxy's listening socket from inside the sandbox and serves it."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as control:
         control.bind(str(folder / "handover"))

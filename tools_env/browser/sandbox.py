@@ -33,7 +33,7 @@ class Isolation:
 
     @property
     def weakness(self) -> str:
-        """What is missing, in words; empty when nothing is."""
+        """Describes what is missing; empty when nothing is."""
         if self.namespaces:
             return (
                 "" if self.chromium else "Chromium's own sandbox does not start, so one page's break-in is every page's"
@@ -43,7 +43,7 @@ class Isolation:
 
 
 def find_chromium(executable: str) -> str:
-    """Returns the path of the browser: `executable`, or the first known one on PATH. Raises ToolHostError."""
+    """Returns the path of the browser: `executable`, or the first known program on PATH. Raises ToolHostError."""
     found = [path for name in ([executable] if executable else _PROGRAMS) if (path := shutil.which(name))]
     if not found:
         wanted = executable or ", ".join(_PROGRAMS)
@@ -84,7 +84,7 @@ def strongest_isolation(executable: str, bubblewrap: bool) -> Isolation:
                 return isolation
             reason = (done.stderr.strip().splitlines() or ["no output"])[0][:200]
     raise ToolHostError(
-        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave it out"
+        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave browser out of --tools"
     )
 
 

@@ -1,9 +1,9 @@
-"""How far perceptual hashes of screenshots lie apart, and how long the browser tool takes.
+"""Distances between perceptual hashes of screenshots, and latency of the browser tool.
 
 python -m tools_env.check.browser_bench --articles=plaintext_articles.tar.xz
 
-Real articles in a plain template with a search form, in Chromium. The threshold of the browser tool should keep small
-changes (a typed word, a ticked box, a line of the page's text) below it and other views above.
+Shows real articles in a plain template with a search form in Chromium. Small changes (a typed word, a ticked box, a changed
+line) should lie below the browser tool's threshold, other views above it.
 """
 
 import argparse

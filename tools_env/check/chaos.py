@@ -1,7 +1,7 @@
-"""Kills parts of a tool host with SIGKILL while it is under load, again and again, for the load generator.
+"""Fault injection for the load generator: repeatedly kills parts of a tool host with SIGKILL.
 
-`worker`: one of the host's processes, which its supervisor starts again; with the embedded index it is the index too.
-`redis`: the server of the retrieval cache, which is started again on its port.
+`worker`: one of the host's processes, and with it its copy of the search index; the supervisor restarts it.
+`redis`: the server of the retrieval cache; it is restarted on its port.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ KINDS = ("worker", "redis")
 
 
 class RedisServer:
-    """A redis-server of our own on a loopback port; a context manager. Keeps nothing on disk."""
+    """A temporary redis-server on a loopback port; a context manager. Stores nothing on disk."""
 
     def __init__(self):
         """Raises ToolHostError when redis-server is not installed."""
@@ -43,7 +43,7 @@ class RedisServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self) -> None:
-        """Returns when it answers. Raises ToolHostError after ten seconds."""
+        """Starts the server and returns when it answers. Raises ToolHostError after ten seconds."""
         command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen([*command, "--dir", self._folder], stdout=subprocess.DEVNULL)
         end = time.monotonic() + 10.0
@@ -65,14 +65,14 @@ def worker_processes(pid: int) -> list[int]:
 
 
 async def kill_parts(kinds: list[str], pid: int, redis: RedisServer | None, every: float, seconds: float) -> list[str]:
-    """Kills one part after another, `every` so many seconds, for `seconds`; returns what was killed."""
+    """Kills one part every `every` seconds, for `seconds` in all; returns the kinds of what it killed."""
     killed, draw, end = [], random.Random(0), time.monotonic() + seconds
     while time.monotonic() + every < end:
         await asyncio.sleep(every)
         kind = kinds[len(killed) % len(kinds)]
         if kind == "redis":
             redis.kill()
-            await asyncio.sleep(min(every / 2, 1.0))  # calls come while it is away
+            await asyncio.sleep(min(every / 2, 1.0))  # calls arrive while it is down
             await asyncio.to_thread(redis.start)
         else:
             with contextlib.suppress(ProcessLookupError):

@@ -1,9 +1,9 @@
-"""What every server of stepdr.tools.v1 must do, checked against any address.
+"""Compliance checks for servers of stepdr.tools.v1, run against any address.
 
 python -m tools_env.check.compliance --address=host:port [--tls_ca=PEM] (a token is read from $STEPDR_TOOLS_TOKEN)
 
-Each check is a function whose docstring is the fact it checks; checks that need a tool which the server lacks are
-skipped. Exit status 1 when a check fails. Sessions that a check opens, it closes.
+Each check is a function whose docstring states what it checks. Checks that need a tool which the server lacks are skipped.
+The exit status is 1 when a check fails. Each check closes the sessions it opens.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from tools_env.protocol import tools_pb2_grpc
 from tools_env.service.settings import TOKEN_VARIABLE
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ToolService"].full_name
-SECONDS = 20.0  # for one RPC
+SECONDS = 20.0  # timeout of one RPC
 CODE = grpc.StatusCode
 
 
 class CheckFailed(Exception):
-    """The server broke the fact; the message says what came."""
+    """The server does not comply; the message says what it returned."""
 
 
 class CheckSkipped(Exception):
@@ -316,7 +316,7 @@ class CheckResult:
 
 
 async def check_server(address: str, token: str | None = None, tls_ca: str | None = None) -> list[CheckResult]:
-    """Runs every check, one after another, and returns what they found."""
+    """Runs all checks in sequence and returns their results."""
     server, results = CheckedServer(address, token, tls_ca), []
     try:
         with contextlib.suppress(grpc.aio.AioRpcError):

@@ -1,14 +1,12 @@
-"""A load generator: many sessions at once, mixed tools, and a check of every reply for loss, duplication and leaks.
+"""A load generator: many sessions at once, mixed tools, and checks for lost, duplicated and leaked calls.
 
 python -m tools_env.check.load --address=host:port --sessions=1000 --seconds=300
-python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   kills parts meanwhile
-python -m tools_env.check.load --offline_web=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
+python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   also kills parts of it
+python -m tools_env.check.load --offline_web=DIR --workers=2      starts a host, and a bare gRPC echo server for comparison
 
-Each session appends a mark of its own to a file, call after call, and reads it at the end: a lost call is a mark that is
-missing, a duplicated one a mark that is there twice, a leak a mark of another session. Shell calls count in the same way:
-a command that ran twice has left its number twice. At the end a call that was answered is repeated: its reply must be the
-same. A token is read from
-$STEPDR_TOOLS_TOKEN.
+Each session appends unique marks to a file, call after call, and reads the file at the end. A missing mark is a lost call, a
+repeated mark a duplicated call, and a mark of another session a leak. Shell commands are counted in the same way. At the end
+an answered call is repeated: its reply must be the same. A token is read from $STEPDR_TOOLS_TOKEN.
 """
 
 import argparse
@@ -36,15 +34,15 @@ SAMPLE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class LoadReport:
-    """What a run saw. `seconds_of` has one entry per call, `memory` MB of all processes of the host once a second."""
+    """Results of a run. `seconds_of` has the latency of each call, `memory` the MiB of all host processes once a second."""
 
     calls: int = 0
     outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
-    failed: dict[str, int] = dataclasses.field(default_factory=dict)  # gRPC status -> calls given up
+    failed: dict[str, int] = dataclasses.field(default_factory=dict)  # gRPC status -> failed calls
     lost: int = 0
     duplicated: int = 0
     leaked: int = 0
-    changed: int = 0  # repeated calls whose reply was another one
+    changed: int = 0  # repeated calls with a different reply
     shell_calls: int = 0
     ran_twice: int = 0  # shell commands that ran more than once
     not_run: int = 0  # shell commands that were acknowledged and did not run
@@ -75,9 +73,10 @@ async def run_load(
     pid: int | None = None,
     shell: float = 0.0,
 ) -> LoadReport:
-    """Loads a host for `seconds` with so many sessions at a time.
+    """Loads a host for `seconds` with `sessions` concurrent sessions.
 
-    `shell` is the share of calls that run a command. A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
+    A session makes `calls` calls, `think` seconds apart on average, and checks its file; then the next session takes its
+    place. `shell` is the share of calls that run a shell command. `pid` is the host's process, to sample its memory.
     """
     load, began = LoadReport(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
@@ -104,7 +103,7 @@ async def _sample(load: LoadReport, pid: int) -> None:
 
 
 def process_tree(pid: int) -> list[int]:
-    """Returns the process and all below it, without a look at every process of the machine, which would hold calls up."""
+    """Returns the process and all its descendants. Does not scan all processes of the machine, which would delay calls."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -116,7 +115,7 @@ async def _episode(
     client: ToolsClient, load: LoadReport, name: str, end: float, think: float, calls: int, shell: float
 ) -> None:
     draw = random.Random(name)
-    await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
+    await asyncio.sleep(draw.uniform(0.0, think))  # desynchronizes the sessions
     try:
         session = await client.open_session(name)
     except ToolInfraError as error:
@@ -190,7 +189,7 @@ async def _episode(
 
 
 async def call_rate(call, concurrency: int, seconds: float) -> float:
-    """Returns calls a second of `call(number)` with so many at a time."""
+    """Returns the rate of `call(number)`, in calls per second, with `concurrency` calls at a time."""
     done, end = 0, time.monotonic() + seconds
 
     async def loop(place: int) -> None:
@@ -224,10 +223,10 @@ asyncio.run(main())
 async def against_echo(
     address: str, *, rounds: int = 3, concurrency: int = 64, seconds: float = 3.0, pid: int | None = None
 ) -> list[float]:
-    """Returns, per round, the rate of a trivial call over that of a bare gRPC echo of as many bytes, taking turns.
+    """Returns, per round, the rate of a trivial call divided by that of a bare gRPC echo of equal size.
 
-    Both are asked through bare stubs, so that the client costs the same on both sides. With the host's `pid` the processor
-    time of a call is told too, which depends less than the rate on what else the machine does.
+    Both are called through bare stubs, so that the client's cost is the same. With the host's `pid` the CPU time per call is
+    also printed, which depends less than the rate on other load of the machine.
     """
 
     def spent(of: int) -> float:
@@ -279,7 +278,7 @@ async def against_echo(
 
 
 def format_report(load: LoadReport) -> str:
-    """Returns the run in a few lines."""
+    """Returns the results as text."""
     lines = [
         f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
         f"p50 {load.latency(0.5):.1f} ms, p99 {load.latency(0.99):.1f} ms",
@@ -303,26 +302,26 @@ def format_report(load: LoadReport) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="load", description=__doc__.split("\n")[0])
     parser.add_argument("--address", help="host:port of a running host")
-    parser.add_argument("--offline_web", help="world directory, to start a host of our own")
-    parser.add_argument("--workers", type=int, default=1, help="processes of our own host")
+    parser.add_argument("--offline_web", help="offline web directory; starts a host for it")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the started host")
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--think", type=float, default=2.0, help="mean seconds between the calls of a session")
-    parser.add_argument("--calls", type=int, default=40, help="calls of one session; then another takes its place")
+    parser.add_argument("--calls", type=int, default=40, help="calls of one session, which is then replaced by another")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
-    parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
-    parser.add_argument("--otlp_endpoint", help="collector that gets the spans of our own host")
+    parser.add_argument("--echo", type=int, default=3, help="rounds of comparison with a bare echo server; 0: none")
+    parser.add_argument("--otlp_endpoint", help="OpenTelemetry collector of the started host")
     parser.add_argument("--shell", type=float, default=0.0, help="share of calls that run a shell command")
-    parser.add_argument("--kill", default="", help="kill these meanwhile, with commas between: worker, redis")
+    parser.add_argument("--kill", default="", help="comma-separated parts to kill under load: worker, redis")
     parser.add_argument("--kill_every", type=float, default=10.0, help="seconds between two kills")
-    parser.add_argument("--concurrency", type=int, default=32, help="calls of one tool at a time in our own host")
-    parser.add_argument("--queue", type=int, default=256, help="calls of one tool that may wait in our own host")
+    parser.add_argument("--concurrency", type=int, default=32, help="calls of one tool at a time in the started host")
+    parser.add_argument("--queue", type=int, default=256, help="calls of one tool that may wait in the started host")
     flags = parser.parse_args(argv)
     kinds = list(filter(None, flags.kill.split(",")))
     if set(kinds) - set(chaos.KINDS):
-        parser.error(f"--kill knows {', '.join(chaos.KINDS)}")
+        parser.error(f"--kill takes {', '.join(chaos.KINDS)}")
     if kinds and (not flags.offline_web or flags.workers < 2):
-        parser.error("--kill needs a host of our own with a supervisor: --offline_web and --workers=2")
+        parser.error("--kill needs --offline_web and --workers of at least 2")
     if bool(flags.address) == bool(flags.offline_web):
         parser.error("name either --address or --offline_web")
     token = os.environ.get(TOKEN_VARIABLE) or None

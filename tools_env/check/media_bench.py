@@ -1,4 +1,4 @@
-"""Error rates of the offline recognisers on generated speech and rendered pages.
+"""Error rates of offline speech and text recognition on generated speech and rendered pages.
 
 python -m tools_env.check.media_bench
 
@@ -37,13 +37,13 @@ VOICES = {
 
 
 def word_error_rate(said: str, heard: str) -> float:
-    """Edits of words per word said."""
+    """Returns the word error rate: word edits per word said."""
     words = [re.findall(r"[\w']+", text.lower()) for text in (said, heard)]
     return Levenshtein.distance(*words) / max(len(words[0]), 1)
 
 
 def character_error_rate(shown: str, read: str) -> float:
-    """Edits of characters per character shown, white space taken as one space."""
+    """Returns the character error rate; white space counts as one space."""
     one, two = (" ".join(text.split()) for text in (shown, read))
     return Levenshtein.distance(one, two) / max(len(one), 1)
 

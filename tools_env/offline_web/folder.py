@@ -1,8 +1,8 @@
-"""A folder of a person's own documents as pages of the host library.test.
+"""The user's own documents as pages of the host library.test.
 
-Markdown, HTML, plain text and PDF become passages of a paragraph each; links between the documents are kept, so they
-form a graph like the rest of the world. A file that cannot be read stops the build and is named: a document that was
-left out silently would be missed much later.
+Markdown, HTML, plain text and PDF become passages, one per paragraph. Links between the documents are kept, so that
+they form a graph like the built-in pages. A file that cannot be read stops the build with an error that names it: a
+silently omitted document would be noticed much later.
 """
 
 import html.parser
@@ -43,14 +43,14 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def read_folder(documents: str | os.PathLike) -> list[dict]:
-    """Returns a row of documents.jsonl per file, in order of their paths; hidden files and other types are passed over.
+    """Returns a row of documents.jsonl per file, in order of their paths; hidden files and other types are skipped.
 
     Raises:
         ToolHostError: the folder is missing or has no document, or a document cannot be read or has no text.
     """
     root = Path(documents).expanduser()
     if not root.is_dir():
-        raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct world.documents")
+        raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct config.offline_web.documents")
     try:
         paths = sorted(document_files(root))
     except OSError as error:
@@ -59,7 +59,7 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
         ) from None
     if not paths:
         kinds = ", ".join(sorted(suffix[1:] for suffix in TYPES))
-        raise ToolHostError(f"expected documents ({kinds}) in {root}, found none; correct world.documents or add some")
+        raise ToolHostError(f"expected documents ({kinds}) in {root}, found none; correct config.offline_web.documents or add some")
     urls = {path.resolve(): _url(path.relative_to(root)) for path in paths}
     return [_document(path, root, urls) for path in paths]
 
@@ -92,12 +92,12 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
 
 
 def read_document_file(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
-    """Returns the row of one document, its links left out.
+    """Returns the row of one document, without its links.
 
     Args:
-        body: the file's bytes; what they are follows from the extension in `relative`.
+        body: the file's bytes; their type follows from the extension in `relative`.
         relative: path below the folder, which becomes the address on `host`.
-        shown: names the file in errors.
+        shown: the file's name in errors.
 
     Raises:
         ToolHostError: it cannot be read or has no text.
@@ -125,10 +125,10 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
         title, date, lines = page.title, page.published_at, page.passages
         if kind == "text/html":
             links = _html_links(decode_body(body, None))
-    # Links are kept beside the text; in it they would stand between a reader and its words.
+    # Links are stored beside the text; inside it they would separate its words.
     lines = split_paragraphs(line if line.startswith("#") else text.passage(line) for line in lines)
     if not any(text.passage(line) for line in lines):
-        raise ToolHostError(f"the document {shown} has no text (a scan needs recognising first); convert or remove it")
+        raise ToolHostError(f"the document {shown} has no text (a scan needs text recognition first); convert or remove it")
     title = " ".join((title or relative.stem.replace("_", " ")).split())[:120]
     content = "\n".join(line for line in lines if line and (line.lstrip("# ") != title or not line.startswith("#")))
     row = {
@@ -156,7 +156,7 @@ def detect_language(content: str) -> str:
 
 
 def _markdown(content: str) -> tuple[str, str | None, list[str]]:
-    """Returns title, date and lines: a paragraph that was wrapped is one line, headings keep their mark."""
+    """Returns title, date and lines: a wrapped paragraph becomes one line; headings keep their mark."""
     title, date = "", None
     if matter := _FRONT_MATTER.match(content):
         fields = {name.lower(): value for name, value in _FIELD.findall(matter.group(1))}
@@ -186,7 +186,7 @@ def _markdown(content: str) -> tuple[str, str | None, list[str]]:
 
 
 def _wide(character: str) -> bool:
-    """Whether no space is written beside it: Chinese characters and punctuation."""
+    """Returns whether no space is written beside it, as for Chinese characters and punctuation."""
     return unicodedata.east_asian_width(character) in "WF"
 
 
@@ -234,7 +234,7 @@ def _html_links(content: str) -> list[tuple[str, str]]:
 
 
 def _resolved(links: list[tuple[str, str]], path: Path, url: str, urls: dict[Path, str]) -> list[dict]:
-    """Links to other documents by the address they have here, and links to the web; others lead nowhere and go."""
+    """Returns links to other documents, with their addresses here, and links to the web; other links are dropped."""
     found = {}
     for anchor, target in links:
         parts = urlsplit(target)

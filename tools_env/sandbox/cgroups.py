@@ -1,4 +1,4 @@
-"""Limits on memory and processes of a group of processes, by control groups of version 1 or 2 where writable."""
+"""Memory and process limits of a group of processes, by control groups of version 1 or 2 where they are writable."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ _PREFIX = "stepdr_"
 
 @dataclasses.dataclass(frozen=True)
 class ControlGroup:
-    """One group. `procs` are the files that a process writes its id to in order to join."""
+    """One control group. A process joins by writing its id to the files `procs`."""
 
     folders: tuple[Path, ...]
 
@@ -20,14 +20,14 @@ class ControlGroup:
         return [folder / "cgroup.procs" for folder in self.folders]
 
     def processes(self) -> int:
-        """Returns how many tasks the group has now."""
+        """Returns the number of tasks in the group."""
         for folder in self.folders:
             if (folder / "pids.current").exists():
                 return int((folder / "pids.current").read_text())
         return 0
 
     def remove(self) -> bool:
-        """Removes the group; False while processes are left in it."""
+        """Removes the group; returns False while it has processes."""
         gone = True
         for folder in self.folders:
             try:
@@ -40,7 +40,7 @@ class ControlGroup:
 
 
 class ControlGroups:
-    """The groups of this process. Each controller is None where it is missing or not ours to write."""
+    """The control groups of this host. Controllers that are missing or not writable are not used."""
 
     def __init__(self):
         self._parents = {name: parent for name in ("memory", "pids") if (parent := _parent(name))}
@@ -55,7 +55,7 @@ class ControlGroups:
         return "pids" in self._parents
 
     def make(self, name: str, memory_bytes: int, processes: int) -> ControlGroup:
-        """Makes a group with these limits, as far as the controllers are there."""
+        """Makes a group with these limits, as far as the controllers are available."""
         folders = {}
         for controller, parent in self._parents.items():
             folder = parent / f"{_PREFIX}{os.getpid()}_{name}"
@@ -120,7 +120,7 @@ def _writable(folder: Path, controller: str) -> bool:
 
 
 def _remove_stale(parents: set[Path]) -> None:
-    """Removes empty groups that a host which was killed left behind."""
+    """Removes empty groups that a killed host left behind."""
     for parent in parents:
         for folder in parent.glob(f"{_PREFIX}*"):
             owner = re.match(rf"{_PREFIX}(\d+)_", folder.name)

@@ -1,7 +1,7 @@
-"""The sandbox's walls: one bubblewrap command line, and a check that this kernel really gives them.
+"""The sandbox: one bubblewrap command line, and a check that this kernel enforces it.
 
 Inside: a read-only system, one writable folder (the session's workspace), private /tmp, no network, no other
-processes, no capabilities, a system call filter. What a folder may hold is watched from outside, in `disk`.
+processes, no capabilities, a system call filter. The size of the workspace is checked from outside, in `disk`.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ class SandboxLimits:
 
 
 def write_control(control: Path) -> None:
-    """Writes what every sandbox of a session reads from its control folder: filter, users, start of the shell."""
+    """Writes the files that every sandbox of a session reads from its control folder: filter, users, bashrc."""
     control.mkdir(parents=True, exist_ok=True)
     program = seccomp.filter_program()
     if program is not None:
         (control / "filter").write_bytes(program)
     (control / "passwd").write_text("user:x:1000:1000::/workspace:/bin/bash\n")
     (control / "group").write_text("user:x:1000:\n")
-    # The title of the terminal carries the number of the prompt and the last exit status, invisible on the screen.
+    # The terminal's title carries the prompt count and the last exit status, invisible on the screen.
     (control / "bashrc").write_text(
         "__count=0\n"
         "__prompt() { local status=$?; __count=$((__count + 1)); printf '\\033]2;%s:%s\\007' $__count $status; }\n"
@@ -61,7 +61,7 @@ def sandbox_command(
     *,
     may_write: bool = True,
 ) -> list[str]:
-    """Returns the command line that runs `inner` in the sandbox, as its own first process, from a terminal or not."""
+    """Returns the command line that runs `inner` in the sandbox, with or without a terminal."""
     mb = 1 << 20
     bwrap = [
         *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
@@ -99,7 +99,7 @@ def sandbox_command(
 
 
 def missing_programs() -> str | None:
-    """Returns what to install, or None."""
+    """Returns an instruction to install the missing programs, or None."""
     packages = sorted({package for name, package in _NEEDED.items() if shutil.which(name) is None})
     return f"install {' '.join(packages)} (Debian, Ubuntu: apt-get install {' '.join(packages)})" if packages else None
 
@@ -118,7 +118,7 @@ unshare --user true 2>/dev/null || echo userns
 
 
 def check_isolation(groups: ControlGroups) -> list[str]:
-    """Runs a sandbox and returns what is weaker than it should be, in words; an empty list is full isolation.
+    """Runs a sandbox and returns a description of each weakness; an empty list means full isolation.
 
     Raises ToolHostError when no sandbox can be run at all.
     """

@@ -1,6 +1,6 @@
-"""Terminals that outlive a call: one tmux server outside the sandbox, each pane a sandboxed bash.
+"""Terminals that persist between calls: one tmux server outside the sandbox, each pane a sandboxed bash.
 
-The sandbox never sees the server's socket. The server ends with this process, and every sandbox with the server.
+The sandbox never sees the server's socket. The server ends with this process, and each sandbox ends with the server.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ class Terminals:
         await self._tmux("new-session", "-d", "-s", name, "-x", str(COLUMNS), "-y", str(ROWS), *argv)
 
     async def _start(self) -> None:
-        # setpriv: the server must not outlive this process, however that ends. -D: it stays its child.
+        # setpriv: the server dies with this process. -D: it stays a child.
         self._server = await asyncio.create_subprocess_exec(
             *("setpriv", "--pdeathsig", "KILL", "tmux", "-D", "-u", "-S", self._socket, "-f", str(self._config)),
             stdin=asyncio.subprocess.DEVNULL,
@@ -88,7 +88,7 @@ class Terminals:
         return PaneState(prompts, status, int(pid), dead == "1")
 
     async def send(self, name: str, keys: list[str]) -> None:
-        """Types keys: names such as Enter, Escape, C-c, Up are pressed, everything else is typed as it is."""
+        """Sends keys: names such as Enter, Escape, C-c and Up are pressed, other strings are typed literally."""
         for key in keys:
             if _KEY.match(key):
                 await self._tmux("send-keys", "-t", f"={name}:", key)
@@ -98,7 +98,7 @@ class Terminals:
                 await self._tmux("paste-buffer", "-d", "-b", name, "-t", f"={name}:")
 
     async def screen(self, name: str, history: int = 0) -> str:
-        """Returns what the pane shows, with so many lines of scrollback before it; wrapped lines joined."""
+        """Returns the pane's screen after `history` lines of scrollback, with wrapped lines joined."""
         return (await self._tmux("capture-pane", "-p", "-J", "-t", f"={name}:", "-S", str(-history))).rstrip()
 
     async def close(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Which search a host's settings name."""
+"""Makes the search backend that a host's settings name."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ OPTIONS = {
 
 
 async def make_search_backend(settings: HostSettings, authority: Mapping[str, int]) -> tuple[SearchBackend, Citations]:
-    """Returns the search and the ids of its citations. Raises ToolHostError for wrong options."""
+    """Returns the search backend and its citation ids. Raises ToolHostError for wrong options."""
     options, timeout = read_search_options(settings.search, settings.search_options), settings.search_timeout
     mode, boost = settings.search_ranking, not settings.search_without_authority
     if mode not in MODES:
@@ -44,7 +44,7 @@ async def make_search_backend(settings: HostSettings, authority: Mapping[str, in
 
 
 def read_search_options(search: str, options_json: str) -> dict:
-    """Returns the options of a kind of search. Raises ToolHostError, naming the fix."""
+    """Returns the options of a kind of search. Raises ToolHostError for wrong ones."""
     if search not in OPTIONS:
         raise ToolHostError(f"expected search as one of {', '.join(OPTIONS)}, got {search!r}")
     try:
@@ -63,7 +63,7 @@ def read_search_options(search: str, options_json: str) -> dict:
 
 
 def make_cluster_client(options: Mapping, timeout: float) -> Remote:
-    """Returns the search cluster that options name. Raises ToolHostError."""
+    """Returns the client of the search cluster that the options name. Raises ToolHostError."""
     headers = {}
     if user := options.get("user"):
         password = read_secret(options.get("password_variable", "STEPDR_SEARCH_PASSWORD"), "the search cluster")
@@ -72,12 +72,12 @@ def make_cluster_client(options: Mapping, timeout: float) -> Remote:
 
 
 def make_embedder(options: Mapping, timeout: float) -> dense.EndpointEmbedder | None:
-    """Returns the embedding endpoint that options name, None for none. Raises ToolHostError."""
+    """Returns the embedder of the endpoint that the options name, or None. Raises ToolHostError."""
     if not options.get("embeddings_url"):
         return None
     model, dimensions = options.get("embeddings_model"), options.get("embeddings_dimensions")
     if not model or not isinstance(dimensions, int) or dimensions <= 0:
-        raise ToolHostError("embeddings_url needs embeddings_model and embeddings_dimensions (a number) beside it")
+        raise ToolHostError("embeddings_url needs embeddings_model and embeddings_dimensions (a number)")
     headers = {}
     if variable := options.get("embeddings_key_variable"):
         headers["Authorization"] = f"Bearer {read_secret(variable, 'the embedding endpoint')}"

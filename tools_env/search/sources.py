@@ -1,4 +1,4 @@
-"""What the index command can read: each source yields candidates, cheap to recognise and parsed only when changed."""
+"""Sources of the index command. Each yields candidates with cheap fingerprints, which are parsed only when changed."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
 
 @dataclasses.dataclass(frozen=True)
 class IndexSource:
-    """One SOURCE of the command line. `site` is the host of its pages, unless they have addresses of their own."""
+    """One SOURCE of the command line. `site` is the host of documents without an address."""
 
     path: Path
     site: str = ""
@@ -27,7 +27,7 @@ class IndexSource:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A document that may be indexed already. `read` gives its row, or raises ToolHostError."""
+    """A document that may already be indexed. `read` returns its row or raises ToolHostError."""
 
     id: str
     fingerprint: str
@@ -35,7 +35,7 @@ class Candidate:
 
 
 def parse_source(argument: str) -> IndexSource:
-    """Reads `PATH[,site=HOST][,authority=0|1|2]`. Raises ToolHostError."""
+    """Parses `PATH[,site=HOST][,authority=0|1|2]`. Raises ToolHostError."""
     path, *options = argument.split(",")
     named = dict(option.partition("=")[::2] for option in options)
     unknown = sorted(set(named) - {"site", "authority"})
@@ -90,7 +90,7 @@ def _tar(source: IndexSource) -> Iterator[Candidate]:
                     body = archive.extractfile(member).read()
                     yield _file(source, site, relative, body, f"{source.path}:{member.name}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ToolHostError(f"cannot read the archive {source.path} to its end ({error}); fetch it again") from None
+        raise ToolHostError(f"cannot read the archive {source.path} to its end ({error}); download it again") from None
 
 
 def _file(source: IndexSource, site: str, relative: Path, body: bytes, shown: str) -> Candidate:
