@@ -201,7 +201,10 @@ class ToolsClient:
         self._loop, self._channels, self._stubs = None, {}, {}
 
     async def _call(self, method: str, request, timeout: float, *, address: str = "", place: int = 0):
-        """Calls one RPC with retries within one deadline. RESOURCE_EXHAUSTED is retried as long as the deadline allows."""
+        """Calls one RPC with retries within one deadline.
+
+        RESOURCE_EXHAUSTED is retried as long as the deadline allows.
+        """
         end = time.monotonic() + timeout
         backoff, unavailable = FIRST_BACKOFF, 0
         rpc = getattr(self._connected(address, place), method)

@@ -3,8 +3,8 @@
 python -m tools_env.index --out=DIR SOURCE...
 python -m tools_env.server --offline_web=DIR
 
-Repeat the command to update the index: unchanged documents are skipped, changed ones replaced, and missing ones removed. It
-may be killed at any moment; the same command continues.
+Repeat the command to update the index: unchanged documents are skipped, changed ones replaced, and missing ones
+removed. It may be killed at any moment; the same command continues.
 """
 
 import argparse
@@ -32,8 +32,8 @@ EXAMPLE = """example:
   python -m tools_env.server --offline_web=search
 
 Sources: a folder (md, txt, html, pdf), a MediaWiki dump (.xml, .xml.bz2), .jsonl (an object with url, title, text a
-line; id, lang, authority, published_at if known), .tar(.gz, .xz, .bz2) of such files. ,site=HOST is the host of documents
-without an address; ,authority=0|1|2 is unreliable, ordinary or authoritative (default 1)."""
+line; id, lang, authority, published_at if known), .tar(.gz, .xz, .bz2) of such files. ,site=HOST is the host of
+documents without an address; ,authority=0|1|2 is unreliable, ordinary or authoritative (default 1)."""
 COMMIT_SECONDS = 10.0
 SHOWN_FAILURES = 10
 
@@ -152,7 +152,10 @@ async def _push(out: Path, options: str, console: Console) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line. Exit status 2: nothing was done, the message says why; 1: some documents could not be read."""
+    """Runs the command line.
+
+    Exit status 2: nothing was done, the message says why; 1: some documents could not be read.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tools_env.index",
         description=__doc__,

@@ -1,7 +1,7 @@
 """Command line of the tool host: serves the research tools over gRPC until it is stopped.
 
 python -m tools_env.server --offline_web=DIR --port=0 --port_file=PATH
-python -m tools_env.server --offline_web=DIR --workers=4 --state_dir=DIR    several processes; sessions survive a restart
+python -m tools_env.server --offline_web=DIR --workers=4 --state_dir=DIR    several processes; restarts keep sessions
 python -m tools_env.server --offline_web=DIR --mcp                          for a client of the Model Context Protocol
 """
 

@@ -1,4 +1,5 @@
-"""Run as a script inside the browser's sandbox, before the browser: opens the proxy's port there and passes the socket out.
+"""Run as a script inside the browser's sandbox, before the browser: opens the proxy's port there and passes the socket
+out.
 
 The sandbox has a network namespace without any route out. A socket belongs to the namespace that created it, whichever
 process holds it: the host that receives this socket serves the only address that the browser can connect to.

@@ -1,9 +1,10 @@
 """Screenshots of a session: stored when the screen has changed, omitted when it has barely changed.
 
 The rule (Step-DeepResearch report, arXiv:2512.20491, browser tool): consecutive screenshots that barely differ are
-redundant, and the reply is text only. No screenshot is taken of a page with the same address, text and scroll offset. If
-only the address or only the text is the same, the perceptual hash decides. Hashes are always of PNG, because a JPEG of the
-same view differs by 12 bits. Pages that differ in both are different, although articles in one layout hash alike.
+redundant, and the reply is text only. No screenshot is taken of a page with the same address, text and scroll offset.
+If only the address or only the text is the same, the perceptual hash decides. Hashes are always of PNG, because a JPEG
+of the same view differs by 12 bits. Pages that differ in both are different, although articles in one layout hash
+alike.
 """
 
 import asyncio
@@ -38,7 +39,10 @@ class Screenshots:
         return bool(self.path) and key == self.key
 
     async def add(self, folder: Path, key: tuple[str, str, int], png: bytes) -> bool:
-        """Stores a screenshot in the workspace `folder` if it shows something new. Returns whether it did. Raises ToolError."""
+        """Stores a screenshot in the workspace `folder` if it shows something new. Returns whether it did.
+
+        Raises ToolError.
+        """
         seen = await asyncio.to_thread(perceptual_hash, png)
         alike = self.key is not None and (key[0] == self.key[0] or key[1] == self.key[1])
         self.key = key
@@ -47,9 +51,7 @@ class Screenshots:
         if self.count >= self.most:
             raise ToolError(f"a session keeps {self.most}")
         self.count += 1
-        while workspace.exists(
-            folder, f"{FOLDER}/{self.count}.png"
-        ):  # stored before a restart of the host
+        while workspace.exists(folder, f"{FOLDER}/{self.count}.png"):  # stored before a restart of the host
             self.count += 1
         path = f"{FOLDER}/{self.count}.png"
         await asyncio.to_thread(workspace.replace, folder, path, png)

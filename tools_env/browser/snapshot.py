@@ -1,7 +1,7 @@
 """Text snapshot of a page: its visible lines, with numbers for the elements that can be clicked or filled in.
 
-The script runs beside the page's own scripts, which may tamper with it. So its result is validated and bounded here, and
-it is only ever displayed.
+The script runs beside the page's own scripts, which may tamper with it. So its result is validated and bounded here,
+and it is only ever displayed.
 """
 
 import dataclasses

@@ -35,7 +35,7 @@ class Tab:
     _quiet_since: float = 0.0
 
     def attach(self, context, page) -> None:
-        """Takes a new page: refuses popups, dialogs and downloads with a note for the model, and tracks its requests."""
+        """Takes a new page: refuses popups, dialogs and downloads with a note for the model, tracks requests."""
         self.context, self.page, self.snapshot, self.refused, self.lost = context, page, None, "", ""
         self.notes, self._pending = [], {}
         context.on("page", self._popup)
@@ -84,7 +84,10 @@ class Tab:
         return element
 
     async def _rest(self) -> None:
-        """Waits until no request has been in flight for a moment. Bounded, as some pages are never idle and some requests never end."""
+        """Waits until no request has been in flight for a moment.
+
+        Bounded, as some pages are never idle and some requests never end.
+        """
         now = self._quiet_since = time.monotonic()
         end = now + _SETTLE_SECONDS
         while now < end:

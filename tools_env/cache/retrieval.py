@@ -1,9 +1,9 @@
 """The retrieval cache: content-addressed, shared by all sessions, one computation per key; failures are not stored.
 
-A key is the hash of (kind, version, arguments); a value is JSON. Values are held in memory (LRU eviction) and, when one is
-given, in a store that outlives the process and that other processes share. A computation runs once in this process and, by
-a claim in the store, once among all processes. A failure is repeated to callers for a short time, so that they do not
-overload a broken service, and is never stored.
+A key is the hash of (kind, version, arguments); a value is JSON. Values are held in memory (LRU eviction) and, when one
+is given, in a store that outlives the process and that other processes share. A computation runs once in this process
+and, by a claim in the store, once among all processes. A failure is repeated to callers for a short time, so that they
+do not overload a broken service, and is never stored.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """Single-flight execution: work that several callers await runs once.
 
-The work is a separate task, so the cancellation of one caller does not affect the others. When the last caller has left,
-the task is cancelled, because nobody would read its result.
+The work is a separate task, so the cancellation of one caller does not affect the others. When the last caller has
+left, the task is cancelled, because nobody would read its result.
 """
 
 import asyncio

@@ -20,7 +20,10 @@ class CacheStore(Protocol):
     async def put(self, address: str, value: str) -> None: ...
 
     async def claim(self, address: str, seconds: float) -> str | None:
-        """Returns a token when nobody else holds the claim to compute this value, else None. Claims expire after `seconds`."""
+        """Returns a token when nobody else holds the claim to compute this value, else None.
+
+        Claims expire after `seconds`.
+        """
 
     async def release(self, address: str, token: str) -> None: ...
 

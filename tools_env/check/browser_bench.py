@@ -2,8 +2,8 @@
 
 python -m tools_env.check.browser_bench --articles=plaintext_articles.tar.xz
 
-Shows real articles in a plain template with a search form in Chromium. Small changes (a typed word, a ticked box, a changed
-line) should lie below the browser tool's threshold, other views above it.
+Shows real articles in a plain template with a search form in Chromium. Small changes (a typed word, a ticked box, a
+changed line) should lie below the browser tool's threshold, other views above it.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 python -m tools_env.check.compliance --address=host:port [--tls_ca=PEM] (a token is read from $STEPDR_TOOLS_TOKEN)
 
-Each check is a function whose docstring states what it checks. Checks that need a tool which the server lacks are skipped.
-The exit status is 1 when a check fails. Each check closes the sessions it opens.
+Each check is a function whose docstring states what it checks. Checks that need a tool which the server lacks are
+skipped. The exit status is 1 when a check fails. Each check closes the sessions it opens.
 """
 
 import argparse

@@ -1,12 +1,14 @@
 """A load generator: many sessions at once, mixed tools, and checks for lost, duplicated and leaked calls.
 
 python -m tools_env.check.load --address=host:port --sessions=1000 --seconds=300
-python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   also kills parts of it
-python -m tools_env.check.load --offline_web=DIR --workers=2      starts a host, and a bare gRPC echo server for comparison
+python -m tools_env.check.load --offline_web=DIR --workers=2
+python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40
 
-Each session appends unique marks to a file, call after call, and reads the file at the end. A missing mark is a lost call, a
-repeated mark a duplicated call, and a mark of another session a leak. Shell commands are counted in the same way. At the end
-an answered call is repeated: its reply must be the same. A token is read from $STEPDR_TOOLS_TOKEN.
+With --offline_web it starts a host, and a bare gRPC echo server for comparison; --kill also kills parts of the host.
+
+Each session appends unique marks to a file, call after call, and reads the file at the end. A missing mark is a lost
+call, a repeated mark a duplicated call, and a mark of another session a leak. Shell commands are counted in the same
+way. At the end an answered call is repeated: its reply must be the same. A token is read from $STEPDR_TOOLS_TOKEN.
 """
 
 import argparse
@@ -34,7 +36,10 @@ SAMPLE_SECONDS = 1.0
 
 @dataclasses.dataclass
 class LoadReport:
-    """Results of a run. `seconds_of` has the latency of each call, `memory` the MiB of all host processes once a second."""
+    """Results of a run.
+
+    `seconds_of` has the latency of each call, `memory` the MiB of all host processes once a second.
+    """
 
     calls: int = 0
     outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -75,8 +80,9 @@ async def run_load(
 ) -> LoadReport:
     """Loads a host for `seconds` with `sessions` concurrent sessions.
 
-    A session makes `calls` calls, `think` seconds apart on average, and checks its file; then the next session takes its
-    place. `shell` is the share of calls that run a shell command. `pid` is the host's process, to sample its memory.
+    A session makes `calls` calls, `think` seconds apart on average, and checks its file; then the next session takes
+    its place. `shell` is the share of calls that run a shell command. `pid` is the host's process, to sample its
+    memory.
     """
     load, began = LoadReport(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
@@ -103,7 +109,10 @@ async def _sample(load: LoadReport, pid: int) -> None:
 
 
 def process_tree(pid: int) -> list[int]:
-    """Returns the process and all its descendants. Does not scan all processes of the machine, which would delay calls."""
+    """Returns the process and all its descendants.
+
+    Does not scan all processes of the machine, which would delay calls.
+    """
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -225,8 +234,8 @@ async def against_echo(
 ) -> list[float]:
     """Returns, per round, the rate of a trivial call divided by that of a bare gRPC echo of equal size.
 
-    Both are called through bare stubs, so that the client's cost is the same. With the host's `pid` the CPU time per call is
-    also printed, which depends less than the rate on other load of the machine.
+    Both are called through bare stubs, so that the client's cost is the same. With the host's `pid` the CPU time per
+    call is also printed, which depends less than the rate on other load of the machine.
     """
 
     def spent(of: int) -> float:

@@ -2,8 +2,8 @@
 
 python -m tools_env.check.patch_bench [--texts=FOLDER] [--edits=500] [--seed=0]
 
-Edits of one to three lines or one sentence are made in long texts (*.txt files of a folder, or pages of the
-offline web). The anchor copies the old text exactly, or with one to three injected errors: a letter, a space, a capital. An
+Edits of one to three lines or one sentence are made in long texts (*.txt files of a folder, or pages of the offline
+web). The anchor copies the old text exactly, or with one to three injected errors: a letter, a space, a capital. An
 edit succeeds when the result is exactly as intended; a different result without an error is a wrong edit.
 """
 
@@ -105,7 +105,7 @@ def _with_slips(rng: random.Random, text: str) -> str:
 
 
 def _hunk(rng: random.Random, text: str, start: int, end: int, new: str, slips: bool):
-    """Returns (line, before, old, new, after) of a diff with three lines of context, with a slightly wrong line number."""
+    """Returns (line, before, old, new, after) of a hunk with three context lines and a slightly wrong line number."""
     first, last = text.rfind("\n", 0, start) + 1, text.find("\n", end)
     last = len(text) if last < 0 else last
     above, below = text[:first].split("\n")[:-1], text[last + 1 :].split("\n") if last < len(text) else []

@@ -2,17 +2,17 @@
 
 python -m tools_env.check.search_bench --articles=FOLDER_OR_TAR
 
-Collection: paragraphs of the articles (.txt files named by their titles), `--paragraphs` of them, and the Chinese pages of
-the offline web. Each query has one known paragraph to be found:
+Collection: paragraphs of the articles (.txt files named by their titles), `--paragraphs` of them, and the Chinese pages
+of the offline web. Each query has one known paragraph to be found:
 
 known item   a sentence of 8 to 30 words without the words of its article's title
 paraphrase   40 % of these words dropped, the rest shuffled, and half of those longer than five letters given another
              ending (ing, ed, s, ly, ion exchanged or added); no synonyms
-Chinese      a sentence of a Chinese page of the offline web without every fifth character. These pages are generated from
-             sentence templates, so they are easier than real ones. No query crosses languages.
+Chinese      a sentence of a Chinese page of the offline web without every fifth character. These pages are generated
+             from sentence templates, so they are easier than real ones. No query crosses languages.
 
-Authority, 0 to 2, is assigned by the hash of the title, so it is unrelated to relevance: the loss of `+authority` is the
-cost of an uninformative boost.
+Authority, 0 to 2, is assigned by the hash of the title, so it is unrelated to relevance: the loss of `+authority` is
+the cost of an uninformative boost.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def paragraphs(body: str) -> list[str]:
 
 
 def collection(path: Path, limit: int, offline_web: Path) -> Iterator[dict]:
-    """Yields documents for the index: articles in the order of their titles' hashes, then the offline web's Chinese pages."""
+    """Yields documents to index: articles in order of their titles' hashes, then Chinese pages of the offline web."""
     kept = 0
     for title, body in sorted(articles(path), key=lambda pair: _hash(pair[0])):
         found = paragraphs(body)[: max(0, limit - kept)]

@@ -33,9 +33,7 @@ RELATIONS = (
     "calling_code",
     "demonym",
 )
-CURRENCIES_ON = datetime.date(
-    2025, 6, 1
-)  # legal tender on this day; fixed, so that pages do not depend on the clock
+CURRENCIES_ON = datetime.date(2025, 6, 1)  # legal tender on this day; fixed, so that pages do not depend on the clock
 
 # Territories without a permanent population, or that CLDR combines from unrelated places.
 _LEFT_OUT = frozenset({"ATA", "ATF", "BVT", "HMD", "IOT", "SGS", "SJM", "UMI"})
@@ -211,7 +209,7 @@ def source_version() -> str:
 
 
 def _rows() -> list[dict]:
-    """Returns the records of countryinfo in order of ISO code, read from its data files without importing the package."""
+    """Returns the records of countryinfo in order of ISO code. Reads its data files without importing the package."""
     spec = importlib.util.find_spec("countryinfo")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data" if spec else None
     if folder is None or not folder.is_dir():

@@ -50,7 +50,9 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
     """
     root = Path(documents).expanduser()
     if not root.is_dir():
-        raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct config.offline_web.documents")
+        raise ToolHostError(
+            f"expected a folder of documents, got {root}, which is not one; correct config.offline_web.documents"
+        )
     try:
         paths = sorted(document_files(root))
     except OSError as error:
@@ -59,7 +61,9 @@ def read_folder(documents: str | os.PathLike) -> list[dict]:
         ) from None
     if not paths:
         kinds = ", ".join(sorted(suffix[1:] for suffix in TYPES))
-        raise ToolHostError(f"expected documents ({kinds}) in {root}, found none; correct config.offline_web.documents or add some")
+        raise ToolHostError(
+            f"expected documents ({kinds}) in {root}, found none; correct config.offline_web.documents or add some"
+        )
     urls = {path.resolve(): _url(path.relative_to(root)) for path in paths}
     return [_document(path, root, urls) for path in paths]
 
@@ -128,7 +132,9 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
     # Links are stored beside the text; inside it they would separate its words.
     lines = split_paragraphs(line if line.startswith("#") else text.passage(line) for line in lines)
     if not any(text.passage(line) for line in lines):
-        raise ToolHostError(f"the document {shown} has no text (a scan needs text recognition first); convert or remove it")
+        raise ToolHostError(
+            f"the document {shown} has no text (a scan needs text recognition first); convert or remove it"
+        )
     title = " ".join((title or relative.stem.replace("_", " ")).split())[:120]
     content = "\n".join(line for line in lines if line and (line.lstrip("# ") != title or not line.startswith("#")))
     row = {

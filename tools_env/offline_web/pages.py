@@ -1,8 +1,8 @@
 """The pages of the offline web: the text, links and injected errors of each host.
 
 Hosts differ as on the real web. Two are authoritative (a reference work and a dated register), one is ordinary and
-incomplete, one copies, one has injected errors in the same words as the reference work, one is slow, one is down. Random
-draws are seeded with (seed, host, entity, language), so a page does not depend on the others.
+incomplete, one copies, one has injected errors in the same words as the reference work, one is slow, one is down.
+Random draws are seeded with (seed, host, entity, language), so a page does not depend on the others.
 """
 
 import dataclasses

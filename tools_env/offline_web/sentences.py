@@ -1,7 +1,7 @@
 """Sentence templates of the offline web: one sentence per fact and passage.
 
-`plain_sentence` is the form of the reference pages, which search queries copy ("The capital of Austria is Vienna."). The
-other hosts state the same facts in other words, none of which begins like the plain form.
+`plain_sentence` is the form of the reference pages, which search queries copy ("The capital of Austria is Vienna.").
+The other hosts state the same facts in other words, none of which begins like the plain form.
 """
 
 from tools_env.offline_web.facts import Entity, Value

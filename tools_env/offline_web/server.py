@@ -1,8 +1,8 @@
 """HTTP server of the offline web: one server on loopback that answers for every host by its Host header.
 
-Pages are rendered from documents.jsonl on request. A passage is one paragraph, so that the text extracted from a page equals
-that of the documents file; citation ids depend on that. Other behavior of hosts is in sites.json: delays, failures,
-redirects, and pages with a wrong charset or an unreasonable size.
+Pages are rendered from documents.jsonl on request. A passage is one paragraph, so that the text extracted from a page
+equals that of the documents file; citation ids depend on that. Other behavior of hosts is in sites.json: delays,
+failures, redirects, and pages with a wrong charset or an unreasonable size.
 """
 
 import asyncio
@@ -20,8 +20,8 @@ from tools_env.errors import ToolHostError
 from tools_env.search import store, text
 
 _PADDING = "<!-- " + "picture " * 128 + "-->\n"
-# Sites that do not mark their main text, as many real ones: the parser must find it. Short Chinese pages always mark it,
-# because main text extraction counts characters and takes them for too short.
+# Sites that do not mark their main text, as many real ones: the parser must find it. Short Chinese pages always mark
+# it, because main text extraction counts characters and takes them for too short.
 _UNMARKED = {"travelnotes.test": 'div class="content"', "quickfacts.test": 'div id="page"'}
 
 
@@ -144,7 +144,9 @@ def _read_pages(path: Path) -> dict[tuple[str, str], dict]:
             parts = urlsplit(row["url"])
             pages[parts.hostname, unquote(parts.path)] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ToolHostError(f"{path} line {number} is not a document ({error!r}); build the offline web again") from None
+            raise ToolHostError(
+                f"{path} line {number} is not a document ({error!r}); build the offline web again"
+            ) from None
     return pages
 
 

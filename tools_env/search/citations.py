@@ -1,8 +1,8 @@
 """Citation ids: `web_` and four syllables, derived from the page's URL and the passage's text.
 
-Syllables take few tokens in a small tokenizer and are easy to read. With 80^4 = 41 million ids, collisions occur in a large
-index, so the later of two colliding passages gets its next id. The index is built in a fixed order, which makes the choice
-stable.
+Syllables take few tokens in a small tokenizer and are easy to read. With 80^4 = 41 million ids, collisions occur in a
+large index, so the later of two colliding passages gets its next id. The index is built in a fixed order, which makes
+the choice stable.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Dense vectors of passages: an embedder, the vectors on disk, and their nearest-neighbour index.
 
-The offline embedder is latent semantic analysis of words and their character n-grams, fitted on the index's own passages.
-Alternatively, an OpenAI-compatible endpoint embeds with any model.
+The offline embedder is latent semantic analysis of words and their character n-grams, fitted on the index's own
+passages. Alternatively, an OpenAI-compatible endpoint embeds with any model.
 
 model.json       the embedder of the vectors
 lsa.npz          the fitted projection (offline embedder)
@@ -156,7 +156,10 @@ class Vectors:
     """Vectors of an index with nearest-neighbor search, memory-mapped."""
 
     def __init__(self, folder: Path, embedder: Embedder):
-        """Opens what `build_dense_index` made. Raises OSError or ValueError when it is missing or of another embedder."""
+        """Opens what `build_dense_index` made.
+
+        Raises OSError or ValueError when it is missing or of another embedder.
+        """
         import faiss
 
         made = json.loads((folder / "model.json").read_text())
@@ -225,7 +228,9 @@ def build_dense_index(
                 out.write(vectors.astype(np.float32).tobytes())
                 progress(start + len(vectors))
         except (Unavailable, ToolError) as error:
-            raise ToolHostError(f"{error}; fix the endpoint and repeat the command, which continues from here") from None
+            raise ToolHostError(
+                f"{error}; fix the endpoint and repeat the command, which continues from here"
+            ) from None
         finally:
             await embedder.close()
 

@@ -278,7 +278,10 @@ class PassageIndex:
         }
 
     def _ordered(self, relevance: dict[int, float], cosine: dict[int, float]) -> list[int]:
-        """Returns ordinals, best first. Scores are rounded, so that the last bits of float sums do not decide; ties go by id."""
+        """Returns ordinals, best first.
+
+        Scores are rounded, so that the last bits of float sums do not decide; ties go by id.
+        """
         ids = {ordinal: self.passages[ordinal].id for ordinal in {**relevance, **cosine}}
         authority = {o: self.passages[o].authority if self._authority else 0 for o in ids}
 

@@ -1,8 +1,8 @@
 """OpenSearch backend, shared by several hosts: BM25, k-nearest-neighbor vectors or both, over HTTP.
 
 Text is tokenized here (text.py) and split at white space by the cluster, so that English and Chinese match as in the
-embedded index, and the cluster needs no plugin but its own k-NN. Authority is a function_score in the mode `bm25`, a factor
-on scores in `dense`, and `ranking.promoted` after fusion in `hybrid`.
+embedded index, and the cluster needs no plugin but its own k-NN. Authority is a function_score in the mode `bm25`, a
+factor on scores in `dense`, and `ranking.promoted` after fusion in `hybrid`.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Ranking of passages: by relevance, and by authority between passages of comparable relevance.
 
 Full-text scores alone confuse similar passages ("The capital of Guinea ...", "The capital of Papua New Guinea ...").
-Relevance here adds the share of the query that the passage covers, the share of adjacent query words that stay adjacent,
-and the share of the page's title that the query names.
+Relevance here adds the share of the query that the passage covers, the share of adjacent query words that stay
+adjacent, and the share of the page's title that the query names.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ def fused(rankings: Sequence[Sequence[str]]) -> list[str]:
 def promoted(order: Sequence[str], measures: Callable[[str], Sequence[float]], authority: Callable[[str], int]):
     """Returns `order` with passages of higher authority moved up past comparable ones.
 
-    Ranks do not show how much two passages differ. So a passage passes another only if by every measure of relevance its
-    boosted value is at least the other's.
+    Ranks do not show how much two passages differ. So a passage passes another only if by every measure of relevance
+    its boosted value is at least the other's.
     """
     done: list[str] = []
     for name in order:

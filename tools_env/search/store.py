@@ -109,7 +109,10 @@ class Writer:
     """Adds, replaces and removes documents. Changes take effect with `commit`. A lock allows one writer at a time."""
 
     def __init__(self, folder: Path):
-        """Opens or creates the index in `folder`. Raises ToolHostError when another process writes it, or it is damaged."""
+        """Opens or creates the index in `folder`.
+
+        Raises ToolHostError when another process writes it, or it is damaged.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._lock = open(folder / "writer.lock", "w")

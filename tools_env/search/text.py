@@ -1,7 +1,7 @@
 """Text rules shared by the index and the page parser: from text to passages and from passages to tokens.
 
-A passage is one paragraph or list item, without markup. Tokens are words with case, accents and plural s
-removed, without function and question words. Chinese and Japanese have no spaces, so their tokens are overlapping pairs of
+A passage is one paragraph or list item, without markup. Tokens are words with case, accents and plural s removed,
+without function and question words. Chinese and Japanese have no spaces, so their tokens are overlapping pairs of
 characters, and the full-text engine needs no dictionary.
 """
 

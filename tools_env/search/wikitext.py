@@ -1,7 +1,7 @@
 """Wikipedia dumps: pages of a MediaWiki XML export, and their wikitext as plain paragraphs.
 
-Templates, tables, references, files and categories are removed; links and emphasis become plain words. The result is prose,
-not what MediaWiki renders: the output of templates (units, dates, infoboxes) is lost.
+Templates, tables, references, files and categories are removed; links and emphasis become plain words. The result is
+prose, not what MediaWiki renders: the output of templates (units, dates, infoboxes) is lost.
 """
 
 import bz2
@@ -103,7 +103,10 @@ def _page(node, host: str, lang: str) -> DumpPage | None:
 
 
 def plain_text(wikitext: str) -> str:
-    """Returns wikitext as Markdown: one paragraph or list item per line, headings with #. Reference sections are omitted."""
+    """Returns wikitext as Markdown: one paragraph or list item per line, headings with #.
+
+    Reference sections are omitted.
+    """
     content = _DROPPED.sub("", _COMMENT.sub("", wikitext))
     content = _to_end(_INNER_TEMPLATE, "", content)
     content = _to_end(_INNER_TABLE, "", content)

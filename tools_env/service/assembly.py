@@ -25,9 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 async def make_service(settings: HostSettings, resources: contextlib.AsyncExitStack, metrics: Metrics) -> ToolService:
-    """Returns the service without a transport; what it holds is released with `resources`. Raises ToolHostError."""
+    """Returns the service without a transport; closing `resources` releases what it holds. Raises ToolHostError."""
     if not settings.offline_web and settings.search == "embedded":
-        raise ToolHostError("expected --offline_web=DIR: a world, or a directory that `python -m tools_env.index` made")
+        raise ToolHostError(
+            "expected --offline_web=DIR: an offline web, or a directory made by `python -m tools_env.index`"
+        )
     sites = _read_sites(Path(settings.offline_web)) if settings.offline_web else {}
     backend, citations = await choose.make_search_backend(settings, sites)
     resources.push_async_callback(backend.close)
@@ -89,7 +91,7 @@ async def make_service(settings: HostSettings, resources: contextlib.AsyncExitSt
 
 
 def tool_concurrency(settings: HostSettings) -> dict[str, int]:
-    """Returns calls at a time by tool; "" stands for the tools not named. Raises ToolHostError."""
+    """Returns the number of concurrent calls by tool; "" stands for all other tools. Raises ToolHostError."""
     found = {"": settings.concurrency}
     for entry in filter(None, settings.tool_concurrency.split(",")):
         name, _, number = entry.partition("=")
@@ -110,7 +112,7 @@ def _store(settings: HostSettings, state: Path, resources: contextlib.AsyncExitS
 
 
 def _lock(state: Path, worker: int, resources: contextlib.AsyncExitStack) -> None:
-    """Keeps two hosts from taking up the same sessions; the lock ends with the process, however it ends."""
+    """Locks the state directory, so that two hosts do not restore the same sessions. The lock ends with the process."""
     state.mkdir(parents=True, exist_ok=True)
     file = resources.enter_context(open(state / f"worker_{worker}.lock", "w"))
     try:
@@ -127,10 +129,10 @@ def _read_sites(offline_web_dir: Path) -> dict[str, int]:
         return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
     except FileNotFoundError:
         raise ToolHostError(
-            f"{path} does not exist; build the world first, or name its directory with --offline_web"
+            f"{path} does not exist; build the offline web first, or name its directory with --offline_web"
         ) from None
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the world again") from None
+        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the offline web again") from None
 
 
 async def _reap(sessions: Sessions, interval: float, metrics: Metrics) -> None:
@@ -138,4 +140,4 @@ async def _reap(sessions: Sessions, interval: float, metrics: Metrics) -> None:
         await asyncio.sleep(interval)
         if ended := sessions.reap():
             metrics.sessions.set(len(sessions))
-            logger.info("leases ended: %s", ", ".join(ended))
+            logger.info("sessions removed at the end of their lease: %s", ", ".join(ended))

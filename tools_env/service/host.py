@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunningHost:
-    """What `serve` returns. `stop` ends it; it may be called twice."""
+    """A running host, returned by `start_host`. `stop` may be called twice."""
 
     def __init__(self, address: str, server, health_servicer, drain: float, resources: contextlib.AsyncExitStack):
         self.address = address
@@ -36,7 +36,7 @@ class RunningHost:
         self._resources = resources
 
     async def stop(self, drain: float | None = None) -> None:
-        """Refuses new calls, lets those in flight finish for `drain` seconds, then releases everything."""
+        """Refuses new calls, waits up to `drain` seconds for calls in flight, then releases everything."""
         for name in ("", SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         await self._server.stop(self._drain if drain is None else drain)
@@ -46,7 +46,7 @@ class RunningHost:
 async def start_host(settings: HostSettings) -> RunningHost:
     """Starts one process of a tool host on the running event loop and returns it when it answers calls.
 
-    Raises ToolHostError when the world is missing, the port is taken or strangers could call.
+    Raises ToolHostError when the offline web is missing, the port is taken or callers would not be authenticated.
     """
     check_exposure(settings.host, settings.token, settings.tls_client_ca, settings.allow_anyone)
     async with contextlib.AsyncExitStack() as resources:
@@ -66,12 +66,12 @@ async def start_host(settings: HostSettings) -> RunningHost:
         server = grpc.aio.server(
             interceptors=interceptors,
             options=[
-                # Workers share a port; a second host on the same port must fail, not take a part of its calls.
+                # Workers share a port; a second host on that port must fail instead of taking some calls.
                 ("grpc.so_reuseport", 0 if routed is None else 1),
                 ("grpc.max_receive_message_length", MAX_MESSAGE),
                 ("grpc.max_send_message_length", MAX_MESSAGE),
-                # Beyond 1,000 calls that Python has not seen yet, gRPC cancels some at random, and a client cannot tell
-                # that from a fault. Ours is the queue that refuses, and it says when to come back.
+                # Above 1,000 pending calls gRPC cancels some at random, which a client cannot tell from a fault. The
+                # queue of the service refuses calls instead, and says when to retry.
                 ("grpc.server.max_pending_requests", 20_000),
                 ("grpc.server.max_pending_requests_hard_limit", 30_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -94,7 +94,7 @@ async def start_host(settings: HostSettings) -> RunningHost:
             resources.callback(stop)
         await server.start()
         gc.collect()
-        gc.freeze()  # what lives as long as the host is not looked through again while calls wait
+        gc.freeze()  # objects that live as long as the host are not scanned again while calls wait
         for name in ("", SERVICE):
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         address = f"{settings.host}:{port}"
@@ -117,7 +117,7 @@ def _bind(server, settings: HostSettings) -> int:
         bound = 0
     if not bound:
         raise ToolHostError(
-            f"cannot listen on {host}:{port}: the port is in use or not ours to use; stop the other program, name "
+            f"cannot listen on {host}:{port}: the port is in use or not permitted; stop the other program, name "
             "another port, or use port 0 for any free one"
         )
     return bound

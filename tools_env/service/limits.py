@@ -1,6 +1,6 @@
-"""Backpressure: so many calls at a time, so many waiting, and an honest refusal beyond that.
+"""Backpressure: bounds on concurrent and waiting calls, and refusal with a retry time beyond them.
 
-grpc.aio's own `maximum_concurrent_rpcs` loses count under cancellation (grpc issue 41531), so calls are counted here.
+`maximum_concurrent_rpcs` of grpc.aio miscounts under cancellation (grpc issue 41531), so calls are counted here.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ class ConcurrencyLimit:
     """A semaphore with a bounded queue."""
 
     def __init__(self, name: str, concurrency: int, queue: int, gauges=None):
-        """`gauges`: two objects with inc and dec, told of the calls that run and that wait."""
+        """`gauges`: two objects with inc and dec, for running and for waiting calls."""
         self.name = name
         self.concurrency = concurrency
         self.queue = queue
@@ -26,7 +26,7 @@ class ConcurrencyLimit:
 
     @property
     def full(self) -> bool:
-        """Whether a call would have to wait."""
+        """Returns whether a call would have to wait."""
         return self._slots.locked()
 
     @contextlib.asynccontextmanager

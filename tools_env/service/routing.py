@@ -1,7 +1,8 @@
-"""Finds the worker process that has a session. Any worker takes any call; one that is not its own it passes on.
+"""Routes calls to the worker process that has the session. Any worker accepts any call and forwards those of other
+workers.
 
-Workers reach each other over Unix sockets in a folder that only their user can enter. A session opens at the worker that
-its request id hashes to, so a repeated OpenSession finds the session it opened, over whichever connection it comes.
+Workers connect to each other over Unix sockets in a folder that only their user can enter. A session opens at the
+worker that its request id hashes to, so a repeated OpenSession finds its session over any connection.
 """
 
 import zlib
@@ -14,7 +15,7 @@ from tools_env.service import tracing
 from tools_env.service.service import ToolService
 from tools_env.service.sessions import owning_worker
 
-FORWARDED = "stepdr-passed-on"  # metadata of a call that another worker sent; it goes no further
+FORWARDED = "stepdr-passed-on"  # metadata of a forwarded call, which is not forwarded again
 _OPTIONS = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", 16 << 20),
@@ -29,7 +30,7 @@ def worker_socket(folder: str, worker: int) -> str:
 
 
 class RoutedService(tools_pb2_grpc.ToolServiceServicer):
-    """The service of one worker among `workers`."""
+    """The service of worker number `worker` of `workers`."""
 
     def __init__(self, local: ToolService, socket_dir: str, worker: int, workers: int):
         self._local = local
@@ -76,5 +77,5 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
             ]
             details = error.details()
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                details = f"worker {worker}, which has this session, does not answer; it is started again"
+                details = f"worker {worker}, which has this session, does not answer; it is restarted"
             await context.abort(error.code(), details, tuple(trailing))

@@ -1,6 +1,6 @@
-"""The handlers of stepdr.tools.v1.ToolService: from a request to a tool and back, on two error planes.
+"""The handlers of stepdr.tools.v1.ToolService.
 
-What the model should see becomes an Outcome in the reply; what the system broke becomes a gRPC status.
+Errors that the model should see become an Outcome in the reply; failures of the system become a gRPC status.
 """
 
 import asyncio
@@ -35,9 +35,9 @@ from tools_env.tools import arguments as argument_check
 from tools_env.tools import implicit_context
 from tools_env.tools.base import CallContext, Tool, ToolOutput
 
-DEFAULT_DEADLINE = 60.0  # seconds, for callers that set none
-MAX_DEADLINE = 900.0  # seconds; a longer wait is cut to this
-# Tools that change nothing: a call that was cut off may run again. Calls of all others run once or not at all.
+DEFAULT_DEADLINE = 60.0  # seconds, for callers without a deadline
+MAX_DEADLINE = 900.0  # seconds; longer deadlines are shortened to this
+# Tools without side effects: an interrupted call may run again. Calls of all other tools run at most once.
 REPEATABLE = frozenset({"batch_web_surfer", "file_parser", "asr", "analyze_image"})
 STATUS = {
     UnknownSession: grpc.StatusCode.NOT_FOUND,
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class ToolService(tools_pb2_grpc.ToolServiceServicer):
-    """One instance serves all sessions of a process on one event loop.
+    """The service of one process, on one event loop.
 
     `list_tools`, `open` and `call` are the service without a transport; the RPC methods put them on gRPC.
     """
@@ -75,8 +75,8 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
     ):
         """
         Args:
-          concurrency: calls at a time, of every tool or by tool; "" names the number of the tools not named.
-          endpoint: told to clients as the address of the sessions opened here; empty: the one they called.
+          concurrency: concurrent calls of each tool, or by tool name; "" stands for all other tools.
+          endpoint: address given to clients for the sessions opened here; empty: the address they called.
         """
         self._tools = {tool.name: tool for tool in tools}
         self._metrics = metrics or Metrics()
@@ -100,7 +100,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return list(self._tools.values())
 
     def open(self, spec: SessionSpec) -> Session:
-        """Opens a session. Raises BadArguments for a fault profile or cache mode that cannot be understood."""
+        """Opens a session. Raises BadArguments for an invalid fault profile or cache mode."""
         profile = faults.parse_fault_profile(spec.faults_json, self._tools)
         if spec.cache_mode not in ("", *caching.CACHE_MODES):
             raise BadArguments(f"cache_mode must be one of {', '.join(caching.CACHE_MODES)}, got {spec.cache_mode!r}")
@@ -110,7 +110,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return session
 
     def close(self, session_id: str) -> Session | None:
-        """Ends a session; None when it is not open here."""
+        """Ends and returns a session; None when it is not open here."""
         session = self._sessions.close(session_id)
         self._metrics.sessions.set(len(self._sessions))
         return session
@@ -122,7 +122,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
           deadline: time.monotonic() after which nobody waits for the result.
 
         Raises UnknownSession, CallIdReused, CallUnfinished, RetryLater, Unavailable and TimeoutError; anything else is
-        a fault of a tool.
+        a failure of a tool.
         """
         session = self._sessions.get(session_id)
         began = time.monotonic()
@@ -147,7 +147,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return reply
 
     def _at_once(self, session: Session, call_id: str, name: str) -> bool:
-        """Whether the call runs to its end without a wait, so that it needs no task and no timer of its own."""
+        """Returns whether the call runs without waiting, so that it needs neither task nor timer."""
         tool = self._tools.get(name)
         if tool is None or not tool.instant or self._limits[name].full or session.runs(call_id):
             return False
@@ -157,7 +157,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return tool if tool in self._tools else "unknown"
 
     async def _execute(self, session: Session, call_id: str, name: str, arguments_json: str, deadline: float) -> bytes:
-        """Runs one call and returns its reply. A call that the host could not run costs no budget."""
+        """Runs one call and returns its reply. A call that fails in the host costs no budget."""
         if (spent := session.spent(name)) is not None:
             self._metrics.calls.labels(self._label(name), "budget_exhausted").inc()
             return _reply_message(
@@ -214,7 +214,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             return tools_pb2.OUTCOME_TOOL_ERROR, ToolOutput(str(error))
 
     def _profile(self, session: Session) -> faults.FaultProfile:
-        if "faults" not in session.attachments:  # a session taken up from its journal
+        if "faults" not in session.attachments:  # a session restored from its journal
             session.attachments["faults"] = faults.parse_fault_profile(session.spec.faults_json, self._tools)
         return session.attachments["faults"]
 
@@ -234,7 +234,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return arguments
 
     def _fit(self, session: Session, output: ToolOutput) -> ToolOutput:
-        """Applies the implicit-context rule, and keeps only the sources whose mark the text still shows."""
+        """Applies the implicit-context rule, and keeps only the sources that the shortened text still cites."""
         if len(output.text) > self._max_chars and not output.paged:
             path = implicit_context.store_result(session.directory / "workspace", output.text)
             output.text = implicit_context.shorten_result(
@@ -316,13 +316,13 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
 
 
 def shortened(message: object) -> str:
-    """Returns a message that fits the trailing metadata, which gRPC drops at random above 8 KiB: it may echo a caller."""
+    """Returns a message of bounded length: gRPC drops trailing metadata above 8 KiB, and messages may echo a caller."""
     text = str(message)
     return text if len(text) <= 500 else text[:500] + "..."
 
 
 def retry_metadata(error: RetryLater) -> tuple[tuple[str, str | bytes], ...]:
-    """When to come back, in the two forms that clients read: gRPC's pushback and google.rpc.RetryInfo."""
+    """Returns the retry delay in the two forms that clients read: gRPC's pushback and google.rpc.RetryInfo."""
     whole, part = divmod(error.retry_seconds, 1.0)
     delay = duration_pb2.Duration(seconds=int(whole), nanos=int(part * 1e9))
     detail = any_pb2.Any()

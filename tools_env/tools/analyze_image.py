@@ -1,4 +1,4 @@
-"""`analyze_image`: a picture of the workspace in words, by an endpoint's vision model or, without one, by tesseract."""
+"""`analyze_image`: describes an image of the workspace, by an endpoint's vision model or, without one, by tesseract."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ SCHEMA = {
 async def run_analyze_image(
     model: endpoint.Endpoint | None, call: CallContext, arguments: dict[str, Any]
 ) -> ToolOutput:
-    """The tool."""
+    """Runs the tool; `model` None uses tesseract."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
     media_type = picture_media_type(content)
@@ -51,7 +51,7 @@ async def run_analyze_image(
 
 
 def picture_media_type(content: bytes) -> str:
-    """Returns the media type of a picture, from its head alone. Raises ToolError, also for one of too many pixels."""
+    """Returns the media type of an image from its header. Raises ToolError, also for too many pixels."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -66,7 +66,7 @@ def picture_media_type(content: bytes) -> str:
 
 
 async def recognize_text(content: bytes, seconds: float, languages: str = "") -> str:
-    """Returns the printed text of a picture by tesseract, in all its installed languages if none are named."""
+    """Returns the printed text of an image by tesseract; default: English and Chinese where installed."""
     languages = languages or "+".join(await _languages())
     process = await asyncio.create_subprocess_exec(
         *("prlimit", f"--as={4 << 30}", "--cpu=60", "--fsize=0", "--"),

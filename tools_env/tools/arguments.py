@@ -1,4 +1,4 @@
-"""Checks arguments against the part of JSON schema that the tools use, with messages that a model can act on."""
+"""Checks arguments against the subset of JSON schema that the tools use, with messages for the model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _TYPES = {"string": str, "integer": int, "array": list, "object": dict, "boolean
 
 
 def check_arguments(schema: dict[str, Any], value: Any, where: str = "arguments") -> None:
-    """Raises BadArguments for the first field that does not fit: type, enum, required, bounds, unknown names."""
+    """Raises BadArguments for the first invalid field: type, enum, required, bounds, unknown names."""
     if "anyOf" in schema:
         of_type = [choice for choice in schema["anyOf"] if isinstance(value, _TYPES[choice["type"]])]
         if not of_type:

@@ -1,6 +1,6 @@
-"""`asr`: speech of the workspace as text, by an endpoint's /audio/transcriptions or, without one, by pocketsphinx.
+"""`asr`: transcribes audio of the workspace, by an endpoint's /audio/transcriptions or, without one, by pocketsphinx.
 
-python -m tools_env.tools.asr < FILE.wav     the offline recogniser alone, as the tool runs it: in its own process
+python -m tools_env.tools.asr < FILE.wav     the offline recognizer alone, in a process as the tool runs it
 """
 
 import asyncio
@@ -35,7 +35,7 @@ SCHEMA = {
 
 
 async def run_asr(model: endpoint.Endpoint | None, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
-    """The tool."""
+    """Runs the tool; `model` None uses pocketsphinx."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
     if model is None:
@@ -56,7 +56,7 @@ async def run_asr(model: endpoint.Endpoint | None, call: CallContext, arguments:
 
 
 async def recognize_speech(content: bytes, seconds: float) -> str:
-    """Returns the words that pocketsphinx finds in a WAV file. Raises ToolError."""
+    """Returns the words that pocketsphinx recognizes in a WAV file. Raises ToolError."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tools_env.tools.asr"),
         stdin=asyncio.subprocess.PIPE,
@@ -102,7 +102,7 @@ def _samples(content: bytes) -> bytes:
 
 
 def main() -> int:
-    """Reads WAV from standard input, prints one JSON object."""
+    """Reads WAV from standard input and prints one JSON object."""
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (300, 300))
     try:

@@ -1,9 +1,10 @@
-"""Text of documents: PDF, Word, Excel, PowerPoint, EPUB, HTML, CSV, plain text. Files come from strangers.
+"""Text of documents: PDF, Word, Excel, PowerPoint, EPUB, HTML, CSV, plain text. Files are untrusted.
 
 python -m tools_env.tools.documents NAME < FILE
 
-prints one JSON list of blocks (pages, sheets, slides, chapters) in a process with little memory and time, so that a
-hostile file takes nothing else down. Archives are refused before they are unpacked when they would grow too large.
+prints a JSON object with the blocks (pages, sheets, slides, chapters) in a process with limits on memory and time, so
+that a hostile file does not affect the host. Archives that would unpack to too much are refused before they are
+unpacked.
 """
 
 import csv
@@ -31,7 +32,7 @@ _ZIPPED = ("docx", "xlsx", "pptx", "epub")
 
 
 def read_document(name: str, content: bytes) -> list[str]:
-    """Returns the blocks of a document as Markdown. The content decides before the name. Raises ToolError."""
+    """Returns the blocks of a document as Markdown. The content takes precedence over the name. Raises ToolError."""
     if content.startswith(b"%PDF-"):
         return _pdf(content)
     if content.startswith(b"PK\x03\x04"):
@@ -110,7 +111,7 @@ def check_sizes(entries: list[zipfile.ZipInfo]) -> None:
 def _xml(content: bytes):
     from lxml import etree
 
-    # No entities, no network, no external DTD: a document may name /etc/passwd or a thousand laughs.
+    # No entities, network or external DTD: documents may refer to /etc/passwd or expand exponentially.
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
     try:
         return etree.fromstring(content, parser)
@@ -235,7 +236,7 @@ def main() -> int:
         answer = {"error": str(error)}
     except (MemoryError, RecursionError):
         answer = {"error": "the document is too large or too deeply nested"}
-    except Exception as error:  # a parser's own failure on a broken file is the file's
+    except Exception as error:  # a parser's exception means a broken file
         answer = {"error": f"the document is damaged ({type(error).__name__})"}
     sys.stdout.write(json.dumps(answer))
     return 0

@@ -1,4 +1,4 @@
-"""`file`: the session's workspace. Reads page, writes are atomic, and no path leads outside."""
+"""`file`: the session's workspace. Reads are paged, writes are atomic, and no path leads outside."""
 
 import stat
 from typing import Any
@@ -70,7 +70,7 @@ def make_file_tool(max_file_chars: int, max_files: int) -> Tool:
         workspace.replace(call.workspace, path, text.encode())
 
     def _text(call: CallContext, path: str) -> str:
-        # 4 bytes are the most that a character takes; what the shell wrote may be larger than what this tool writes.
+        # A character takes at most 4 bytes; files written by the shell may be larger than this tool's limit.
         content = workspace.read_bytes(call.workspace, path, 4 * max_file_chars)
         try:
             return content.decode()
@@ -110,7 +110,7 @@ def make_file_tool(max_file_chars: int, max_files: int) -> Tool:
 def _read(call: CallContext, shown: str, text: str, offset: int, limit: int | None) -> ToolOutput:
     if offset and offset >= len(text):
         raise ToolError(f"offset {offset} is past the end; {shown} has {len(text)} characters")
-    # The note below may name three numbers and a path; the page leaves room for it.
+    # Leaves room for the note below, which names three numbers and a path.
     page_chars = max(min(limit or call.max_chars, call.max_chars - 40 - len(shown)), 1)
     rest = text[offset:]
     page = rest[:page_chars]

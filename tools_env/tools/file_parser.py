@@ -1,4 +1,4 @@
-"""`file_parser`: a document of the workspace as text. Each is read by a process of its own (see `documents`)."""
+"""`file_parser`: a document of the workspace as text. Each is parsed in its own process (see `documents`)."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ SCHEMA = {
 
 
 async def run_file_parser(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
-    """The tool. Long results are stored and summarised like those of every tool."""
+    """Runs the tool."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
     blocks = await parse_document(name, content, call.seconds_left() - 0.5)

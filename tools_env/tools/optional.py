@@ -1,8 +1,8 @@
-"""Tools that a host serves on request: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
+"""Optional tools of a host: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
 
-Each is one module of this folder with a function `build_tool(options, resources) -> Tool`; a new tool is a new module. What
-it must release at the end it pushes on `resources`. One that connects anywhere takes a third argument `egress`, the rule
-of where the host may. It raises ToolHostError, naming the fix, where it cannot work.
+Each is a module of this package with a function `build_tool(options, resources) -> Tool`. It pushes what must be
+released on `resources`. A tool that opens connections takes a third argument `egress: EgressPolicy`. It raises
+ToolHostError, naming the fix, where it cannot work.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tools_env.web.egress import EgressPolicy
 
 
 def optional_tool_names() -> list[str]:
-    """Returns what `build` can make."""
+    """Returns the names of the optional tools."""
     found = []
     for module in pkgutil.iter_modules(tools.__path__):
         spec = importlib.util.find_spec(f"{tools.__name__}.{module.name}")
@@ -31,7 +31,7 @@ def optional_tool_names() -> list[str]:
 def build_optional_tools(
     wanted: str, options_json: str, resources: contextlib.AsyncExitStack, egress: EgressPolicy
 ) -> list[Tool]:
-    """Returns the tools of a list with commas between, on the running event loop. Raises ToolHostError."""
+    """Returns the tools of a comma-separated list, on the running event loop. Raises ToolHostError."""
     chosen = [name.strip() for name in wanted.split(",") if name.strip()]
     try:
         options = json.loads(options_json or "{}")

@@ -1,7 +1,7 @@
-"""`shell`: bash in a sandbox whose only writable folder is the session's workspace, in terminals that stay open.
+"""`shell`: bash in persistent terminals, in a sandbox whose only writable folder is the session's workspace.
 
-A command runs until it ends or the wait is over; then it goes on by itself, and `keys` reach it: an editor, a monitor,
-a prompt. Limits on memory, processes, time and disk hold for all terminals of a session together.
+A call returns when its command ends or the wait is over; the command then continues, and `keys` are typed into it: an
+editor, a monitor, a prompt. Memory, process, time and disk limits apply to all terminals of a session together.
 """
 
 import asyncio
@@ -46,17 +46,17 @@ SCHEMA = {
 
 @dataclasses.dataclass(frozen=True)
 class ShellOptions:
-    """What a host may set. `accept_weaker_isolation` serves the tool although the kernel gives less than it should."""
+    """Options of the tool. `accept_weaker_isolation` serves it although the kernel does not support full isolation."""
 
     limits: isolation.SandboxLimits = isolation.SandboxLimits()
-    wait: int = 20  # seconds, when a call names none
+    wait: int = 20  # seconds, unless a call names another number
     accept_weaker_isolation: bool = False
 
 
 @dataclasses.dataclass
 class _Pane:
-    name: str  # tmux's
-    prompts: int = 1  # prompts that will have been shown when the last command has ended
+    name: str  # in tmux
+    prompts: int = 1  # prompts shown when the last command has ended
     disk_full: bool = False
 
 
@@ -68,8 +68,8 @@ class _SessionShell:
     group: ControlGroup
     panes: dict[str, _Pane] = dataclasses.field(default_factory=dict)
     commands: int = 0
-    killed: str = ""  # why all terminals were ended, until the model has read it
-    allowed: tuple[int, int] = (0, 0)  # bytes and entries the workspace may have
+    killed: str = ""  # why all terminals were ended, until the model is told
+    allowed: tuple[int, int] = (0, 0)  # maximum bytes and entries of the workspace
 
     @property
     def workspace(self) -> Path:
@@ -80,7 +80,7 @@ class ShellTool:
     """All sandboxes of one host. Create it on the event loop it is used on; `close` ends every process it started."""
 
     def __init__(self, options: ShellOptions):
-        """Raises ToolHostError when there is no sandbox here, or a weaker one than `options` accepts."""
+        """Raises ToolHostError when there is no sandbox, or a weaker one than `options` accepts."""
         if shutil.which("tmux") is None:
             raise ToolHostError("the shell tool needs tmux; install it (apt-get install tmux), or leave shell out")
         self._options = options
@@ -88,7 +88,7 @@ class ShellTool:
         weaker = isolation.check_isolation(self._groups)
         if weaker and not options.accept_weaker_isolation:
             raise ToolHostError(
-                f"the shell tool's sandbox is weaker here than it should be: {'; '.join(weaker)}; fix that, leave shell "
+                f"the shell tool's sandbox is weaker than required: {'; '.join(weaker)}; fix that, leave shell "
                 "out, or set its option accept_weaker_isolation"
             )
         for words in weaker:
@@ -98,7 +98,7 @@ class ShellTool:
         self._watcher: asyncio.Task | None = None
 
     async def run(self, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
-        """The tool."""
+        """Runs the tool."""
         given = [name for name in ("command", "keys", "close") if arguments.get(name)]
         if len(given) > 1:
             raise BadArguments(f"give one of command, keys and close, not {' and '.join(given)}")
@@ -154,7 +154,7 @@ class ShellTool:
         size, entries = await asyncio.to_thread(disk.disk_usage, session.workspace, limits.files)
         may_write = size < limits.disk_mb << 20 and entries < limits.files
         if not session.panes:
-            # A workspace that is too full already may be cleared, not grow.
+            # A workspace above its limits may shrink but not grow.
             session.allowed = (max(limits.disk_mb << 20, size), max(limits.files, entries))
         name = f"{hashlib.sha256(str(session.directory).encode()).hexdigest()[:16]}_{terminal}"
         inner = ["bash", "--noprofile", "--rcfile", f"{isolation.COMMANDS}/bashrc", "-i"]
@@ -210,7 +210,7 @@ class ShellTool:
         return ToolOutput("\n".join(part for part in parts if part), failed=state.status != 0)
 
     async def _said(self, pane: _Pane, line: str) -> str:
-        """Returns what came after the line that started a command, without the prompt that follows."""
+        """Returns the output after the line that started a command, without the next prompt."""
         text = await self._terminals.screen(pane.name, HISTORY)
         _, found, said = text.rpartition(f"{line}\n")
         if not found:
@@ -219,7 +219,7 @@ class ShellTool:
         return said.removeprefix("\n").rstrip()
 
     async def _settle(self, pane: _Pane, call: CallContext) -> None:
-        """Waits until the screen stands still, for 2 seconds at most."""
+        """Waits until the screen stops changing, for 2 seconds at most."""
         end = time.monotonic() + min(2.0, max(call.seconds_left() - 1, 0))
         before, since = None, time.monotonic()
         while time.monotonic() < end:
@@ -245,7 +245,7 @@ class ShellTool:
             await self._terminals.close(pane.name)
 
     async def _watch(self) -> None:
-        """Ends the sandboxes of closed sessions, and those whose workspace outgrew its limits."""
+        """Ends the sandboxes of closed sessions and of workspaces above their limits."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             for session in list(self._sessions.values()):
@@ -282,7 +282,7 @@ class ShellTool:
 
 
 async def _removed(group: ControlGroup) -> None:
-    """Waits for the last processes of a group to go, then removes it."""
+    """Waits for the last processes of a group to end, then removes it."""
     for _ in range(100):
         if group.remove():
             return
@@ -290,7 +290,7 @@ async def _removed(group: ControlGroup) -> None:
 
 
 def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
-    """Returns the tool for a host. `options`: the fields of Options, and those of Limits. Raises ToolHostError."""
+    """Returns the tool for a host. `options`: the fields of ShellOptions and SandboxLimits. Raises ToolHostError."""
     own = {field.name for field in dataclasses.fields(ShellOptions)} - {"limits"}
     bounds = {field.name for field in dataclasses.fields(isolation.SandboxLimits)}
     for name, value in options.items():

@@ -1,4 +1,4 @@
-"""`todo`: the plan of a session, kept on disk outside the model. One entry point; the items say what is meant.
+"""`todo`: the plan of a session, stored on disk. The items decide the operation.
 
 no items            show the list
 []                  delete the list

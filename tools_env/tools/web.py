@@ -1,4 +1,4 @@
-"""`batch_web_surfer`: searches and opens in parallel. One item's failure is that item's text, never the batch's."""
+"""`batch_web_surfer`: searches and opens pages in parallel. A failed item fails alone, with its reason as text."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,7 @@ from tools_env.web.fetch import Fetcher
 
 MAX_ITEMS = 10
 MAX_RESULTS = 10
-REPLY_MARGIN = 0.05  # seconds kept for formatting and sending when a call's deadline is near
+REPLY_MARGIN = 0.05  # seconds reserved for formatting and sending before a call's deadline
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(/|$)")
 _TEXT = {"type": "string", "minLength": 1}
 _TOPK = {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "description": "passages per query"}
@@ -72,15 +72,15 @@ def make_web_tool(
     authority: Mapping[str, int],
     topk: int,
 ) -> Tool:
-    """Returns the tool over one search and one web.
+    """Returns the tool.
 
     Args:
       backend: answers queries.
-      citations: gives opened passages their ids.
+      citations: assigns ids to opened passages.
       fetcher: opens pages.
-      cache: shared by all sessions; holds found passages and read pages.
+      cache: shared by all sessions; holds search results and parsed pages.
       authority: host name to authority of its pages; other hosts have 0.
-      topk: passages per query when a call names no number.
+      topk: passages per query unless a call names a number.
     """
 
     async def run(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:

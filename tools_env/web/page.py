@@ -1,7 +1,7 @@
-"""Turns a fetched page into a title, a date and passages: HTML, plain text and PDF.
+"""Extracts title, date and passages of a fetched page: HTML, plain text and PDF.
 
-A page that declares its main content (<main>, <article>) is taken at its word; on others trafilatura finds it; when
-that finds nothing, all visible text counts. Heavy parsers are imported when first needed.
+The main content is what <main> or <article> declares, else what trafilatura finds, else all visible text. Heavy parsers
+are imported on first use.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tools_env.search import text
 from tools_env.web.charset import decode_body
 from tools_env.web.fetch import FetchedPage
 
-VERSION = "2"  # part of the cache key; raise when the same bytes would read differently
+VERSION = "2"  # part of the cache key; raise when the same bytes give another result
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _DATE_NAMES = ("article:published_time", "date", "dc.date", "dcterms.date", "datepublished", "last-modified")
@@ -27,8 +27,8 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = frozenset("aside button footer form head header nav noscript script select style svg template".split())
 _SENTENCE_END = (".", "!", "?", "。", "！", "？", ":", "：")
-_MAX_EXTRACTED = 500_000  # characters of a page whose main text is looked for; on 4 million of links that took 18 s
-# For what no parser reads, such as a thousand elements in each other.
+_MAX_EXTRACTED = 500_000  # characters; larger pages skip trafilatura, which took 18 s on 4 million characters of links
+# For pages that no parser handles, such as deeply nested ones.
 _UNREAD = re.compile(r"<!--.*?-->|<(script|style|head)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]{0,5000}>")
 _PDF_SECONDS = 20
@@ -44,7 +44,7 @@ class ExtractedPage:
 
 
 def extract_page(fetched: FetchedPage) -> ExtractedPage:
-    """Returns what the page says. Blocking (1-10 ms for HTML, more for PDF). Raises ToolError when unreadable."""
+    """Returns the content of a page. Blocking (1-10 ms for HTML, more for PDF). Raises ToolError when unreadable."""
     if fetched.media_type == "application/pdf":
         return _read_pdf(fetched.body)
     content = decode_body(fetched.body, fetched.charset)
@@ -61,7 +61,7 @@ def _read_html(content: str) -> ExtractedPage:
     if not content.strip():
         return ExtractedPage("", None, [])
     try:
-        # Bytes, because lxml refuses text that carries an encoding declaration.
+        # Bytes, because lxml rejects text with an encoding declaration.
         root = lxml.html.document_fromstring(
             content.encode("utf-8", "replace"), parser=lxml.html.HTMLParser(encoding="utf-8")
         )
@@ -92,7 +92,7 @@ def _date(root) -> str | None:
 
 
 def _lines(root) -> str:
-    """Returns visible text, one block a line; headings get a mark so that they are not taken for passages."""
+    """Returns visible text, one block per line; headings are marked with # so that they do not become passages."""
     out: list[str] = []
 
     def walk(node):
@@ -116,7 +116,7 @@ def _lines(root) -> str:
 
 
 def _read_pdf(body: bytes) -> ExtractedPage:
-    """Reads a PDF in a process of its own with limits: a hostile one takes nothing else down."""
+    """Parses a PDF in a separate process with limits, so that a hostile one does not affect the host."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tools_env.web.page"],
@@ -153,7 +153,7 @@ def _parse_pdf(body: bytes) -> ExtractedPage:
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Joins the lines of a paragraph: PDF breaks lines where the column ends, not where the thought does."""
+    """Joins the lines of a paragraph, which PDF breaks at the end of a column."""
     paragraphs, current = [], ""
     for line in [*lines, ""]:
         if not line or (current and current.endswith(_SENTENCE_END) and len(current) > 20):
@@ -170,7 +170,7 @@ def _joined(lines: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Reads a PDF from standard input and prints it as JSON, with little memory and time."""
+    """Parses a PDF from standard input, with limits on memory and time, and prints JSON."""
     resource.setrlimit(resource.RLIMIT_AS, (_PDF_MEMORY, _PDF_MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (_PDF_SECONDS, _PDF_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -178,7 +178,7 @@ def main() -> int:
         answer = dataclasses.asdict(_parse_pdf(sys.stdin.buffer.read()))
     except ToolError as error:
         answer = {"error": str(error)}
-    except Exception as error:  # a parser's own failure on a broken file is the file's
+    except Exception as error:  # a parser's exception means a broken file
         answer = {"error": f"unreadable PDF ({type(error).__name__})"}
     print(json.dumps(answer))
     return 0

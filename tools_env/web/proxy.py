@@ -1,7 +1,7 @@
-"""The browser's only way out: a forward proxy on loopback that connects where `Reach` allows, and nowhere else.
+"""The browser's only network access: a forward proxy on loopback that applies the egress policy.
 
-One request a connection: what a server answers can then never be taken for the answer to another host's request. Only
-who knows the secret is served, so that neither other users of the machine nor the browser's own background traffic is.
+Each connection serves one request, so that a reply cannot be taken for that of another host. Requests must carry a
+secret, so that neither other users of the machine nor the browser's background traffic are served.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from tools_env.web.egress import EgressPolicy
 
 logger = logging.getLogger(__name__)
 
-REFUSAL_HEADER = "proxy-status"  # header (RFC 9209) of a reply that the proxy made itself
-_MAX_HEAD = 64 << 10  # bytes of a request's or reply's head
+REFUSAL_HEADER = "proxy-status"  # header (RFC 9209) of the proxy's own replies
+_MAX_HEAD = 64 << 10  # bytes of the head of a request or reply
 _MAX_UPLOAD = 8 << 20
 _CONNECT_SECONDS = 5.0
 _HOP_BY_HOP = frozenset({"connection", "keep-alive", "te", "trailer", "upgrade", "expect"})
@@ -27,7 +27,7 @@ Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 class _Refused(Exception):
-    """Answered by the proxy itself: a status line, headers and a reason."""
+    """A refusal by the proxy itself: a status line, headers and a reason."""
 
     def __init__(self, status: str, reason: str, *headers: str):
         super().__init__(reason)
@@ -51,9 +51,9 @@ class ForwardProxy:
         """
         Args:
           secret: password that every request must carry; the user name is "browser".
-          max_bytes: of one reply, or of one tunnel in each direction; what is longer is cut off.
-          seconds: that one connection may last.
-          connections: open at a time; more are closed at once.
+          max_bytes: limit of one reply, or of one tunnel in each direction.
+          seconds: limit of one connection.
+          connections: concurrent connections; further ones are closed at once.
         """
         self._egress = egress
         self._expected = b"Basic " + base64.b64encode(b"browser:" + secret.encode())
@@ -89,9 +89,9 @@ class ForwardProxy:
                 await self._serve(reader, writer)
         except _Refused as refusal:
             await _send_refusal(writer, refusal)
-        except (TimeoutError, OSError, EOFError, ValueError):  # either side broke off, or spoke no HTTP
+        except (TimeoutError, OSError, EOFError, ValueError):  # either side disconnected or did not speak HTTP
             writer.transport.abort()
-        except asyncio.CancelledError:  # the end of the proxy
+        except asyncio.CancelledError:  # the proxy is closing
             writer.transport.abort()
         finally:
             self._open.discard(task)
@@ -135,12 +135,12 @@ class ForwardProxy:
         raise _Refused("502 Bad Gateway", "cannot connect")
 
     async def _exchange(self, client, upstream, upload: int | None = None) -> None:
-        """Passes bytes both ways until one side ends; of one request with its reply if `upload` is its body's length."""
+        """Relays bytes both ways until one side ends. `upload`: length of a request's body; None: a tunnel."""
 
         async def down():
             if upload is not None:
                 status = "100"
-                while status.startswith("1"):  # interim replies are not passed on
+                while status.startswith("1"):  # interim replies are not forwarded
                     first, headers = await _head(upstream[0])
                     status = first.split(" ")[1]
                 client[1].write(_encoded(first, [row for row in headers if _passes(row[0])]))
@@ -150,7 +150,9 @@ class ForwardProxy:
             if upload is None:
                 return await _relay(client[0], upstream[1], self._max_bytes)
             left = upload
-            while part := await client[0].read(min(left, 1 << 16) or 1 << 16):  # beyond the request nothing goes on
+            while part := await client[0].read(
+                min(left, 1 << 16) or 1 << 16
+            ):  # nothing beyond the request is forwarded
                 upstream[1].write(part[:left])
                 left -= len(part[:left])
                 await upstream[1].drain()
@@ -168,7 +170,7 @@ class ForwardProxy:
 
 
 async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
-    """Passes bytes on until the reader ends. Raises OSError when there are more than `most`."""
+    """Relays bytes until the reader ends. Raises OSError for more than `most` bytes."""
     while part := await reader.read(1 << 16):
         most -= len(part)
         if most < 0:
