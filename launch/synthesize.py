@@ -8,12 +8,12 @@ import sys
 from launch import entry, tool_host
 from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.synthesis import pipeline
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 
 
 def main(config) -> None:
     layout = RunLayout.from_config(config)
-    build_world(layout.offline_web, seed=config.data_seed, documents=config.offline_web.documents)
+    build_offline_web(layout.offline_web, seed=config.data_seed, documents=config.offline_web.documents)
     card = pipeline.finished_card(config)
     if card:
         pass

@@ -18,10 +18,10 @@ from stepdr_jax.rl import rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.rl import faulty
-from tests.tools_env.conftest import write_world
+from tests.tools_env.conftest import write_offline_web
 from tools_env.process import ToolHost
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 
 def append(mark: str) -> str:
@@ -73,7 +73,7 @@ def policy():
 
 @contextlib.asynccontextmanager
 async def hosted(world, **faults):
-    host = await serve(Settings(world_dir=str(world), web_port=9, drain=0.5, cache_failure_seconds=0.0))
+    host = await start_host(HostSettings(offline_web=str(world), web_port=9, drain=0.5, cache_failure_seconds=0.0))
     tools = faulty.FaultyTools(host.address, **faults)
     try:
         yield tools
@@ -97,7 +97,7 @@ def run_with(world, judge, **faults):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_offline_web(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
