@@ -33,7 +33,7 @@ class PolicySession(Protocol):
     """One episode's side of a policy.
 
     `log` is the token log, or None where no tokens are known. `context_tokens`, where a session has it, is the length
-    of the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget
+    of the context so far, observed tokens that are still to be fed included; the loop cannot enforce a token budget
     without it.
     """
 

@@ -201,11 +201,6 @@ class Renamer:
         return _renamed(row, self.mapping(text, found, rng, swap_share=0.0, keep_figures=True))
 
 
-def replace(text: str, mapping: Mapping[str, str]) -> str:
-    """Replaces all keys by their values in one pass, longest key first, whole words only unless Chinese."""
-    return _bounded(tuple(mapping)).sub(lambda match: mapping[match.group()], text) if mapping else text
-
-
 _FIELDS = ("messages", "answer", "text", "prompt", "completion")
 _FIXED = frozenset({"role", "id", "tool_call_id", "error", "name", "published_at", "authority", "train"})
 
