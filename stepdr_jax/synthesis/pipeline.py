@@ -32,7 +32,7 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
     """Makes the corpus in run_dir/corpus and returns its card; returns at once when it is already complete.
 
     Args:
-        config: see configs/miniature.py; `world`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
+        config: see configs/base.py; `offline_web`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
         address: host:port of a tool host that serves the same world.
         world_dir: the built world; default run_dir/world.
 
