@@ -19,7 +19,6 @@ from stepdr_jax.configuration import (
     NO_NEGATIVE_NUMBER,
     NUMBER,
     POSITIVE_FRACTION,
-    STAGES,
     STEP_RANGE,
     TEXT,
     URLS,
@@ -30,6 +29,7 @@ from stepdr_jax.configuration import (
     one_of,
     section,
 )
+from stepdr_jax.runtime import stages
 
 REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
 DTYPE = one_of("float32", "bfloat16")
@@ -79,7 +79,7 @@ FIELDS = section(
     seed=field(0, NUMBER, "training seed: initialization, data order, sampling"),
     data_seed=field(0, NUMBER, "offline web, tasks, trajectories and splits; shared by all training seeds"),
     initial_checkpoint=field("", TEXT, "folder from launch.convert that first_stage starts from; empty = random"),
-    first_stage=field("midtrain1", one_of(*STAGES), "midtrain2 or sft leave out what comes before"),
+    first_stage=field("midtrain1", one_of(*stages.trained()), "midtrain2 or sft leave out what comes before"),
     offline_web=section(
         "Pages that the agent can search and read",
         documents=field("", TEXT, "folder of your own md, html, txt and pdf documents, added to the built-in pages"),

@@ -22,12 +22,12 @@ REPLAY = flags.DEFINE_boolean("replay", False, "learn again from the recorded ep
 
 def main(config) -> None:
     if REPLAY.value:
-        loop.replay(config, loop.prepare(config))
-        print(loop.replay_home_of(config))
+        loop.replay_ppo(config, loop.read_inputs(config))
+        print(loop.replay_layout(config).directory)
         return
-    loop.run(config, lambda: tool_host.start_if_needed(config, f"seed{config.seed}.ppo"))
+    loop.run_ppo(config, lambda: tool_host.start_if_needed(config, f"seed{config.seed}.ppo"))
     if distributed.is_lead():
-        print(loop.home_of(config))
+        print(loop.ppo_layout(config).directory)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files
 from stepdr_jax.errors import UserError
-
-STAGES = ("midtrain1", "midtrain2", "sft")
-FILE = "config.json"  # the config that a run or a stage was started with, in its directory
+from stepdr_jax.runtime import stages
 
 
 class Rule(NamedTuple):
@@ -129,13 +126,8 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def save(config: ConfigDict, directory: Path) -> None:
-    """Writes `config` to config.json in `directory`, which any command takes as --config."""
-    files.write_json(directory / FILE, config.to_dict())
-
-
 def load(path: Path, declared: Section) -> ConfigDict:
-    """Reads what `save` wrote: JSON's lists become tuples. Raises UserError that names the file and the field."""
+    """Reads a config.json: JSON's lists become tuples. Raises UserError that names the file and the field."""
     try:
         values = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: _tuples(v) for k, v in pairs})
     except ValueError as error:
@@ -275,7 +267,7 @@ def kv_heads_divide_heads(config: ConfigDict) -> None:
 
 
 def microbatches_divide_batches(config: ConfigDict) -> None:
-    for stage in STAGES:
+    for stage in stages.trained():
         _divisor(f"{stage}.microbatches", config[stage].microbatches, f"{stage}.batch_size", config[stage].batch_size)
 
 
@@ -300,7 +292,7 @@ def servers_sample_for_themselves(config: ConfigDict) -> None:
 
 
 def something_is_drawn(config: ConfigDict) -> None:
-    for stage in STAGES:
+    for stage in stages.trained():
         if not any(config[stage].mixture.values()):
             raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")
     if not any(config.synthesis.kind_weights.values()):

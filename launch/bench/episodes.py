@@ -132,7 +132,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
         return done
 
     async def run(some):
-        return await rollouts.collect(
+        return await rollouts.collect_rollouts(
             some,
             [int(task.id[1:]) for task in some],
             EnginePolicy(engine, tokenizer),

@@ -36,7 +36,8 @@ class PolicySession(Protocol):
     the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget without it.
     """
 
-    log: TokenLog | None
+    @property
+    def log(self) -> TokenLog | None: ...
 
     async def act(self, max_tokens: int) -> Turn: ...
 

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
 from stepdr_jax.judge.model_judge import ModelJudge
+from stepdr_jax.runtime.layout import RunLayout
 
 # How replies come, not what they are
 FREE = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
@@ -43,6 +43,6 @@ def make_judge(config, names: Iterable[str]) -> Judge:
         per_request=section.per_request,
         attempts=section.attempts,
         max_tokens=section.max_tokens,
-        replies=Path(config.run_dir) / "judge_replies.sqlite" if section.keep_replies else None,
+        replies=RunLayout.from_config(config).judge_replies if section.keep_replies else None,
         **rules,
     )

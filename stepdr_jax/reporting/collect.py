@@ -1,7 +1,7 @@
-"""Reads a run directory into plain data for the report: whatever exists so far, nothing invented for what does not.
+"""Reads a run directory into plain data for the report.
 
-A part that is absent is None or empty; the report then names the command that makes it. A file that is there but damaged is a
-UserError, as everywhere.
+A part that does not exist yet is None or empty; the report then names the command that makes it. A damaged file is a
+UserError.
 """
 
 import collections
@@ -21,6 +21,7 @@ from typing import Any
 from stepdr_jax import files
 from stepdr_jax.evaluation import results
 from stepdr_jax.evaluation.results import Result
+from stepdr_jax.reporting.measures import flatten_row
 from stepdr_jax.runtime import stages
 from stepdr_jax.runtime.layout import RunLayout
 
@@ -49,30 +50,32 @@ class Run:
     data: dict[str, Any]
     iterations: dict[int, list[Path]]  # ppo episode files in order
     ledger: dict[str, dict[str, Any]]  # the quickstart's: "offline_web" or "seed0.sft" -> seconds, peak_bytes
-    taught: list[dict[str, Any]]  # the teacher's trajectories, renamed copies left out
+    teacher_episodes: list[dict[str, Any]]  # without renamed copies
 
     @property
     def first_seed(self) -> int:
         return self.seeds[0] if self.seeds else 0
 
 
-def collect(run_dir: str | os.PathLike) -> Run:
+def collect_run(run_dir: str | os.PathLike) -> Run:
     """Reads everything under `run_dir`, which may still be empty."""
     layout = RunLayout.of_run_dir(run_dir)
     seeds = layout.seeds()
     ledger = files.read_json(layout.ledger) if layout.ledger.exists() else {}
-    taught = teacher_episodes(layout)
-    run = Run(layout, seeds, {}, {}, {}, {}, {}, data(layout, taught), {}, ledger, taught)
+    episodes = read_teacher_episodes(layout)
+    run = Run(layout, seeds, {}, {}, {}, {}, {}, collect_data(layout, episodes), {}, ledger, episodes)
     for seed in seeds:
         learned = {
             stage.name: layout.stage(stage.name, seed) for stage in stages.STAGES if stage.unit and stage.planned
         }
         trained = {name: learned[name] for name in stages.trained()}
         run.curves[seed] = {
-            name: curves(files.read_jsonl(stage.metrics)) for name, stage in learned.items() if stage.metrics.exists()
+            name: read_curves(files.read_jsonl(stage.metrics))
+            for name, stage in learned.items()
+            if stage.metrics.exists()
         }
         run.qa[seed] = {
-            name: curves(row | {"step": row["tokens"]} for row in files.read_jsonl(stage.qa_rows))
+            name: read_curves(row | {"step": row["tokens"]} for row in files.read_jsonl(stage.qa_rows))
             for name, stage in trained.items()
             if stage.qa_rows.exists()
         }
@@ -89,24 +92,11 @@ def collect(run_dir: str | os.PathLike) -> Run:
     return run
 
 
-def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a row under slash-joined names; anything else is left out."""
-    out: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out |= flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, bool | int | float):
-            out[prefix + key] = float(value)
-        elif value is None:
-            out[prefix + key] = math.nan
-    return out
-
-
-def curves(rows: Iterable[dict[str, Any]]) -> Curves:
-    """Turns rows into curves over `step` or `iteration`; of rows with the same x the last counts (a resumed stage)."""
+def read_curves(rows: Iterable[dict[str, Any]]) -> Curves:
+    """Turns rows into curves over `step` or `iteration`; of rows with the same x (a resumed stage) the last counts."""
     by_x: dict[float, dict[str, float]] = {}
     for index, row in enumerate(rows):
-        flat = flatten(row)
+        flat = flatten_row(row)
         x = next((flat.pop(key) for key in STEP_KEYS if key in flat), float(index))
         by_x[x] = by_x.get(x, {}) | flat
     xs = sorted(by_x)
@@ -117,7 +107,7 @@ def curves(rows: Iterable[dict[str, Any]]) -> Curves:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def teacher_episodes(layout: RunLayout) -> list[dict[str, Any]]:
+def read_teacher_episodes(layout: RunLayout) -> list[dict[str, Any]]:
     """Trajectories that the teacher ran, kept and dropped; their renamed copies are left out."""
     path = layout.corpus / "trajectories.jsonl"
     return [row for row in _rows(path) if "copy_of" not in row.get("metadata", {})] if path.exists() else []
@@ -130,8 +120,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def data(layout: RunLayout, taught: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the corpus, the prepared rows and the tokenizer; a key is absent when its file is."""
+def collect_data(layout: RunLayout, teacher_episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the corpus, the packed data and the tokenizer; a key is absent when its file is."""
     out: dict[str, Any] = {}
     corpus = layout.corpus
     if layout.corpus_card.exists():
@@ -139,15 +129,15 @@ def data(layout: RunLayout, taught: list[dict[str, Any]]) -> dict[str, Any]:
     if layout.tasks.exists():
         rows = files.read_jsonl(layout.tasks)
         out["tasks"] = _count((row["kind"], row["lang"], row.get("split", "train")) for row in rows)
-    if taught:
-        kept = [row for row in taught if row.get("kept", True)]
+    if teacher_episodes:
+        kept = [row for row in teacher_episodes if row.get("kept", True)]
         out["trajectories"] = {
             "kept": len(kept),
-            "dropped": len(taught) - len(kept),
+            "dropped": len(teacher_episodes) - len(kept),
             "kept_by_capability": dict(collections.Counter(row.get("capability") or "other" for row in kept)),
             "dropped_by_reason": dict(
                 collections.Counter(
-                    _reason(row.get("drop_reason")) for row in taught if not row.get("kept", True)
+                    _reason(row.get("drop_reason")) for row in teacher_episodes if not row.get("kept", True)
                 ).most_common()
             ),
         }
@@ -167,7 +157,7 @@ def data(layout: RunLayout, taught: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _reason(text: str | None) -> str:
-    """A drop reason without its particulars: text before a colon or a number."""
+    """A drop reason without details: the text before a colon or a number."""
     return re.split(r"[:(\d]", text or "no reason given")[0].strip() or "other"
 
 
@@ -179,8 +169,8 @@ def _count(keys: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- machine
 
 
-def machine() -> dict[str, str]:
-    """Where this process runs, and with which versions; unknown things are left out."""
+def describe_machine() -> dict[str, str]:
+    """The machine of this process and its versions; unknown ones are omitted."""
     out = {"system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -214,5 +204,5 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def now() -> str:
+def local_time() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

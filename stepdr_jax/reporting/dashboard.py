@@ -1,4 +1,4 @@
-"""One frame of the terminal dashboard: how every seed stands, and its metrics as numbers and sparklines, side by side."""
+"""The terminal dashboard: progress of every seed, and its metrics as numbers and sparklines, side by side."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from rich.text import Text
 from stepdr_jax.pages.plots import number
 from stepdr_jax.progress import clock
 from stepdr_jax.reporting import measures
-from stepdr_jax.reporting.following import Followed, Watched
+from stepdr_jax.reporting.following import FollowedRun, FollowedStage
 from stepdr_jax.runtime import stages
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -20,8 +20,8 @@ SHORTEST, LONGEST = 5, 40  # of a sparkline
 NOT_NEWS = ("start", "end", "milestone")
 
 
-def frame(
-    watched: Watched,
+def render_dashboard(
+    watched: FollowedRun,
     console: Console,
     *,
     stage: str = "",
@@ -54,7 +54,7 @@ def frame(
     return Group(*head, Text(""), _table(stage, columns, console.width, room, plain), *tail)
 
 
-def _title(watched: Watched, stage: str, plain: bool) -> Text:
+def _title(watched: FollowedRun, stage: str, plain: bool) -> Text:
     cut = "crop" if plain else "ellipsis"
     out = Text(str(watched.layout.root), style="bold", no_wrap=True, overflow=cut)
     for name in stages.with_metrics():
@@ -66,7 +66,7 @@ def _title(watched: Watched, stage: str, plain: bool) -> Text:
     return out
 
 
-def _standing(one: Followed, totals: Mapping[str, int], now: float | None, plain: bool) -> Text:
+def _standing(one: FollowedStage, totals: Mapping[str, int], now: float | None, plain: bool) -> Text:
     """One line on one seed: how far, how fast, and whether rows still come."""
     total = totals.get(one.stage)
     cut = "crop" if plain else "ellipsis"
@@ -87,14 +87,14 @@ def _standing(one: Followed, totals: Mapping[str, int], now: float | None, plain
     return out
 
 
-def _seconds_left(one: Followed, total: int | None) -> float | None:
+def _seconds_left(one: FollowedStage, total: int | None) -> float | None:
     told, pace = one.last.get("eta_seconds", math.nan), one.row_seconds()
     if math.isfinite(told):
         return told
     return pace * (total - one.made) if one.unit == "iteration" and total and pace else None
 
 
-def _events(shown: Sequence[Followed], plain: bool, most: int = 3) -> list[Text]:
+def _events(shown: Sequence[FollowedStage], plain: bool, most: int = 3) -> list[Text]:
     """The last things that guards did."""
     news = [
         (event.get("time", 0.0), one.seed, event)
@@ -109,7 +109,7 @@ def _events(shown: Sequence[Followed], plain: bool, most: int = 3) -> list[Text]
     return out
 
 
-def _table(stage: str, columns: Sequence[Followed], width: int, room: int | None, plain: bool) -> Table:
+def _table(stage: str, columns: Sequence[FollowedStage], width: int, room: int | None, plain: bool) -> Table:
     label = LABELS[width >= WIDE]
     each = (width - label) // len(columns)
     with_normal = each * len(columns) - NORMAL - 1 >= len(columns) * (VALUE + 2 + 12)
@@ -125,7 +125,7 @@ def _table(stage: str, columns: Sequence[Followed], width: int, room: int | None
         table.add_column("normal", width=NORMAL, no_wrap=True, style="dim")
     names = [name for one in columns for row in one.rows.values() for name in row]
     group, left = None, room
-    for name, title, measure in measures.arranged(stage, names):
+    for name, title, measure in measures.arrange_metrics(stage, names):
         series = [one.series(name) for one in columns]
         if measure.quiet and not any(value and math.isfinite(value) for values in series for value in values):
             continue

@@ -1,7 +1,7 @@
-"""Follows the metrics of a run that may be on another machine: files only, read where they grew.
+"""Follows the metrics of a run, which may be on another machine, by reading what was appended to its files.
 
-A row counts when its line is whole. A file that was replaced or cut (a resumed stage drops rows past its checkpoint) is read
-again from its start.
+A row counts when its line is complete. A file that was replaced or truncated (a resumed stage drops rows after its
+checkpoint) is read again from its start.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import time
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.reporting.measures import derived
+from stepdr_jax.reporting.measures import derived_rates, flatten_row
 from stepdr_jax.runtime import stages
 from stepdr_jax.runtime.layout import RunLayout, StageLayout
 
@@ -21,21 +21,8 @@ QUIET_SECONDS = 120.0  # without a row, and five times as long as rows usually t
 KEYS = ("iteration", "step")
 
 
-def flat(row: dict, prefix: str = "") -> dict[str, float]:
-    """Numbers of a row under slash-joined names; null is NaN; anything else is left out."""
-    out: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float):
-            out[prefix + name] = float(value)
-        elif value is None:
-            out[prefix + name] = math.nan
-    return out
-
-
 @dataclasses.dataclass
-class Followed:
+class FollowedStage:
     """One stage of one seed. `rows`: x -> flat numbers; `poll` brings it up to date."""
 
     layout: StageLayout
@@ -72,14 +59,14 @@ class Followed:
 
     def _take(self, line: bytes) -> None:
         try:
-            row = flat(json.loads(line))
+            row = flatten_row(json.loads(line))
             x = next(int(row[key]) for key in KEYS if key in row)
         except (ValueError, AttributeError, StopIteration):
             self.unreadable += 1
             return
         for later in [old for old in self.rows if old > x]:  # a resumed stage does these again
             del self.rows[later]
-        self.rows[x] = row | derived(row)
+        self.rows[x] = row | derived_rates(row)
 
     def _events(self) -> list[dict]:
         try:
@@ -127,19 +114,19 @@ class Followed:
         return not self.done and self.age(now) > max(QUIET_SECONDS, 5 * (self.row_seconds() or 0.0))
 
 
-class Watched:
+class FollowedRun:
     """All stages of all seeds of a run directory that have rows so far."""
 
     def __init__(self, run_dir: str | os.PathLike):
         self.layout = RunLayout.of_run_dir(run_dir)
-        self.stages: dict[tuple[int, str], Followed] = {}
+        self.stages: dict[tuple[int, str], FollowedStage] = {}
 
     def poll(self) -> bool:
         """Finds new stages and reads what is new in all; returns whether there was anything."""
         for key in itertools.product(self.layout.seeds(), stages.with_metrics()):
             layout = self.layout.stage(key[1], key[0])
             if key not in self.stages and layout.metrics.exists():
-                self.stages[key] = Followed(layout, *key)
+                self.stages[key] = FollowedStage(layout, *key)
         return any([followed.poll() for followed in self.stages.values()])
 
     @property
@@ -159,6 +146,6 @@ class Watched:
             default=None,
         )
 
-    def of(self, stage: str) -> list[Followed]:
+    def of(self, stage: str) -> list[FollowedStage]:
         """One per seed that has this stage."""
         return [self.stages[seed, stage] for seed in self.seeds if (seed, stage) in self.stages]

@@ -1,12 +1,13 @@
-"""Which devices the learner and the sampler work on, where the learner's state is meanwhile, and how it begins.
+"""Which devices the learner and the sampler use, where the learner's state rests, and how it is initialized.
 
-    placement.sampler = colocated   the sampler works on the first devices of each process, by turns with the learner; it gives
-                                its weights and K/V back before the learner begins (`JaxEngine.release`)
-    placement.sampler = disaggregated it has the last devices of each process for itself; the learner's mesh is made of the others
-    placement.offload = idle        what is not at work is in pinned host memory: the critic while the actor learns, the actor
-                                while the critic does, all of the learner while the sampler works by turns with it
+    placement.sampler = colocated       the sampler uses the first devices of each process, alternating with the learner: it
+                                        frees its weights and K/V before the learner starts (`JaxEngine.release`)
+    placement.sampler = disaggregated   the sampler has the last devices of each process; the learner's mesh is made of the
+                                        others
+    placement.offload = idle            idle state rests in pinned host memory: the critic while the actor learns, the actor
+                                        while the critic learns, the whole learner while a colocated sampler works
 
-A process samples on devices of its own alone; a learner's mesh spans all processes. Numbers do not depend on any of this.
+A process samples on its own devices only; the learner's mesh spans all processes. Results do not depend on any of this.
 """
 
 import dataclasses
@@ -17,116 +18,125 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import learner
-from stepdr_jax.rl.learner import PPOConfig
-from stepdr_jax.runtime import checkpoint, distributed
+from stepdr_jax.rl.learner import LearnerState, Params, PPOConfig
+from stepdr_jax.runtime import checkpoint, distributed, storage
 from stepdr_jax.sharding import memory, rules
 from stepdr_jax.sharding.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Roles:
-    """mesh: the learner's, of all processes. sampler: this process's devices that sample. by_turns: the sampler gives its
-    memory back while the learner works. offload: the learner's idle state waits in pinned host memory. transfer_bytes:
-    most bytes of weights on their way at once, on one device."""
+class DevicePlacement:
+    """Devices and memory of the learner and the sampler.
+
+    mesh: the learner's, over all processes. sampler_devices: of this process. sampler_sleeps: the sampler frees its memory
+    while the learner works. offload: the learner's idle state rests in pinned host memory. bucket_bytes: at most this many
+    bytes of weights are in transit at once to one device.
+    """
 
     mesh: Mesh
-    sampler: tuple[jax.Device, ...]
-    by_turns: bool
+    sampler_devices: tuple[jax.Device, ...]
+    sampler_sleeps: bool
     offload: bool
-    transfer_bytes: int
+    bucket_bytes: int
 
     @classmethod
-    def of(cls, config) -> "Roles":
+    def from_config(cls, config: ConfigDict) -> "DevicePlacement":
         """Raises UserError for sizes that the devices do not have, naming the fields."""
         section, wanted = config.placement, config.sampler.replicas * config.sampler.tensor
-        separate, here = section.sampler == "disaggregated", jax.local_devices()
-        if wanted + separate > len(here):
-            rest = ", and one for the learner" if separate else ""
+        disaggregated, local = section.sampler == "disaggregated", jax.local_devices()
+        if wanted + disaggregated > len(local):
+            learners = ", and one for the learner" if disaggregated else ""
             raise UserError(
-                f"sampler.replicas * sampler.tensor: expected at most the {len(here)} devices of a process{rest}, "
+                f"sampler.replicas * sampler.tensor: expected at most the {len(local)} devices of a process{learners}, "
                 f"got {wanted}; lower them, or use placement.sampler=colocated"
             )
-        if section.offload == "idle" and not memory.has_host_memory(here[0]):
+        if section.offload == "idle" and not memory.has_host_memory(local[0]):
             raise UserError(
-                f"placement.offload: {here[0].device_kind} has no pinned host memory; use placement.offload=none"
+                f"placement.offload: {local[0].device_kind} has no pinned host memory; use placement.offload=none"
             )
-        ahead = config.ppo.staleness > 0
-        if ahead and not separate and (section.offload == "idle" or len(here) > 1):
+        concurrent = config.ppo.staleness > 0
+        if concurrent and not disaggregated and (section.offload == "idle" or len(local) > 1):
             raise UserError(
-                "ppo.staleness samples while the learner works: with more than one device, or placement.offload=idle, that "
-                "takes devices of its own; set placement.sampler=disaggregated"
+                "ppo.staleness samples while the learner works: with more than one device, or placement.offload=idle, the "
+                "sampler needs its own devices; set placement.sampler=disaggregated"
             )
-        mesh = make_mesh(**config.mesh, devices=_learners(wanted if separate else 0))
+        mesh = make_mesh(**config.mesh, devices=_learner_devices(wanted if disaggregated else 0))
         if jax.process_count() > 1 and len({device.process_index for device in mesh.devices.flat}) == 1:
             raise UserError(
                 f"config.mesh: expected the devices of all {jax.process_count()} processes, got one; set --config.mesh.*"
             )
         return cls(
             mesh=mesh,
-            sampler=tuple(here[-wanted:] if separate else here[:wanted]),
-            by_turns=not separate and not ahead,
+            sampler_devices=tuple(local[-wanted:] if disaggregated else local[:wanted]),
+            sampler_sleeps=not disaggregated and not concurrent,
             offload=section.offload == "idle",
-            transfer_bytes=int(section.weight_sync_bucket_gb * 2**30),
+            bucket_bytes=int(section.weight_sync_bucket_gb * 2**30),
         )
 
-    def param_shardings(self, model: Qwen2Config) -> Any:
-        """Where the learner has the actor's parameters while they are at work."""
+    def param_shardings(self, model: Qwen2Config) -> Params:
+        """Shardings of the actor's parameters on the learner's mesh."""
         return rules.param_shardings(qwen2.param_shapes(model), self.mesh)
 
 
-def _learners(taken: int) -> list[jax.Device]:
-    """The devices of all processes, without the last `taken` of each."""
-    if not taken:
+def _learner_devices(reserved: int) -> list[jax.Device]:
+    """The devices of all processes, without the last `reserved` of each."""
+    if not reserved:
         return jax.devices()
     by_process: dict[int, list[jax.Device]] = {}
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
-    return [device for own in by_process.values() for device in own[:-taken]]
+    return [device for own in by_process.values() for device in own[:-reserved]]
 
 
 def abstract_state(model: Qwen2Config, learning: PPOConfig, mesh: Mesh, *, kind: str = memory.DEVICE) -> dict[str, Any]:
-    """The learner's state as jax.ShapeDtypeStruct, split over `mesh`, in memory of `kind`."""
+    """The learner's state as a tree of jax.ShapeDtypeStruct, sharded over `mesh`, in memory of `kind`."""
 
-    def placed(shape, sharding):
+    def leaf(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.with_memory_kind(kind))
 
-    shapes = jax.eval_shape(lambda: learner.init_state(_zeros(qwen2.param_shapes(model)), learning, jax.random.key(0)))
-    return jax.tree.map(placed, shapes, rules.param_shardings(shapes, mesh))
+    def zeros() -> Params:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), qwen2.param_shapes(model))
+
+    shapes = jax.eval_shape(lambda: learner.init_state(zeros(), learning, jax.random.key(0)))
+    return jax.tree.map(leaf, shapes, rules.param_shardings(shapes, mesh))
 
 
-def begin(
-    read_actor: Callable[[], dict], model: Qwen2Config, learning: PPOConfig, roles: Roles, directory: Path, seed: int
-) -> tuple[dict[str, Any], checkpoint.Restored | None]:
-    """(state, checkpoint it is of): the latest of `directory`, else `learner.init_state` of `read_actor()`, where it waits.
+def restore_or_init_state(
+    read_actor: Callable[[], Params],
+    model: Qwen2Config,
+    learning: PPOConfig,
+    placement: DevicePlacement,
+    directory: Path | storage.BucketPath,
+    seed: int,
+) -> tuple[LearnerState, checkpoint.Restored | None]:
+    """(state, checkpoint) of the latest checkpoint in `directory`, else (`learner.init_state` of `read_actor()`, None).
 
-    With `offload` it is made part by part, so that no more than one is on the devices. Every process must call it.
+    With `offload` the state is initialized part by part, so that only one part is on the devices at a time. Every process
+    must call it.
     """
-    kind = memory.HOST if roles.offload else memory.DEVICE
-    restored = checkpoint.restore(directory, abstract_state(model, learning, roles.mesh, kind=kind))
+    kind = memory.HOST if placement.offload else memory.DEVICE
+    restored = checkpoint.restore(directory, abstract_state(model, learning, placement.mesh, kind=kind))
     if restored is not None:
         return restored.tree, restored
-    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, learning, roles.mesh))
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, learning, placement.mesh))
     actor = on_mesh(read_actor(), shardings["params"])
-    state = {}
-    for parts in [[name] for name in shardings] if roles.offload else [list(shardings)]:
-        made = jax.jit(
-            lambda actor, key, parts=parts: {name: learner.init_state(actor, learning, key)[name] for name in parts},
-            out_shardings={name: shardings[name] for name in parts},
+    state: LearnerState = {}
+    for names in [[name] for name in shardings] if placement.offload else [list(shardings)]:
+        part = jax.jit(
+            lambda actor, key, names=names: {name: learner.init_state(actor, learning, key)[name] for name in names},
+            out_shardings={name: shardings[name] for name in names},
         )(actor, jax.random.key(seed))
-        state |= memory.moved(made, kind)
+        state |= memory.moved(part, kind)
     return state, None
 
 
-def _zeros(shapes):
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-
-def on_mesh(params: dict, shardings: dict) -> dict:
-    """Parameters that are on the mesh, or whole in every process, on the mesh."""
+def on_mesh(params: Params, shardings: Params) -> Params:
+    """Puts parameters on the mesh, unless they are there. Otherwise every process must have the whole tree."""
     placed = all(a.sharding == s for a, s in zip(*map(jax.tree.leaves, (params, shardings)), strict=True))
     return params if placed else distributed.place(params, shardings)

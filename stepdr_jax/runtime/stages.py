@@ -1,7 +1,7 @@
 """The stages of a run: one row each, in the order in which they run. Every other list of stages is derived from it.
 
-A new stage is one row here, a section of its name in the config if it trains, and the script that its command starts. This
-module does not import jax: configs, --help, the report and the terminal dashboard read it.
+A new stage is one row here, a section of its name in the config if it trains, and the script that its command starts.
+This module does not import jax: configs, --help, the report and the terminal dashboard read it.
 """
 
 import dataclasses
@@ -156,10 +156,10 @@ def parent_of(config: ConfigDict, name: str) -> str:
 
 
 def command_of(name: str, config: ConfigDict, *arguments: str, seed: int | None = None) -> str:
-    """The complete command that runs a stage of `config`'s run, of its seed or of another, to be pasted into a shell."""
+    """The complete command that runs a stage of the config's run, to be pasted into a shell; `seed`: of another."""
     stage = stage_named(name)
     flags = [] if stage.shared else [f"--config.seed={config.seed if seed is None else seed}"]
-    return command_line(stage.command, config, *arguments, *flags)
+    return command_line(shlex.join([*stage.command.split(), *arguments]), config, *flags)
 
 
 def command_line(words: str, config: ConfigDict, *flags: str) -> str:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import configuration, files, records
+from stepdr_jax import files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task, Trajectory, Verdict
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.synthesis import cleaning, corpora, experts
 from stepdr_jax.synthesis.renaming import Renamer
 from stepdr_jax.synthesis.scripted import deep_search, edges, knowledge, synthetic_documents, tasks
@@ -39,30 +41,31 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
     Raises:
         UserError: the world is missing, the tool host does not answer, or too many episodes were lost.
     """
-    world_dir = Path(world_dir or Path(config.run_dir) / "world")
+    world_dir = Path(world_dir or RunLayout.from_config(config).offline_web)
     card = finished_card(config, world_dir=world_dir)
     if card is not None:
         return card
-    corpus = Path(config.run_dir) / "corpus"
+    corpus = RunLayout.from_config(config).corpus
     (corpus / "card.json").unlink(missing_ok=True)
-    configuration.save(config, corpus)
+    files.write_json(corpus / "config.json", config.to_dict())
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 
 def finished_card(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
     """Returns the card of a corpus that is complete and was made from the same inputs, else None."""
-    corpus = Path(config.run_dir) / "corpus"
+    corpus = RunLayout.from_config(config).corpus
     if not (corpus / "card.json").exists():
         return None
     card = files.read_json(corpus / "card.json")
-    same = card.get("fingerprint") == _fingerprint(config, Path(world_dir or Path(config.run_dir) / "world"))
+    same = card.get("fingerprint") == _fingerprint(config, Path(world_dir or RunLayout.from_config(config).offline_web))
     return card if same and all((corpus / name).exists() for name in card["files"]) else None
 
 
 def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
     documents = world_dir / "documents.jsonl"
     if not documents.exists():
-        raise UserError(f"{documents} does not exist; build the world first (python -m launch.synthesize does)")
+        command = stages.command_of("offline_web", config)
+        raise UserError(f"{documents} does not exist; build the offline web first: {command}")
     digest = hashlib.sha256(documents.read_bytes())
     parts = [
         VERSION,

@@ -14,7 +14,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from stepdr_jax import configuration, files
+from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -108,12 +108,7 @@ def train(
     if finished is not None:
         return finished
 
-    def write_settings() -> None:
-        provenance.record_location(layout)
-        files.write_json(layout.settings, asked)
-        configuration.save(config, layout.directory)
-
-    distributed.lead_first("settings", write_settings, lambda: None)
+    distributed.lead_first("settings", lambda: provenance.record_stage(config, layout, asked), lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
     keep_compiled(run.compilation_cache)
@@ -334,12 +329,12 @@ def _open_data(config, stage: str) -> Batches:
         run.data,
         stage,
         dict(settings.mixture),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        opening=(settings.warmup_data, settings.warmup_data_steps),
+        warmup_data=(settings.warmup_data, settings.warmup_data_steps),
         heldout_rows=settings.heldout_rows,
-        remix=settings.mixture_schedule,
+        mixture_schedule=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )
 

@@ -1,4 +1,4 @@
-"""A small run directory whose content is plainly made up: random curves, template episodes. For tests of the report only."""
+"""A small run directory with made-up content: random curves, template episodes. For tests of the report only."""
 
 import json
 import math
@@ -192,12 +192,12 @@ def write_corpus(run: Path, count: int = 24) -> list[Task]:
 
 def write_prepared(run: Path) -> None:
     def component(rate: float, tokens: int) -> dict:
-        counts = dict(rows=tokens // 256, tokens=tokens, loss_tokens=tokens // 2, examples=tokens // 90)
-        return counts | dict(dropped={"too_long": 3}, fill=0.93, rate=rate, share_of_tokens=rate)
+        counts = dict(sequences=tokens // 256, tokens=tokens, loss_tokens=tokens // 2, examples=tokens // 90)
+        return counts | dict(dropped={"too_long": 3}, fill=0.93, shards=1, rate=rate, share_of_tokens=rate)
 
     stages = {
         stage: dict(
-            context=256, components={"quoting": component(0.6, 60_000), "active_reading": component(0.4, 40_000)}
+            seq_len=256, components={"quoting": component(0.6, 60_000), "active_reading": component(0.4, 40_000)}
         )
         for stage in ("midtrain1", "midtrain2", "sft")
     }

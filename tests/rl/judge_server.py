@@ -28,7 +28,9 @@ def verdicts(user: str) -> list[dict]:
     rows = []
     for criterion in json.loads(_CRITERIA.search(user).group(1)):
         digest = hashlib.blake2b(f"{criterion['statement']}|{report}".encode(), digest_size=1).digest()[0]
-        rows.append({"id": criterion["id"], "reason": "drawn", "verdict": ("satisfied", "partial", "not_satisfied")[digest % 3]})
+        rows.append(
+            {"id": criterion["id"], "reason": "drawn", "verdict": ("satisfied", "partial", "not_satisfied")[digest % 3]}
+        )
     return rows
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from stepdr_jax import files
-from stepdr_jax.rl import rows
+from stepdr_jax.rl import rollout_metrics
 from stepdr_jax.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,7 @@ class Job:
     def rows(self) -> list[dict]:
         """metrics.jsonl without what is of one process."""
         found = files.read_jsonl(self.home / "metrics.jsonl") if (self.home / "metrics.jsonl").exists() else []
-        return [{n: v for n, v in row.items() if n not in rows.TIMINGS} for row in found]
+        return [{n: v for n, v in row.items() if n not in rollout_metrics.TIMINGS} for row in found]
 
     def recorded(self) -> list[dict[str, np.ndarray]]:
         """Token logs of every iteration."""

@@ -86,12 +86,12 @@ def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
         return update(*arguments, **keywords)
 
     learner.update = watched
-    parts = toy.parts(config, run_episode=run_episode)
-    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.actor()))
-    done = loop.train(config, parts)
+    parts = toy.inputs(config, run_episode=run_episode)
+    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.read_actor()))
+    done = loop.train_ppo(config, parts)
     learner.update = update
-    rows = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    recorded = [files.read_jsonl(loop.home_of(config) / "iterations" / f"{i:04d}.jsonl") for i in range(2)]
+    rows = files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
+    recorded = [files.read_jsonl(loop.ppo_layout(config).directory / "iterations" / f"{i:04d}.jsonl") for i in range(2)]
 
     def in_actors(seen):  # of the devices, in sizes of the actor
         return {d: max(one[d] for one in seen) / mine for d in range(8)}

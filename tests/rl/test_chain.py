@@ -25,7 +25,7 @@ MODEL = qwen2.Qwen2Config(8, 32, 2, 2, 1, 16, 48, 1e4, 1e-6, False)
 def settings(**changes) -> learner.PPOConfig:
     return learner.PPOConfig(
         **dict(
-            settings=ppo.Settings(MODEL, 1.0, 0.2, 10.0, 0.0, 0.0),
+            settings=ppo.ProgramSettings(MODEL, 1.0, 0.2, 10.0, 0.0, 0.0),
             actor_optimizer=ppo.make_optimizer(3e-3, 1, 0.95, 1.0),
             critic_optimizer=ppo.make_optimizer(2e-3, 10, 0.95, 1.0),
             gamma=1.0,
@@ -36,8 +36,8 @@ def settings(**changes) -> learner.PPOConfig:
             loss_aggregation="token_mean",
             whiten=True,
             tis_cap=0.0,
-            rows=8,
-            context=CONTEXT,
+            microbatch_sequences=8,
+            seq_len=CONTEXT,
             seed=0,
         )
         | changes

@@ -82,7 +82,7 @@ async def hosted(world, **faults):
 
 async def collected(tools, judge, tasks=TASKS, **keywords):
     seeds = list(range(100, 100 + len(tasks)))
-    return await rollouts.collect(tasks, seeds, policy(), tools.client, judge, RUBRICS, LIMITS, **keywords)
+    return await rollouts.collect_rollouts(tasks, seeds, policy(), tools.client, judge, RUBRICS, LIMITS, **keywords)
 
 
 def run_with(world, judge, **faults):
@@ -146,8 +146,8 @@ def test_a_rubric_without_a_verdict_is_in_neither_sum(struck):
 
 def test_the_learner_gets_the_surviving_episodes_and_of_the_others_nothing(struck):
     kept = [episode.index for episode in struck if episode.masked is None]
-    whole = rollouts.arrays(struck, LIMITS.max_episode_tokens)
-    alone = rollouts.arrays([struck[index] for index in kept], LIMITS.max_episode_tokens)
+    whole = rollouts.rollout_arrays(struck, LIMITS.max_episode_tokens)
+    alone = rollouts.rollout_arrays([struck[index] for index in kept], LIMITS.max_episode_tokens)
     lost = np.setdiff1d(np.arange(EPISODES), kept)
     for name, array in vars(whole).items():
         np.testing.assert_array_equal(array[kept], getattr(alone, name))

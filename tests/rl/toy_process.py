@@ -38,7 +38,7 @@ def main(argv):
         from stepdr_jax.rl import loop
 
         tools = toy.ToyTools(broken=lambda seed, attempt: next(looks) < fail)
-        print(json.dumps(loop.train(config, toy.parts(config, tools=tools, run_episode=run_episode))))
+        print(json.dumps(loop.train_ppo(config, toy.inputs(config, tools=tools, run_episode=run_episode))))
 
     sys.exit(entry.among_others(lambda: config.lock(), work))
 
