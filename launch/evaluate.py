@@ -11,7 +11,7 @@ import sys
 from absl import flags
 
 from launch import entry, tool_host
-from stepdr_jax import files
+from stepdr_jax import configuration
 from stepdr_jax.evaluation import qa
 from stepdr_jax.runtime import stages
 from stepdr_jax.runtime.layout import RunLayout
@@ -30,7 +30,7 @@ def main(config) -> None:
         return _watch(config)
     names = FLAGS.stages or qa.trained_stages(config)
     if not all(qa.finished(config, stage) for stage in names):
-        files.write_json(RunLayout.from_config(config).seed_dir() / "eval" / "config.json", config.to_dict())
+        configuration.save(config, RunLayout.from_config(config).seed_dir() / "eval")
         with tool_host.start_if_needed(config, f"seed{config.seed}.evaluate") as host:
             for stage in names:
                 qa.evaluate(config, stage, host)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import stages
 
@@ -126,8 +127,13 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+def save(config: ConfigDict, directory: Path) -> None:
+    """Writes `config` to config.json in `directory`, which any command takes as --config."""
+    files.write_json(directory / "config.json", config.to_dict())
+
+
 def load(path: Path, declared: Section) -> ConfigDict:
-    """Reads a config.json: JSON's lists become tuples. Raises UserError that names the file and the field."""
+    """Reads what `save` wrote: JSON's lists become tuples. Raises UserError that names the file and the field."""
     try:
         values = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: _tuples(v) for k, v in pairs})
     except ValueError as error:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import base, miniature
 from launch import document_configs, entry
-from stepdr_jax import configuration, files
+from stepdr_jax import configuration
 from stepdr_jax.configuration import Rule, above, declared_fields, field, section
 from stepdr_jax.errors import UserError
 from stepdr_jax.training import loop
@@ -37,7 +37,7 @@ def test_a_config_of_the_repository_loads_and_its_json_gives_it_again(path, tmp_
     config = entry.load(path)
     config.run_dir = str(tmp_path)
     configuration.check_values(config, base.FIELDS)
-    files.write_json(tmp_path / "config.json", config.to_dict())
+    configuration.save(config, tmp_path)
     again = entry.load(tmp_path / "config.json")
     assert again.to_dict() == config.to_dict()
     assert {n: type(v) for n, v in configuration.fields(again)} == {n: type(v) for n, v in configuration.fields(config)}
@@ -48,7 +48,7 @@ def test_tuples_floats_and_empty_sections_survive_json(tmp_path):
     config.sft.mixture_schedule = ((5, dict(sft_deep_search=0.1 + 0.2)), (9, dict(sft_deep_search=1e-300)))
     config.synthesis.kind_weights = ConfigDict(dict(fact=1.0))
     config.model.rope_theta = 1e22
-    files.write_json(tmp_path / "config.json", config.to_dict())
+    configuration.save(config, tmp_path)
     again = entry.parse(["launch/sft.py", f"--config={tmp_path}/config.json", "--config.seed=7"])
     assert again.config_file == f"{tmp_path}/config.json" and again.seed == 7
     config.config_file, config.seed = again.config_file, 7
