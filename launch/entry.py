@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 
 from configs import base
 from stepdr_jax import configuration
-from stepdr_jax.configuration import FILE
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration.process import DIE_WITH_PARENT
 
@@ -241,9 +240,9 @@ def _script_flags() -> list[flags.Flag]:
 
 def _no_file(path: Path) -> str:
     if path.is_dir():
-        written = sorted(path.glob("*.py")) or sorted([*path.glob(FILE), *path.glob(f"*/*/{FILE}")])
+        written = sorted(path.glob("*.py")) or sorted([*path.glob("config.json"), *path.glob("*/*/config.json")])
         hint = f"; for example --config={written[0]}" if written else ""
-        return f"config file {path} is a folder; give a Python file, or the {FILE} of a run{hint}"
+        return f"config file {path} is a folder; give a Python file, or the config.json of a run{hint}"
     folder = path.parent if path.parent.is_dir() else DEFAULT_CONFIG.parent
     names = [str(other) for other in sorted(folder.glob("*.*")) if other.suffix in (".py", ".json")]
     close = difflib.get_close_matches(str(path), names, 1, 0.4)
@@ -254,7 +253,7 @@ def _no_file(path: Path) -> str:
 def _call_get_config(path: Path) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"config file {path}: expected a Python file (.py) or a run's {FILE}")
+        raise UserError(f"config file {path}: expected a Python file (.py) or a run's config.json")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -19,8 +19,6 @@ from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import stages
 
-FILE = "config.json"  # the config that a run or a stage was started with, in its directory
-
 
 class Rule(NamedTuple):
     """What a field's values must be: `expects` completes "expected ..."."""
@@ -131,7 +129,7 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def save(config: ConfigDict, directory: Path) -> None:
     """Writes `config` to config.json in `directory`, which any command takes as --config."""
-    files.write_json(directory / FILE, config.to_dict())
+    files.write_json(directory / "config.json", config.to_dict())
 
 
 def load(path: Path, declared: Section) -> ConfigDict:

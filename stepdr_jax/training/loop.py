@@ -14,7 +14,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from stepdr_jax import configuration, files
+from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -108,12 +108,7 @@ def train(
     if finished is not None:
         return finished
 
-    def write_settings() -> None:
-        provenance.record_location(layout)
-        files.write_json(layout.settings, asked)
-        configuration.save(config, layout.directory)
-
-    distributed.lead_first("settings", write_settings, lambda: None)
+    distributed.lead_first("settings", lambda: provenance.record_stage(config, layout, asked), lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
     keep_compiled(run.compilation_cache)

@@ -14,6 +14,8 @@ from launch import document_configs, entry
 from stepdr_jax import configuration
 from stepdr_jax.configuration import Rule, above, declared_fields, field, section
 from stepdr_jax.errors import UserError
+from stepdr_jax.training import loop
+from tests.training import tiny
 
 CONFIGS = sorted(
     path for path in Path(base.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base", "ppo_presets")
@@ -51,6 +53,12 @@ def test_tuples_floats_and_empty_sections_survive_json(tmp_path):
     assert again.config_file == f"{tmp_path}/config.json" and again.seed == 7
     config.config_file, config.seed = again.config_file, 7
     assert again.to_dict() == config.to_dict() and again.data.sources.to_dict() == {}
+
+
+def test_a_stage_writes_the_config_that_it_was_started_with(tmp_path):
+    config = tiny.tiny_config(tmp_path, **{"midtrain1.steps": 2})
+    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
+    assert entry.load(tmp_path / "seed0" / "midtrain1" / "config.json").to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

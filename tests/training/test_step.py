@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from stepdr_jax.configuration import check_values
 from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
@@ -143,7 +144,7 @@ def test_the_other_schedules_warm_up_and_then_fall_along_a_cosine_or_hold():
 )
 def test_settings_that_cannot_work_are_named(field, value, line):
     with pytest.raises(UserError, match=line):
-        check_values(tiny_config("unused", **{field: value}))
+        check_values(tiny_config("unused", **{field: value}), base.FIELDS)
 
 
 def test_z_loss_reaches_the_objective_from_the_config(params):
