@@ -24,11 +24,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from stepdr_jax import configuration
-from stepdr_jax.configuration import FILE
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration.process import DIE_WITH_PARENT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.py"
+
+KEPT = "finished work is kept"
 
 _arguments: list[str] = []
 _config_arguments: list[str] = []
@@ -102,7 +103,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause).split())
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
-            return f"disk full{where}; free space and run the same command: finished work is kept"
+            return f"disk full{where}; free space and run the same command: {KEPT}"
         if isinstance(cause, PermissionError) and cause.filename:
             return (
                 f"{cause.filename}: permission denied; make it readable and writable for this user, or change run_dir"
@@ -111,11 +112,11 @@ def explain(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}; check this path, or change --config.run_dir"
         if isinstance(cause, OSError) and cause.errno in _STORAGE_GONE:
             where = f" of {cause.filename}" if cause.filename else ""
-            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: finished work is kept"
+            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: {KEPT}"
         cause = cause.__cause__ or cause.__context__
     # array_record, tensorstore and orbax write in C++ and report a full disk only as text.
     if "No space left on device" in str(error):
-        return "disk full; free space and run the same command: finished work is kept"
+        return f"disk full; free space and run the same command: {KEPT}"
     return None
 
 
@@ -239,9 +240,9 @@ def _script_flags() -> list[flags.Flag]:
 
 def _no_file(path: Path) -> str:
     if path.is_dir():
-        written = sorted(path.glob("*.py")) or sorted([*path.glob(FILE), *path.glob(f"*/*/{FILE}")])
+        written = sorted(path.glob("*.py")) or sorted([*path.glob("config.json"), *path.glob("*/*/config.json")])
         hint = f"; for example --config={written[0]}" if written else ""
-        return f"config file {path} is a folder; give a Python file, or the {FILE} of a run{hint}"
+        return f"config file {path} is a folder; give a Python file, or the config.json of a run{hint}"
     folder = path.parent if path.parent.is_dir() else DEFAULT_CONFIG.parent
     names = [str(other) for other in sorted(folder.glob("*.*")) if other.suffix in (".py", ".json")]
     close = difflib.get_close_matches(str(path), names, 1, 0.4)
@@ -252,7 +253,7 @@ def _no_file(path: Path) -> str:
 def _call_get_config(path: Path) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise UserError(f"config file {path}: expected a Python file (.py) or a run's {FILE}")
+        raise UserError(f"config file {path}: expected a Python file (.py) or a run's config.json")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -284,7 +285,7 @@ def _short(path: Path) -> str:
 
 
 def _module_name(program: str) -> str:
-    """launch.research of .../launch/research.py, launch.bench of .../launch/bench/__main__.py, the file name of others."""
+    """launch.research for .../launch/research.py, launch.bench for .../launch/bench/__main__.py; else the file name."""
     path, folder = Path(program).resolve(), Path(__file__).resolve().parent
     if not path.is_relative_to(folder):
         return path.stem

@@ -108,11 +108,7 @@ def train(
     if finished is not None:
         return finished
 
-    def write_settings() -> None:
-        provenance.record_location(layout)
-        files.write_json(layout.settings, asked)
-
-    distributed.lead_first("settings", write_settings, lambda: None)
+    distributed.lead_first("settings", lambda: provenance.record_stage(config, layout, asked), lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
     keep_compiled(run.compilation_cache)

@@ -14,6 +14,8 @@ from launch import document_configs, entry
 from stepdr_jax import configuration
 from stepdr_jax.configuration import Rule, above, declared_fields, field, section
 from stepdr_jax.errors import UserError
+from stepdr_jax.training import loop
+from tests.training import tiny
 
 CONFIGS = sorted(
     path for path in Path(base.__file__).parent.glob("*.py") if path.stem not in ("__init__", "base", "ppo_presets")
@@ -53,6 +55,12 @@ def test_tuples_floats_and_empty_sections_survive_json(tmp_path):
     assert again.to_dict() == config.to_dict() and again.data.sources.to_dict() == {}
 
 
+def test_a_stage_writes_the_config_that_it_was_started_with(tmp_path):
+    config = tiny.tiny_config(tmp_path, **{"midtrain1.steps": 2})
+    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
+    assert entry.load(tmp_path / "seed0" / "midtrain1" / "config.json").to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -81,13 +89,18 @@ def test_rules_are_those_of_a_path_and_not_of_a_name():
         ("--config.eval.heldout_tasks=0", "has no field"),
         ("--config.eval.tasks=0", "eval.tasks: expected a number above 0, got 0"),
         ("--config.sft.mixture.sft_deep_search=-1", "sft.mixture.sft_deep_search: expected a number from 0 up"),
-        ("--config.profile.steps=3", "expected a tuple such as"),
+        ("--config.profile.steps=3", "profile.steps: expected .first, last."),
+        ("--config.profile.steps=a,b", "profile.steps: expected a tuple such as"),
+        ("--config.sampler.urls=10.0.0.5:8000", "sampler.urls: expected addresses such as http"),
+        ("--config.sampler.engine=vllm", "sampler.urls: expected addresses of vllm servers"),
         ("--config.profile.steps=(3,1)", "profile.steps: expected .first, last."),
         ("--config.sft.mixture_schedule=(3,1)", "sft.mixture_schedule: expected ..step"),
         ("--config.model.head_dim=33", "model.head_dim: expected an even number"),
     ]:
         with pytest.raises(UserError, match=message):
             entry.parse(["launch/sft.py", word])
+    urls = entry.parse(["launch/sft.py", "--config.sampler.urls=http://a:1,http://b:2"]).sampler.urls
+    assert urls == ("http://a:1", "http://b:2")
     schedule = entry.parse(["launch/sft.py", "--config.sft.mixture_schedule=((3,{'sft_deep_search':1.0}),)"])
     assert schedule.sft.mixture_schedule == ((3, {"sft_deep_search": 1.0}),)
 

@@ -62,6 +62,7 @@ def test_stages_run_in_order_and_a_second_run_does_nothing(small_run, capsys):
     config, home = small_run
     assert start(config) == home / "report.out"
     assert calls(home) == ["a", "b", "report"]
+    assert json.loads((home / "config.json").read_text())["run_dir"] == str(home)
     assert (home / "calls").read_text().splitlines()[0] == "a --config.seed=0"
     shown = capsys.readouterr().err
     assert "[1/3] a, about 5s; run: 0s gone, about 1" in shown

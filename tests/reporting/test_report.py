@@ -108,13 +108,18 @@ def section_of(page, title):
 
 def test_training_shows_losses_by_component_capability_family_and_on_held_out_rows(finished):
     sft = section_of(finished[1], "SFT")
-    for title in ("Loss by mixture component", "Loss on rows held out", "Loss by capability", "Loss by data family"):
+    for title in (
+        "Loss by mixture component",
+        "Held-out loss by component",
+        "Loss by capability",
+        "Loss by data family",
+    ):
         assert title in sft
     assert "FLOPs over the devices" not in sft and "FLOPs over the devices" in section_of(finished[1], "Mid-training I")
 
 
 def test_a_held_out_loss_is_one_line_through_the_rows_that_have_it(finished):
-    figure = section_of(finished[1], "SFT").split("Loss on rows held out", 1)[1].split("</figure>")[0]
+    figure = section_of(finished[1], "SFT").split("Held-out loss by component", 1)[1].split("</figure>")[0]
     assert re.search(r'd="M[\d.]+ [\d.]+(L[\d.]+ [\d.]+){3}"', figure)
 
 
@@ -127,11 +132,11 @@ def test_training_tells_of_skips_returns_restarts_and_goodput(finished):
     assert "rolled back" not in section_of(finished[1], "SFT")
 
 
-def test_qa_at_milestones_is_drawn_over_training_tokens(finished):
+def test_qa_at_evaluation_checkpoints_is_drawn_over_training_tokens(finished):
     first = section_of(finished[1], "Mid-training I")
     figure = first.split("Held-out tasks while training", 1)[1].split("</figure>")[0]
     assert "training tokens" in figure and "409600" in figure.replace(".0", "")
-    assert "Well-formed, of what was sampled" in first
+    assert "Share of sampled output that is well-formed" in first
     assert "Held-out tasks while training" not in section_of(finished[1], "SFT")
 
 

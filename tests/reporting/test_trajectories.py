@@ -120,7 +120,7 @@ def test_a_small_page_keeps_some_of_every_iteration_those_with_values_first(run,
     rows = unpacked(page, "episode-data")
     assert 3 <= counts["shown"] == len(rows) < 24
     assert {row["iteration"] for row in rows} == {0, 1, 2} and all(row.get("detailed") for row in rows)
-    assert f"{24 - len(rows)} more were left out" in page
+    assert f"{24 - len(rows)} more were omitted" in page
 
 
 def test_text_of_episodes_is_nowhere_in_the_page(run, tmp_path):
