@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.runtime import stages
 
 
 class Rule(NamedTuple):
@@ -272,8 +271,13 @@ def kv_heads_divide_heads(config: ConfigDict) -> None:
     _divisor("model.num_kv_heads", config.model.num_kv_heads, "model.num_heads", config.model.num_heads)
 
 
+def _training_sections(config: ConfigDict) -> list[str]:
+    """Names of the sections of stages that train on packed data: those with a mixture."""
+    return [name for name, value in config.items() if isinstance(value, ConfigDict) and "mixture" in value]
+
+
 def microbatches_divide_batches(config: ConfigDict) -> None:
-    for stage in stages.trained():
+    for stage in _training_sections(config):
         _divisor(f"{stage}.microbatches", config[stage].microbatches, f"{stage}.batch_size", config[stage].batch_size)
 
 
@@ -298,7 +302,7 @@ def servers_sample_for_themselves(config: ConfigDict) -> None:
 
 
 def something_is_drawn(config: ConfigDict) -> None:
-    for stage in stages.trained():
+    for stage in _training_sections(config):
         if not any(config[stage].mixture.values()):
             raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")
     if not any(config.synthesis.kind_weights.values()):

@@ -27,24 +27,30 @@ from stepdr_jax.data import beam_runner, rates, scan, selection, sources
 from stepdr_jax.data.card import SELECTION_COUNTS, sum_counts
 from stepdr_jax.data.shard import digest_of, write_shard
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime.layout import RunLayout
+from stepdr_jax.runtime.stages import trained
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
-STAGES = ("midtrain1", "midtrain2", "sft")
 LAYOUT = 5  # raise when the content of shards or their side files changes its meaning
 GENERATED = "copying"  # the component that no source has (mixtures.COPYING)
 
 
 def build_training_data(
-    config, stages: Sequence[str] = STAGES, *, runner: str = beam_runner.IN_PROCESS, beam_options: Sequence[str] = ()
+    config,
+    stages: Sequence[str] | None = None,
+    *,
+    runner: str = beam_runner.IN_PROCESS,
+    beam_options: Sequence[str] = (),
 ) -> dict[str, dict[str, dict]]:
-    """Builds every component of the stages' mixtures and returns stage -> component -> card.
+    """Builds every component of the mixtures of `stages`, by default all, and returns stage -> component -> card.
 
     Text longer than seq_len is split into windows; trajectories longer than it are dropped and counted.
 
     Raises UserError when a source or the tokenizer is absent, at a bad row if so configured, and for a component
     without examples.
     """
-    folder = Path(config.run_dir) / "data"
+    stages = trained() if stages is None else stages
+    folder = RunLayout.from_config(config).data
     options = beam_runner.RunnerOptions(folder / "failed", runner, beam_options)
     policy = selection.SelectionPolicy(
         config.data.exact_duplicates,
@@ -109,8 +115,8 @@ def side_path(path: Path) -> Path:
 
 def _list_shards(config, stage: str, component: str, selected: selection.Selection | None) -> list[tuple[Path, dict]]:
     """Returns the path and inputs of each shard of a component in a stage."""
-    folder = Path(config.run_dir) / "data" / stage
-    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    layout = RunLayout.from_config(config)
+    folder, tokenizer = layout.data / stage, Tokenizer.load(layout.tokenizer)
     plans = selected.plans if selected else [(Path(f"{component}-00000-of-00001"), GENERATED)]
     shared = dict(
         layout=LAYOUT,
@@ -152,7 +158,7 @@ def _read_examples(
 
         from stepdr_jax.data import mixtures
 
-    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.load(RunLayout.from_config(config).tokenizer)
     mixtures.register_mixtures(config, tokenizer, plans)
     task = seqio.get_mixture_or_task(mixtures.task_name(stage, component))
     shard = seqio.ShardInfo(index, num_shards) if num_shards > 1 else None

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from stepdr_jax import files
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 COUNTS = ("sequences", "tokens", "loss_tokens", "examples", "pieces")
@@ -23,17 +24,17 @@ def write_card(run_dir: str | Path, built: dict[str, dict[str, dict]], rates: di
     `rate` (share of the tokens that training draws), `share_of_tokens` (share of the tokens on disk) and the counts
     of selection: duplicates, evaluation questions, bad rows.
     """
-    run_dir = Path(run_dir)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
+    layout = RunLayout.of_run_dir(run_dir)
+    tokenizer = Tokenizer.load(layout.tokenizer)
     card = dict(
         tokenizer=dict(fingerprint=tokenizer.fingerprint(), vocab_size=tokenizer.vocab_size),
         stages={stage: _stage_card(components, rates[stage]) for stage, components in built.items()},
     )
     card["tokens"] = sum(stage["tokens"] for stage in card["stages"].values())
-    files.write_json(run_dir / "data" / "card.json", card)
+    files.write_json(layout.data_card, card)
     from stepdr_jax.data.card_page import render_card  # here: jinja2 is slow to import
 
-    files.write_atomic(run_dir / "data" / "card.html", render_card(card, run_dir.name))
+    files.write_atomic(layout.data_card.with_suffix(".html"), render_card(card, layout.root.name))
     return card
 
 

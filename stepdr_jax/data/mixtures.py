@@ -24,6 +24,7 @@ import tensorflow as tf
 from stepdr_jax.data import rates, selection
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Message, Trajectory
+from stepdr_jax.runtime import stages
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
@@ -131,7 +132,7 @@ def register_mixtures(config, tokenizer: Tokenizer, plans: Mapping[str, Sequence
         "tokens": seqio.Feature(BpeVocabulary(tokenizer), add_eos=False),
         "loss_mask": seqio.Feature(seqio.PassThroughVocabulary(2), add_eos=False, dtype=tf.bool),
     }
-    for stage in ("midtrain1", "midtrain2", "sft"):
+    for stage in stages.trained():
         loss = config[stage].trajectory_loss
         if loss not in ("all", "assistant"):
             raise UserError(f"expected {stage}.trajectory_loss to be all or assistant, got {loss!r}; change the config")

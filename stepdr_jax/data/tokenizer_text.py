@@ -8,6 +8,7 @@ from pathlib import Path
 from stepdr_jax.data import sources
 from stepdr_jax.errors import UserError
 from stepdr_jax.files import read_jsonl
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 PART_BYTES, MAX_TEXT = 1 << 22, 100_000  # read at a time; characters of a text that are used
@@ -20,7 +21,8 @@ def ensure_tokenizer(config) -> Tokenizer:
     An existing one is kept even if the corpus has changed, since checkpoints depend on it. Raises UserError when
     `tokenizer.path` names another tokenizer than the one in use, or when there is no corpus to train on.
     """
-    path = Path(config.run_dir) / "tokenizer" / "tokenizer.json"
+    layout = RunLayout.from_config(config)
+    path = layout.tokenizer
     chosen = Tokenizer.load(config.tokenizer.path) if config.tokenizer.path else None
     if path.exists():
         tokenizer = Tokenizer.load(path)
@@ -31,7 +33,7 @@ def ensure_tokenizer(config) -> Tokenizer:
             )
         return tokenizer
     tokenizer = chosen or Tokenizer.train(
-        corpus_texts(Path(config.run_dir) / "corpus", own=source_texts(config)), config.tokenizer.vocab_size
+        corpus_texts(layout.corpus, own=source_texts(config)), config.tokenizer.vocab_size
     )
     tokenizer.save(path)
     return tokenizer

@@ -86,7 +86,7 @@ def test_the_report_and_the_dashboard_show_its_title_unit_and_command(config, mo
     for step in (10, 20):
         files.append_jsonl(layout.stage("judge_sft").metrics, {"step": step, "loss": 1.0})
         files.append_jsonl(layout.stage("judge_rl").metrics, {"iteration": step, "reward": 0.5})
-    page, _ = report.render(collect.collect(tmp_path), config)
+    page, _ = report.render_report(collect.collect(tmp_path), config)
     assert "Judge, fine-tuned" in page and "Judge, RL" in page
     assert "python -m launch.judge --stage=judge_sft" in page
     watched = following.Watched(tmp_path)

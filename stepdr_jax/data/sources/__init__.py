@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.data.sources import agents, articles, containers, dialogue, plain
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.text.scripts import document_language
 
 
@@ -116,7 +117,7 @@ def list_sources(config: ConfigDict) -> list[DataSource]:
     Raises UserError for an unknown format or field, and for a path without files.
     """
     found = []
-    corpus = Path(config.run_dir) / "corpus"
+    corpus = RunLayout.from_config(config).corpus
     written = {"synthesis_documents": "synthetic_documents.jsonl", "synthesis_trajectories": "trajectories.jsonl"}
     for format_, name in written.items():
         if (corpus / name).exists():
