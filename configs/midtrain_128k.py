@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     )
     config.agent.update(dict(prompt="full", max_turns=30, max_turn_tokens=16384, max_episode_tokens=131072))  # paper
 
-    # Sources are named here when they lie on disk; each needs the licence under which you may use it, for example
+    # Sources are named here when they lie on disk; each needs its license, for example
     #   config.data.sources = ConfigDict(dict(
     #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*-pages-articles*.xml*.bz2", component="general_knowledge"),
     #       synth=dict(format="synth", path="<synth>/*.parquet", component="synthetic_knowledge"),
