@@ -1,7 +1,7 @@
 """Training on your own data, optionally from a Qwen2.5 checkpoint: copy this file and change the names in capitals.
 
-A JSONL row is {"text"}, {"prompt", "completion"} or {"messages"} (README, "Your own data"). Without changes a tiny model
-with its own tokenizer trains on DATA within minutes on two cores.
+A JSONL row is {"text"}, {"prompt", "completion"} or {"messages"} (README, "Your own data"). Without changes a tiny
+model with its own tokenizer trains on DATA within minutes on two cores.
 """
 
 import dataclasses
