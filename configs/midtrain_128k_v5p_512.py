@@ -1,6 +1,7 @@
 """Qwen2.5-32B at 128K tokens on 512 chips of v5p (8x8x8): configs/midtrain_128k.py on another slice.
 
-`python -m launch.plan --config=configs/midtrain_128k_v5p_512.py --topology=v5p:8x8x8` shows what it takes (docs/plans.md: 3.6 GiB a chip).
+It takes 3.6 GiB a chip (docs/plans.md):
+`python -m launch.plan --config=configs/midtrain_128k_v5p_512.py --topology=v5p:8x8x8`.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
 """Qwen2.5-32B at 128K tokens on 256 chips of v6e (16x16): configs/midtrain_128k.py on another slice.
 
-`python -m launch.plan --config=configs/midtrain_128k_v6e_256.py --topology=v6e-256` shows what it takes (docs/plans.md: 10.4 GiB a chip).
+It takes 10.4 GiB a chip (docs/plans.md):
+`python -m launch.plan --config=configs/midtrain_128k_v6e_256.py --topology=v6e-256`.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """The whole recipe on two CPU cores in half an hour: a tiny Qwen2.5, an offline web of real facts, every stage.
 
-Sizes are configs/base.py's; only steps, rates and mixtures are chosen here, by measurement on this scale. A pod's config
-changes sizes: the stages, their order and their code are the same.
+Sizes are those of configs/base.py; steps, rates and mixtures are chosen here, by measurement at this size. The
+configs of pods change values only: the stages, their order and their code are the same.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.midtrain1.update(
         dict(
             steps=2600,
-            warmup_data="copying",  # spans of random ids and the same again; without it quoting is not learned in minutes
+            warmup_data="copying",  # repeated spans of random ids; without it quoting is not learned in minutes
             warmup_data_steps=1000,
             mixture=dict(
                 copying=0.05,

@@ -14,6 +14,7 @@ import time
 from absl import flags
 
 from launch import entry
+from stepdr_jax import configuration
 from stepdr_jax.data import beam_runner, build, card, tokenizer_text
 from stepdr_jax.runtime.layout import RunLayout
 
@@ -25,6 +26,7 @@ _OPTIONS = flags.DEFINE_string("beam_options", "", "further options of Beam's pi
 
 def main(config) -> None:
     began = time.monotonic()
+    configuration.save(config, RunLayout.from_config(config).data)
     tokenizer = tokenizer_text.ensure_tokenizer(config)
     say(f"tokenizer  {tokenizer.vocab_size} tokens  {time.monotonic() - began:.0f}s elapsed")
     built = build.build_training_data(config, runner=_RUNNER.value, beam_options=shlex.split(_OPTIONS.value))

@@ -12,9 +12,12 @@ from stepdr_jax.configuration import Field, Section
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = """# Config fields
 
-Made from `configs/base.py` by `python -m launch.document_configs`. Any command changes a field with `--config.FIELD=VALUE` and
-takes a Python file or the `config.json` of an earlier run as `--config`; fields that depend on each other are checked by
-`CROSS_CHECKS` in `stepdr_jax/configuration.py`.
+Made from `configs/base.py` by `python -m launch.document_configs`. Any command changes a field with
+`--config.FIELD=VALUE` and takes a Python file, or the `config.json` that a run or stage has written, as `--config`:
+
+    python -m launch.sft --config=runs/a/seed0/sft/config.json --config.run_dir=runs/b --config.sft.steps=900
+
+Conditions between fields are `CROSS_CHECKS` in `stepdr_jax/configuration.py`. JSON has no tuples: a list becomes one.
 """
 
 

@@ -30,6 +30,8 @@ from stepdr_jax.orchestration.process import DIE_WITH_PARENT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.py"
 
+KEPT = "finished work is kept"
+
 _arguments: list[str] = []
 _config_arguments: list[str] = []
 
@@ -102,7 +104,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause).split())
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
-            return f"disk full{where}; free space and run the same command: finished work is kept"
+            return f"disk full{where}; free space and run the same command: {KEPT}"
         if isinstance(cause, PermissionError) and cause.filename:
             return (
                 f"{cause.filename}: permission denied; make it readable and writable for this user, or change run_dir"
@@ -111,11 +113,11 @@ def explain(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}; check this path, or change --config.run_dir"
         if isinstance(cause, OSError) and cause.errno in _STORAGE_GONE:
             where = f" of {cause.filename}" if cause.filename else ""
-            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: finished work is kept"
+            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: {KEPT}"
         cause = cause.__cause__ or cause.__context__
     # array_record, tensorstore and orbax write in C++ and report a full disk only as text.
     if "No space left on device" in str(error):
-        return "disk full; free space and run the same command: finished work is kept"
+        return f"disk full; free space and run the same command: {KEPT}"
     return None
 
 
@@ -284,7 +286,7 @@ def _short(path: Path) -> str:
 
 
 def _module_name(program: str) -> str:
-    """launch.research of .../launch/research.py, launch.bench of .../launch/bench/__main__.py, the file name of others."""
+    """launch.research for .../launch/research.py, launch.bench for .../launch/bench/__main__.py; else the file name."""
     path, folder = Path(program).resolve(), Path(__file__).resolve().parent
     if not path.is_relative_to(folder):
         return path.stem

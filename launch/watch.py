@@ -34,7 +34,9 @@ def main(config) -> int:
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(dashboard.render_dashboard(watched, console, stage=_STAGE.value, totals=totals), refresh=True)
+                live.update(
+                    dashboard.render_dashboard(watched, console, stage=_STAGE.value, totals=totals), refresh=True
+                )
                 time.sleep(_SECONDS.value)
                 watched.poll()
     except KeyboardInterrupt:

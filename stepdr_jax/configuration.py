@@ -1,7 +1,7 @@
 """How the fields of a config are declared, read and checked; configs/base.py declares them. Imports without jax.
 
-A config is checked once, before a stage does any work, so that a mistake costs a second and not a night. Names of mixture
-components and paths are checked where they are used.
+A config is checked once, before a stage does any work, so that a mistake costs a second and not a night. Names of
+mixture components and paths are checked where they are used.
 """
 
 import ast
@@ -87,6 +87,10 @@ DATE = Rule("a date such as 2026-06-01", _date)
 LOW_HIGH = Rule("(low, high) with 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
 STEP_RANGE = Rule("(first, last), or (0, 0) for none", lambda value: len(value) == 2 and 0 <= value[0] <= value[1])
 MIXTURE_SCHEDULE = Rule("((step, dict(component=rate)), ...)", _schedule)
+URLS = Rule(
+    "addresses such as http://10.0.0.5:8000, separated by commas",
+    lambda value: all(url.startswith(("http://", "https://")) for url in value),
+)
 even = Rule("an even number above 0", lambda value: value > 0 and value % 2 == 0)
 
 
@@ -161,7 +165,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         raise UserError(f"--config.{name}: expected one of its fields (now a section), got {text!r}")
     try:
         section[leaf] = _typed(text, now)
-    except (ValueError, TypeError, KeyError, SyntaxError):
+    except (ValueError, TypeError, KeyError):
         raise UserError(f"--config.{name}: expected {_kind(now)} (now {now!r}), got {text!r}") from None
 
 
@@ -169,7 +173,10 @@ def _typed(text: str, now: Any) -> Any:
     if isinstance(now, bool):
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
     if isinstance(now, tuple | list):
-        return tuple(ast.literal_eval(text)) if text else ()
+        try:
+            return tuple(ast.literal_eval(f"({text},)" if text and text[0] not in "([" else text or "()"))
+        except SyntaxError:  # words
+            return tuple(text.split(","))
     return type(now)(text)
 
 
@@ -242,17 +249,24 @@ def check_values(config: ConfigDict, declared: Section) -> None:
             value = value[part]
         values = fields(value, f"{name}.") if isinstance(value, ConfigDict) else [(name, value)]
         for full_name, value in values:
-            if not field.rule.holds(value):
+            if not _holds(field.rule, value):
                 raise UserError(f"{full_name}: expected {field.rule.expects}, got {value!r}")
     for check in CROSS_CHECKS:
         check(config)
 
 
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return bool(rule.holds(value))
+    except (TypeError, AttributeError):  # an element of another type
+        return False
+
+
 def staleness_needs_tis_cap(config: ConfigDict) -> None:
     if config.ppo.staleness and not config.ppo.tis_cap:
         raise UserError(
-            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (importance weights of episodes from older "
-            "weights), got 0; for example --config.ppo.tis_cap=2"
+            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (it bounds importance weights of stale "
+            "episodes), got 0; for example --config.ppo.tis_cap=2"
         )
 
 
@@ -263,6 +277,26 @@ def kv_heads_divide_heads(config: ConfigDict) -> None:
 def microbatches_divide_batches(config: ConfigDict) -> None:
     for stage in stages.trained():
         _divisor(f"{stage}.microbatches", config[stage].microbatches, f"{stage}.batch_size", config[stage].batch_size)
+
+
+def servers_sample_for_themselves(config: ConfigDict) -> None:
+    sampler = config.sampler
+    if sampler.engine == "jax":
+        return
+    if not sampler.urls:
+        raise UserError(
+            f"sampler.urls: expected addresses of {sampler.engine} servers, got (); for example "
+            "--config.sampler.urls=http://10.0.0.5:8000"
+        )
+    if sampler.engine == "vllm" and not sampler.model:
+        raise UserError(
+            "sampler.model: expected the name of the model at the vLLM servers (--served-model-name), got ''"
+        )
+    if config.placement.sampler != "colocated":
+        raise UserError(
+            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device "
+            f"of this process), got {config.placement.sampler}"
+        )
 
 
 def something_is_drawn(config: ConfigDict) -> None:
@@ -286,6 +320,7 @@ CROSS_CHECKS = (
     staleness_needs_tis_cap,
     kv_heads_divide_heads,
     microbatches_divide_batches,
+    servers_sample_for_themselves,
     something_is_drawn,
     turns_fit_episodes,
 )

@@ -1,7 +1,7 @@
 """Records on disk: typed and validated, read and written as JSONL by every package.
 
-Unknown fields are errors, so a file of another version of the code is refused, naming the field. There is no behavior here
-beyond validation and serialization.
+Unknown fields are errors, so a file of another version of the code is refused with the field's name. There is no
+behavior here beyond validation and serialization.
 """
 
 import enum
@@ -45,7 +45,7 @@ class Document(Record):
     title: str
     text: str
     lang: Lang
-    source: str  # "world", "folder", "wiki", ...
+    source: str  # "world" (the offline web), "folder", "wiki", ...
     authority: int = 0  # 0 unknown or unreliable, 1 ordinary, 2 authoritative
     published_at: str | None = None  # ISO date
     links: list[Link] = []

@@ -22,7 +22,7 @@ def measure(config, rounds: int) -> dict:
 
     parts = loop.read_inputs(config)
     with tool_host.start_if_needed(config, "bench") as host, tempfile.TemporaryDirectory() as folder:
-        parts = dataclasses.replace(parts, connect_tools=lambda: Tools.of(config, host))
+        parts = dataclasses.replace(parts, connect_tools=lambda: Tools.from_config(config, host))
         for number in range(1, rounds + 2):
             for staleness in (0, 1):
                 loop.train_ppo(_side(config, folder, staleness, number * SEGMENT), parts)

@@ -3,8 +3,8 @@
 A policy session keeps the episode's context. An engine session keeps token ids: what it sampled is what it sees again,
 text is only rendered from ids. An endpoint session keeps messages, because that is all an endpoint offers.
 
-Failures: `act` and `observe` raise on a broken engine or endpoint, never for what the model wrote. The episode loop turns
-the exception into an infrastructure outcome, so no failure of ours is ever rewarded 0.
+Failures: `act` and `observe` raise on a broken engine or endpoint, never for what the model wrote. The episode loop
+turns the exception into an infrastructure outcome, so no failure of ours is ever rewarded 0.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One assistant turn as text. `finish`: "stop" ended by the model, "length" cut by `max_tokens`, "full" context full."""
+    """One assistant turn. `finish`: "stop" ended by the model, "length" by `max_tokens`, "full" context full."""
 
     text: str
     finish: str
@@ -32,8 +32,9 @@ class Turn:
 class PolicySession(Protocol):
     """One episode's side of a policy.
 
-    `log` is the token log, or None where no tokens are known. `context_tokens`, where a session has it, is the length of
-    the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget without it.
+    `log` is the token log, or None where no tokens are known. `context_tokens`, where a session has it, is the length
+    of the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget
+    without it.
     """
 
     @property

@@ -71,7 +71,7 @@ def corpus_texts(corpus: Path, limit: int = 4_000_000, own: Iterable[str] = ()) 
     """
     rng = random.Random(0)
     own = list(own)
-    texts = own + (list(_all_texts(corpus)) if not own or (corpus / "reading.jsonl").exists() else [])
+    texts = own + (list(_all_texts(corpus)) if not own or (corpus / "synthetic_documents.jsonl").exists() else [])
     share = limit / max(sum(map(len, texts)), 1)
     kept = [text for text in texts if share >= 1 or rng.random() < share]
     return [CITATION_ID.sub(lambda match: _citation_id(rng), text) for text in kept]
@@ -82,7 +82,7 @@ def _citation_id(rng: random.Random) -> str:
 
 
 def _all_texts(corpus: Path) -> Iterator[str]:
-    for row in read_jsonl(corpus / "reading.jsonl"):
+    for row in read_jsonl(corpus / "synthetic_documents.jsonl"):
         yield from (row[field] for field in ("text", "prompt", "completion") if field in row)
     for row in read_jsonl(corpus / "trajectories.jsonl"):
         for message in row["messages"]:

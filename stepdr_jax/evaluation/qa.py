@@ -1,8 +1,8 @@
 """Held-out tasks through the one episode loop: the same tasks, budgets and judge for every stage and seed.
 
-An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a killed
-evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke is tried
-once more and then reported as missing, never as 0.
+An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a
+killed evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke
+is tried once more and then reported as missing, never as 0.
 """
 
 import asyncio
@@ -216,7 +216,8 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own
+    tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
@@ -267,7 +268,10 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
 
     engine, tokenizer = sampler.of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.of(config, host), make_judge(config, entity_names(RunLayout.from_config(config).entities))
+    tools, judge = (
+        Tools.from_config(config, host),
+        make_judge(config, entity_names(RunLayout.from_config(config).entities)),
+    )
     try:
         return await run_tasks(
             tasks,

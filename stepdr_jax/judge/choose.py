@@ -1,4 +1,4 @@
-"""The judge that a config asks for."""
+"""Makes the judge that a config asks for."""
 
 import os
 from collections.abc import Iterable
@@ -9,17 +9,17 @@ from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
 from stepdr_jax.judge.model_judge import ModelJudge
 from stepdr_jax.runtime.layout import RunLayout
 
-# How replies come, not what they are
-FREE = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
+# Settings that do not change verdicts
+TRANSPORT_SETTINGS = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
 
 
 def judge_settings(config) -> dict[str, object]:
-    """What verdicts are a function of, as dotted names and values."""
-    return {f"judge.{name}": value for name, value in config.judge.items() if name not in FREE}
+    """The settings that decide verdicts, as dotted names and values."""
+    return {f"judge.{name}": value for name, value in config.judge.items() if name not in TRANSPORT_SETTINGS}
 
 
 def make_judge(config, names: Iterable[str]) -> Judge:
-    """The judge of `config.judge`; `names` as of `ProgrammaticJudge`. Raises UserError when an endpoint is not named."""
+    """Returns the judge of `config.judge`; `names`: see `ProgrammaticJudge`. Raises UserError without an endpoint."""
     section = config.judge
     rules = dict(mapping=section.mapping, max_missing=section.max_missing)
     if section.kind == "programmatic":

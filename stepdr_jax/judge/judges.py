@@ -38,7 +38,7 @@ class Judge(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of connections; a later judgment opens new ones."""
+        """Closes connections; a later judgment opens new ones."""
         ...
 
 
@@ -73,7 +73,7 @@ class ProgrammaticJudge:
         return self.verdict(task, rubric_set, view, [self.decide(rubric, view) for rubric in rubric_set.rubrics])
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there are no connections."""
 
     def view(self, trajectory: Trajectory) -> "AnswerView":
         """The episode's answer as checks see it."""

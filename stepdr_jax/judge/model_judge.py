@@ -1,7 +1,8 @@
 """Rubrics judged by a language model: a model at an endpoint, or one of ours in the JAX sampler.
 
-A report's rubrics go out in a few requests at a time. What comes back wrong is asked for again, alone and with another seed;
-what stays wrong is a failed judgment, which has no score (`verdicts.aggregate_reward` leaves it out, or masks the episode).
+The rubrics of a report are sent in requests of `per_request`. Rubrics without a readable verdict are asked for again,
+alone and with another seed; what stays unreadable is a failed judgment without a score (`verdicts.aggregate_reward`
+leaves it out, or masks the episode).
 """
 
 import asyncio
@@ -20,14 +21,14 @@ class ModelJudge:
     """A `judges.Judge` over a policy.
 
     Args:
-        policy: an `agent.policy.Policy`; its temperature should be 0. Its name is part of what replies are kept under.
+        policy: an `agent.policy.Policy`; its temperature should be 0. Its name is part of the cache key of replies.
         names: known entity names, for `correct`; see `ProgrammaticJudge`.
         checks: decide rubrics that carry a machine-readable check without the model.
         mapping, max_missing: see `ProgrammaticJudge`.
         per_request: rubrics of one request.
-        attempts: requests in which a rubric may come to its verdict.
-        max_tokens: of a reply.
-        replies: file that keeps readable replies, so that equal requests are asked once; None keeps none.
+        attempts: requests at most for a rubric's verdict.
+        max_tokens: of one reply.
+        replies: file that caches readable replies, so that equal requests are sent once; None caches none.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ModelJudge:
         self._names = itertools.count()  # of sessions: equal requests may run at once
 
     async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
-        """See `judges.Judge`; a model that is away or answers nonsense makes failed judgments, never an exception."""
+        """See `judges.Judge`; a model that fails or replies nonsense makes failed judgments, never an exception."""
         if not trajectory.finish.is_policy_outcome:
             return judges.infrastructure_verdict(rubric_set, trajectory)
         view = self._programmatic.view(trajectory)
@@ -77,7 +78,7 @@ class ModelJudge:
             messages = prompts.judge_messages(task, left, view.answer, view.cited)
             try:
                 text = await self._reply(messages, seed, left)
-            except Exception as error:  # of an endpoint or an engine: ours, and not the report's
+            except Exception as error:  # an endpoint or engine failed: not the report's fault
                 reason = f"{type(error).__name__}: {error}"
                 continue
             read = prompts.read_verdicts(text, left)
@@ -97,7 +98,7 @@ class ModelJudge:
             turn = await session.act(self.max_tokens)
         finally:
             await session.close()
-        if turn.finish != "stop":  # what a cut reply quotes could pass for its verdict
+        if turn.finish != "stop":  # a quotation in a truncated reply could pass for its verdict
             raise ValueError(f"the reply was cut after judge.max_tokens = {self.max_tokens}; raise it")
         text = turn.text
         if self._replies and len(prompts.read_verdicts(text, rubrics)) == len(rubrics):

@@ -141,10 +141,10 @@ def collect_data(layout: RunLayout, teacher_episodes: list[dict[str, Any]]) -> d
                 ).most_common()
             ),
         }
-    if out.get("card", {}).get("reading"):
-        out["reading"] = out["card"]["reading"]
-    elif (corpus / "reading.jsonl").exists():
-        out["reading"] = dict(collections.Counter(row["component"] for row in _rows(corpus / "reading.jsonl")))
+    if out.get("card", {}).get("synthetic_documents"):
+        out["synthetic_documents"] = out["card"]["synthetic_documents"]
+    elif (path := corpus / "synthetic_documents.jsonl").exists():
+        out["synthetic_documents"] = dict(collections.Counter(row["component"] for row in _rows(path)))
     if (corpus / "documents.jsonl").exists():
         with open(corpus / "documents.jsonl", "rb") as lines:
             out["documents"] = sum(1 for _ in lines)

@@ -1,8 +1,8 @@
 """Advantages over sampled tokens, selected by one action mask; observation tokens are skipped.
 
-Shape suffixes: B episodes, T tokens of an episode, M tokens under a mask. Arrays are indexed by token: at a sampled token t,
-`values` is the critic's value of the state in which t was sampled, i.e. of tokens 0..t-1. Values at observed tokens have no
-influence on any result.
+Shape suffixes: B episodes, T tokens of an episode, M tokens under a mask. Arrays are indexed by token: at a sampled
+token t, `values` is the critic's value of the state in which t was sampled, i.e. of tokens 0..t-1. Values at observed
+tokens have no influence on any result.
 """
 
 import jax
@@ -70,7 +70,7 @@ def whiten(values_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
 
 
 def explained_variance(values_BT: np.ndarray, returns_BT: np.ndarray, mask_BT: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 perfect, 0 no better than a constant. 0 if undefined."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 perfect, 0 no better than a constant, or undefined."""
     returns_M = returns_BT[mask_BT].astype(np.float64)
     if returns_M.size == 0 or returns_M.var() < 1e-12:
         return 0.0

@@ -1,7 +1,7 @@
 """Limits on an iteration of PPO (`ppo.guard`): beyond one the run stops, or the actor keeps its weights.
 
-The optimizer step skips gradients that are not finite (`ppo.apply`); these limits catch a policy that degrades with finite
-numbers. Each check is a function of one iteration, so a resumed run decides the same.
+The optimizer step skips gradients that are not finite (`ppo.apply_gradient`); these limits catch a policy that degrades
+with finite numbers. Each check is a function of one iteration, so a resumed run decides the same.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Guard:
         return self.skip and self.max_kl > 0
 
     def problem(self, metrics: Mapping[str, float | None]) -> str | None:
-        """The first metric beyond its limit, with both values, as a sentence; None when all present metrics are within."""
+        """A sentence about the first metric beyond its limit, with both values; None when all are within."""
         for name, limit, low, what in (
             ("entropy", self.min_entropy, True, "min_entropy"),
             ("repetition", self.max_repetition, False, "max_repetition"),
@@ -63,6 +63,6 @@ def advice(problem: str, directory: Path, iteration: int, saved: int) -> str:
     return (
         f"ppo iteration {iteration}: {problem}; read its episodes in {directory}/iterations/{iteration:04d}.jsonl. The "
         f"checkpoint of iteration {saved} and the episodes since are kept: to continue, run the same command with "
-        f"--config.ppo.guard.{field}=VALUE (0 = no limit) or --config.ppo.guard.action=skip; to start again with {remedy}, "
-        f"delete {directory}"
+        f"--config.ppo.guard.{field}=VALUE (0 = no limit) or --config.ppo.guard.action=skip; to start again with "
+        f"{remedy}, delete {directory}"
     )

@@ -1,8 +1,8 @@
 """PPO in several processes: each samples its share of an iteration's episodes, then all processes exchange them.
 
-A process has its own sampler, on its own devices, and its own connections to the tool service. Finished rollouts are sent in
-the format of the recordings, so every process learns from what a resumed run would read. Decisions about them (masked share,
-which are sampled again) are made on all rollouts, identically in every process. Nothing is pickled.
+A process has its own sampler, on its own devices, and its own connections to the tool service. Finished rollouts are
+sent in the format of the recordings, so every process learns from what a resumed run would read. Decisions about them
+(masked share, which are sampled again) are made on all rollouts, identically in every process. Nothing is pickled.
 """
 
 import asyncio
@@ -105,13 +105,14 @@ def tools_for_process(
     """
     if jax.process_count() == 1 or config.tools.address:
         with start_host() as host:
-            yield lambda: Tools.of(config, host)
+            yield lambda: Tools.from_config(config, host)
         return
     machines = set(distributed.gather_bytes(socket.gethostname().encode()))
     if len(machines) > 1:
         raise UserError(
-            f"tools.address: the processes are on {len(machines)} machines, which cannot share a tool host on loopback; "
-            "start python -m launch.serve_tools where all can reach it and pass its --config.tools.address=host:port"
+            f"tools.address: the processes are on {len(machines)} machines, which cannot share a tool host on "
+            "loopback; start python -m launch.serve_tools where all can reach it and pass its "
+            "--config.tools.address=host:port"
         )
     with start_host() if distributed.is_lead() else contextlib.nullcontext() as host:
         address = distributed.gather_bytes(b"" if host is None else host.address.encode())[0].decode()

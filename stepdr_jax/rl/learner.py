@@ -1,7 +1,7 @@
 """One PPO iteration on finished rollouts: values, advantages, critic updates, actor updates and their metrics.
 
-With `PPOConfig.offload` a part of the state is in device memory only while a program of its network runs; otherwise it is in
-pinned host memory. Results do not depend on it.
+With `PPOConfig.offload` a part of the state is in device memory only while a program of its network runs; otherwise it
+is in pinned host memory. Results do not depend on it.
 
 Shape suffixes: E episodes, T tokens of an episode, A actions of a microbatch, M tokens or episodes under a mask.
 """
@@ -60,7 +60,7 @@ class PPOConfig:
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
-        """From the config; with a mesh, rows are sharded over it. Raises UserError for sizes that it does not divide."""
+        """From the config; rows are sharded over `mesh`. Raises UserError for sizes that it does not divide."""
         c = config.ppo
         seq_len = config.agent.max_episode_tokens
         parallel, order = Parallel(remat=c.remat), None
@@ -107,8 +107,8 @@ class PPOConfig:
 def init_state(actor: Params, config: PPOConfig, key: jax.Array) -> LearnerState:
     """{"params", "critic", "params_moments", "critic_moments"}: the actor is "params", as in every stage's checkpoint.
 
-    The critic's decoder starts as a copy of the actor's, its head at zero. With staleness there is also "behaviour": the
-    weights that sample the next iteration's episodes.
+    The critic's decoder starts as a copy of the actor's, its head at zero. With staleness there is also "behaviour":
+    the weights that sample the next iteration's episodes.
     """
     actor = jax.tree.map(jax.numpy.copy, actor)  # updates donate their parameters; the caller's stay valid
     critic = value_head.init_value_params(actor, config.settings.model, key)
@@ -140,8 +140,8 @@ def update(
 ) -> tuple[LearnerState, dict[str, float], Details]:
     """Runs one iteration; `state` is consumed (its arrays are donated).
 
-    Old log-probabilities and values are the trainer's own, computed before any update. Masked episodes have no influence.
-    If no episode is left the parameters come back unchanged.
+    Old log-probabilities and values are the trainer's own, computed before any update. Masked episodes have no
+    influence. If no episode is left the parameters come back unchanged.
 
     Args:
         state: of `init_state`.
@@ -229,7 +229,9 @@ class _Network(enum.StrEnum):
 
 
 def _run_independent(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
-    """Results of independent works. On a CPU in threads: their small programs leave cores idle. Same results either way.
+    """Runs independent functions and returns their results, which do not depend on how they run.
+
+    On a CPU in threads: their small programs leave cores idle.
 
     Elsewhere one after the other: programs with collectives must start in the same order on every device and host, and
     idle state must be moved to the host first.
@@ -296,7 +298,7 @@ def _train(
     config: PPOConfig,
     iteration: int,
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step per minibatch, on this network's part of `state`: (mean metrics, steps skipped as not finite)."""
+    """One optimizer step per minibatch, on this network's part of `state`: (mean metrics, number of skipped steps)."""
     is_actor = network == _Network.ACTOR
     gradients = ppo.actor_gradients if is_actor else ppo.critic_gradients
     optimizer = config.actor_optimizer if is_actor else config.critic_optimizer

@@ -1,12 +1,12 @@
 """The PPO loop: sample episodes with the current weights, judge them, update critic and actor, save, repeat.
 
 An iteration is a function of the state before it and of (seed, iteration), so a run that is killed at any moment and
-continued ends with the same parameters as an uninterrupted one. Rollouts are recorded before they are used; a resumed run
-reads those recorded after its checkpoint, and its rows of metrics.jsonl replace the old ones.
+continued ends with the same parameters as an uninterrupted one. Rollouts are recorded before they are used; a resumed
+run reads those recorded after its checkpoint, and its rows of metrics.jsonl replace the old ones.
 
-With ppo.staleness = 1 the episodes of iteration i + 1 are sampled while the learner works on those of iteration i, with the
-weights at the start of iteration i. The next iteration starts when both are done, so nothing depends on which is faster.
-Those weights are part of the state, so a resumed run samples with them, too.
+With ppo.staleness = 1 the episodes of iteration i + 1 are sampled while the learner works on those of iteration i, with
+the weights at the start of iteration i. The next iteration starts when both are done, so nothing depends on which is
+faster. Those weights are part of the state, so a resumed run samples with them, too.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ def run_ppo(config: ConfigDict, start_host: Callable[[], contextlib.AbstractCont
 
 
 def read_inputs(config: ConfigDict) -> PPOInputs:
-    """Reads PPO's inputs from the run directory. Raises UserError naming what is missing and the command that makes it."""
+    """Reads PPO's inputs from the run directory. Raises UserError naming what is missing and how to make it."""
     run = RunLayout.from_config(config)
     parent = provenance.require_finished(config, "sft")["params_sha256"]
     model, devices = (
@@ -222,7 +222,7 @@ def _start(
     began = time.monotonic()
     if config.ppo.prompts_per_iteration > len(inputs.tasks):
         raise UserError(
-            f"ppo.prompts_per_iteration: expected at most the number of training tasks, {len(inputs.tasks)}, got "
+            f"ppo.prompts_per_iteration: expected at most the {len(inputs.tasks)} training tasks there are, got "
             f"{config.ppo.prompts_per_iteration}; lower it in the config"
         )
     keep_compiled(RunLayout.from_config(config).compilation_cache)

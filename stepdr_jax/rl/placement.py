@@ -1,11 +1,12 @@
 """Which devices the learner and the sampler use, where the learner's state rests, and how it is initialized.
 
-    placement.sampler = colocated       the sampler uses the first devices of each process, alternating with the learner: it
-                                        frees its weights and K/V before the learner starts (`JaxEngine.release`)
-    placement.sampler = disaggregated   the sampler has the last devices of each process; the learner's mesh is made of the
-                                        others
-    placement.offload = idle            idle state rests in pinned host memory: the critic while the actor learns, the actor
-                                        while the critic learns, the whole learner while a colocated sampler works
+    placement.sampler = colocated       the sampler uses the first devices of each process, alternating with the
+                                        learner: it frees its weights and K/V before the learner starts
+                                        (`JaxEngine.release`)
+    placement.sampler = disaggregated   the sampler has the last devices of each process; the learner's mesh is made of
+                                        the others
+    placement.offload = idle            idle state rests in pinned host memory: the critic while the actor learns, the
+                                        actor while the critic learns, the whole learner while a colocated sampler works
 
 A process samples on its own devices only; the learner's mesh spans all processes. Results do not depend on any of this.
 """
@@ -34,9 +35,9 @@ from stepdr_jax.sharding.mesh import make_mesh
 class DevicePlacement:
     """Devices and memory of the learner and the sampler.
 
-    mesh: the learner's, over all processes. sampler_devices: of this process. sampler_sleeps: the sampler frees its memory
-    while the learner works. offload: the learner's idle state rests in pinned host memory. bucket_bytes: at most this many
-    bytes of weights are in transit at once to one device.
+    mesh: the learner's, over all processes. sampler_devices: of this process. sampler_sleeps: the sampler frees its
+    memory while the learner works. offload: the learner's idle state rests in pinned host memory. bucket_bytes: at most
+    this many bytes of weights are in transit at once to one device.
     """
 
     mesh: Mesh
@@ -63,13 +64,14 @@ class DevicePlacement:
         concurrent = config.ppo.staleness > 0
         if concurrent and not disaggregated and (section.offload == "idle" or len(local) > 1):
             raise UserError(
-                "ppo.staleness samples while the learner works: with more than one device, or placement.offload=idle, the "
-                "sampler needs its own devices; set placement.sampler=disaggregated"
+                "ppo.staleness samples while the learner works: with more than one device, or "
+                "placement.offload=idle, the sampler needs its own devices; set placement.sampler=disaggregated"
             )
         mesh = make_mesh(**config.mesh, devices=_learner_devices(wanted if disaggregated else 0))
         if jax.process_count() > 1 and len({device.process_index for device in mesh.devices.flat}) == 1:
             raise UserError(
-                f"config.mesh: expected the devices of all {jax.process_count()} processes, got one; set --config.mesh.*"
+                f"config.mesh: expected the devices of all {jax.process_count()} processes, got one; "
+                "set --config.mesh.*"
             )
         return cls(
             mesh=mesh,
@@ -117,8 +119,8 @@ def restore_or_init_state(
 ) -> tuple[LearnerState, checkpoint.Restored | None]:
     """(state, checkpoint) of the latest checkpoint in `directory`, else (`learner.init_state` of `read_actor()`, None).
 
-    With `offload` the state is initialized part by part, so that only one part is on the devices at a time. Every process
-    must call it.
+    With `offload` the state is initialized part by part, so that only one part is on the devices at a time. Every
+    process must call it.
     """
     kind = memory.HOST if placement.offload else memory.DEVICE
     restored = checkpoint.restore(directory, abstract_state(model, learning, placement.mesh, kind=kind))

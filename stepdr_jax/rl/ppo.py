@@ -1,16 +1,17 @@
 """PPO on sampled tokens: losses, packing of episodes into rows, and the learner's compiled programs.
 
 A batch is a list of microbatches of fixed shape: packed rows of tokens for the two networks, and the sampled tokens
-("actions") gathered from them. Losses see the actions only. Their weights contain the whole normalization, so gradients of
-microbatches add up to the gradient of the batch, however it was split.
+("actions") gathered from them. Losses see the actions only. Their weights contain the whole normalization, so gradients
+of microbatches add up to the gradient of the batch, however it was split.
 
 Shape suffixes: E episodes, T tokens of an episode or row, R packed rows, A actions of a microbatch, D model width.
 
-Alignment: an action is the token at flat index i of the rows; its log-probability and its value are read from the hidden
-state at i - 1, the state in which it was sampled. The first token of an episode is observed, so i - 1 is in the same episode.
+Alignment: an action is the token at flat index i of the rows; its log-probability and its value are read from the
+hidden state at i - 1, the state in which it was sampled. The first token of an episode is observed, so i - 1 is in the
+same episode.
 
-On a mesh actions are not gathered: they keep the shape [R, T], each at the position of the state it is read from, so that
-every array is sharded as the rows are; states in which nothing was sampled have weight 0.
+On a mesh actions are not gathered: they keep the shape [R, T], each at the position of the state it is read from, so
+that every array is sharded as the rows are; states in which nothing was sampled have weight 0.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
 def policy_loss(logprob_A, old_logprob_A, advantage_A, weight_A, clip: float, dual_clip: float = 0.0):
     """Clipped surrogate, weighted sum over actions: (loss, clipped_A bool). Where clipped, no gradient flows.
 
-    With dual_clip above 1 the loss of an action with negative advantage is at most dual_clip times the advantage's size,
-    however much more probable it has become (Ye et al. 2020, section 3.2); 0 is off.
+    With dual_clip above 1 the loss of an action with negative advantage is at most dual_clip times the advantage's
+    size, however much more probable it has become (Ye et al. 2020, section 3.2); 0 is off.
     """
     ratio_A = jnp.exp(logprob_A - old_logprob_A)
     free_A = ratio_A * advantage_A
@@ -52,14 +53,14 @@ def policy_loss(logprob_A, old_logprob_A, advantage_A, weight_A, clip: float, du
 
 
 def value_loss(value_A, old_value_A, return_A, weight_A, clip: float):
-    """Half squared error, the larger of the free and the clipped one (Open-Reasoner-Zero), weighted sum over actions."""
+    """Weighted sum of half the squared error, the larger of free and clipped (Open-Reasoner-Zero)."""
     near_A = old_value_A + jnp.clip(value_A - old_value_A, -clip, clip)
     error_A = jnp.maximum((value_A - return_A) ** 2, (near_A - return_A) ** 2)
     return 0.5 * jnp.sum(weight_A * error_A)
 
 
 def kl_to_reference(logprob_A, reference_A):
-    """The k3 estimate of KL(policy || reference) per action: exp(d) - d - 1 with d = reference - policy; never negative."""
+    """The k3 estimate of KL(policy || reference) per action: exp(d) - d - 1, d = reference - policy; not negative."""
     difference_A = reference_A - logprob_A
     return jnp.exp(difference_A) - difference_A - 1
 
@@ -67,8 +68,8 @@ def kl_to_reference(logprob_A, reference_A):
 def action_weights(action_mask_ET: np.ndarray, aggregation: str) -> np.ndarray:
     """float32[E, T]: each action's weight in the loss; the whole normalization of a batch is here.
 
-    token_mean: 1 / tokens. seq_mean: every episode has the same weight, shared by its actions. seq_sum: 1 / episodes (the
-    paper's equation 1: sums, no length normalization).
+    token_mean: 1 / tokens. seq_mean: every episode has the same weight, shared by its actions. seq_sum: 1 / episodes
+    (the paper's equation 1: sums, no length normalization).
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"expected loss_aggregation among {', '.join(AGGREGATIONS)}, got {aggregation!r}")
@@ -92,9 +93,9 @@ class Microbatch:
     """Rows and actions of fixed shape, and where each action comes from.
 
     rows: tokens, positions, segment_ids int32[R, T]; target int32, the action (0 where unused); and, if actions are
-    gathered, state int32[A], the flat index of the state that each is read from (0 where unused). used_A bool: false for
-    padding. episode_A, token_A: row and column of the action in the episode arrays (0 where unused). Arrays of actions
-    have the shape [A], or [R, T] if actions are not gathered.
+    gathered, state int32[A], the flat index of the state that each is read from (0 where unused). used_A bool: false
+    for padding. episode_A, token_A: row and column of the action in the episode arrays (0 where unused). Arrays of
+    actions have the shape [A], or [R, T] if actions are not gathered.
     """
 
     rows: dict[str, np.ndarray]
@@ -126,8 +127,8 @@ def pack(
     """Packs the unmasked episodes among `members` into microbatches of `rows` rows of `seq_len` tokens.
 
     First fit by decreasing length, ties by index: a function of the lengths alone. The number A of action slots of a
-    microbatch is its number of actions rounded up to half of its tokens, so that the vocabulary loss wastes little and few
-    shapes are compiled; without `tight` it is all tokens and one shape (for the critic, whose head costs nothing).
+    microbatch is its number of actions rounded up to half of its tokens, so that the vocabulary loss wastes little and
+    few shapes are compiled; without `tight` it is all tokens and one shape (for the critic, whose head costs nothing).
 
     With `order`, a permutation of each row's tokens (`training.program.order_of`), actions are not gathered.
     """
@@ -311,8 +312,8 @@ def values(params, rows, *, settings: ProgramSettings):
 def actor_gradients(params, total, rows, actions, *, settings: ProgramSettings):
     """Adds a microbatch's gradient of the policy loss to `total` (donated); returns (total, sums for metrics).
 
-    actions: weight, share (weight for metrics: 1 / tokens), advantage, old_logprob and reference_logprob float32[A]; the
-    last is used when kl_coefficient is not 0.
+    actions: weight, share (weight for metrics: 1 / tokens), advantage, old_logprob and reference_logprob float32[A];
+    the last is used when kl_coefficient is not 0.
     """
 
     def loss(params, rows, actions):

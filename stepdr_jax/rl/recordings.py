@@ -1,7 +1,7 @@
 """Rollouts on disk: written before any update uses them, read again by a resumed run or a replay.
 
-    iterations/<number>.jsonl   one row an episode: trajectory, reward, verdict; after the update a few also have per-token values
-    iterations/<number>.npz     the token logs of all episodes, concatenated, and the fingerprint of the settings
+    iterations/<number>.jsonl   one row an episode: trajectory, reward, verdict; of a few, per-token values
+    iterations/<number>.npz     all token logs, concatenated, and the fingerprint of the settings
 
 The second file is written last: when it exists, both are complete.
 """
@@ -78,8 +78,8 @@ def load_rollouts(
 def read_recording(directory: Path, iteration: int) -> tuple[str, list[tuple[dict, dict[str, np.ndarray] | None]]]:
     """Reads an iteration's files as plain data: the fingerprint, and every episode's row with its token log.
 
-    The arrays of a log are those of `TokenLog.arrays`; None where an episode has no log. Raises UserError when a file is
-    damaged or absent.
+    The arrays of a log are those of `TokenLog.arrays`; None where an episode has no log. Raises UserError when a file
+    is damaged or absent.
     """
     rows, logs = recording_paths(directory, iteration)
     try:
@@ -113,7 +113,7 @@ def _rollout(row: dict, log: dict | None, tasks: Mapping[str, Task]) -> Rollout:
 def add_details(
     directory: Path, iteration: int, episodes: Sequence[Rollout], batch: EpisodeArrays, details: Details
 ) -> None:
-    """Rewrites the rows; a few of them, evenly spaced, get the learner's values of every token (`batch` is of `episodes`)."""
+    """Rewrites the rows; a few, evenly spaced, get the learner's values of every token. `batch` is of `episodes`."""
     kept = [episode.index for episode in episodes if episode.masked is None]
     detailed = {kept[place] for place in evenly_spaced(len(kept), DETAILED_EPISODES)}
 

@@ -19,9 +19,9 @@ TRUNCATED_RULES = ("worst", "zero")
 def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
     """The reward of an episode without an answer; no value is bootstrapped from its truncated end.
 
-    zero: 0, as in Open-Reasoner-Zero. There a wrong answer is worth 0 too; under rubrics with negative weights it is worth
-    less, and a policy that is often wrong would learn not to finish. worst: the reward of an answer with every flaw and no
-    merit, so that finishing is never worse.
+    zero: 0, as in Open-Reasoner-Zero. There a wrong answer is worth 0 too; under rubrics with negative weights it is
+    worth less, and a policy that is often wrong would learn not to finish. worst: the reward of an answer with every
+    flaw and no merit, so that finishing is never worse.
     """
     if rule not in TRUNCATED_RULES:
         raise ValueError(f"expected ppo.truncated_reward among {', '.join(TRUNCATED_RULES)}, got {rule!r}")

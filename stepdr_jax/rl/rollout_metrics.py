@@ -1,4 +1,4 @@
-"""Metrics of an iteration's rollouts, before any update: the first part of a row of PPO's metrics.jsonl (docs/ppo.md)."""
+"""Metrics of an iteration's rollouts: the first part of a row of PPO's metrics.jsonl (docs/ppo.md)."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

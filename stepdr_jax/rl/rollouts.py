@@ -19,7 +19,7 @@ from stepdr_jax.tokens.log import TokenLog
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One finished and scored episode of a batch. `log` is None when it failed before a token was sampled (it is then masked)."""
+    """One finished and scored episode. `log` is None when it failed before a token was sampled; it is then masked."""
 
     index: int
     task: Task
@@ -40,8 +40,9 @@ class Rollout:
 class EpisodeArrays:
     """One episode a row, padded at the end to T. A masked episode is a row of zeros.
 
-    tokens_ET int32; lengths_E int32; action_mask_ET bool, true at sampled tokens of unmasked episodes; logprobs_ET float32
-    of the sampler (0 where observed); rewards_E float32 (0 where masked); kept_E bool, true for unmasked episodes.
+    tokens_ET int32; lengths_E int32; action_mask_ET bool, true at sampled tokens of unmasked episodes; logprobs_ET
+    float32 of the sampler (0 where observed); rewards_E float32 (0 where masked); kept_E bool, true for unmasked
+    episodes.
     """
 
     tokens_ET: np.ndarray
@@ -102,7 +103,7 @@ async def collect_rollouts(
         policy, tools, limits, prompt, as_of, attempts, run_episode: of `runner.run_with_retries`.
         judge: see `reward.score`.
         rubric_sets: by task id.
-        concurrency: episodes that sample at once; with more than the sampler's max_num_seqs, sessions evict each other's K/V.
+        concurrency: episodes that sample at once; above the sampler's max_num_seqs, sessions evict each other's K/V.
         truncated: rule of `reward.truncated_reward`.
         before: earlier rollouts of the same tasks and seeds; an episode that only lacks its verdict is not run again.
     """

@@ -1,4 +1,4 @@
-"""Where PPO's rollouts come from: online, sampled against tools and judged, or replayed from the recordings of a run."""
+"""Where PPO's rollouts come from: online, sampled against tools and judged, or replayed from recordings."""
 
 import asyncio
 import dataclasses
@@ -40,8 +40,8 @@ READY_SECONDS = 30.0  # for a tool host that others run to come back between rou
 class PPOInputs:
     """What PPO reads from a run directory (`loop.read_inputs`).
 
-    read_actor: reads the parameters that the policy starts with. origin: identifies them and the tasks; compared when a run
-    continues. connect_tools: set once the tool host runs.
+    read_actor: reads the parameters that the policy starts with. origin: identifies them and the tasks; compared when a
+    run continues. connect_tools: set once the tool host runs.
     """
 
     tokenizer: Tokenizer
@@ -125,8 +125,8 @@ def build_engine(
 class OnlineRollouts:
     """Samples an iteration's episodes with the current weights, and records them before they are used.
 
-    Recordings of an earlier run with the same settings, killed before its next checkpoint, are used instead of sampling:
-    an iteration is a function of the settings, so the episodes would be the same.
+    Recordings of an earlier run with the same settings, killed before its next checkpoint, are used instead of
+    sampling: an iteration is a function of the settings, so the episodes would be the same.
 
     Args:
         engine: samples; released with `sleep` while the learner works, if the placement says so.
@@ -203,7 +203,7 @@ class OnlineRollouts:
         await self.inputs.judge.close()
 
     async def _collect_enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Rollout]:
-        """Collects an iteration; while too large a share is masked, samples the masked episodes again, with the same seeds.
+        """Collects an iteration; while too large a share is masked, samples masked episodes again, with their seeds.
 
         Raises UserError after ROUNDS rounds: a batch of the surviving episodes alone is biased.
         """
@@ -213,7 +213,8 @@ class OnlineRollouts:
             if len(masked) <= self.config.ppo.max_masked_share * len(episodes):
                 return episodes
             causes = Counter(_cause(episodes[index]) for index in masked).most_common(1)
-            share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
+            share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked"
+            share += f", mostly by {causes[0][0]}"
             if tried == ROUNDS:
                 break
             distributed.say(f"ppo  {share}; sampling them again")

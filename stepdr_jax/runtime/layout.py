@@ -4,6 +4,7 @@
     RUN/stages.json  report.html  report.json  judge_replies.sqlite
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
+    config.json in RUN, corpus, data, eval and each stage's folder      what that was started with (`configuration.save`)
 
 Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
 bucket. This module does not import jax.
@@ -56,11 +57,6 @@ class StageLayout:
     def settings(self) -> Path:
         """What decides the stage's numbers (`runtime.provenance`)."""
         return self.directory / "settings.json"
-
-    @property
-    def config(self) -> Path:
-        """The config that the stage was last started with; any command takes it as --config."""
-        return self.directory / "config.json"
 
     @property
     def done(self) -> Path:
@@ -237,11 +233,6 @@ class RunLayout:
     def ledger(self) -> Path:
         """Which stages have finished, with which settings, and what they took."""
         return self.root / "stages.json"
-
-    @property
-    def config(self) -> Path:
-        """The config that the quickstart was last started with; any command takes it as --config."""
-        return self.root / "config.json"
 
     @property
     def report(self) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files
+from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import stages, storage
 from stepdr_jax.runtime.layout import RunLayout, StageLayout
@@ -152,7 +152,7 @@ def record_stage(config: ConfigDict, stage: StageLayout, settings: dict[str, Any
     """Writes down what a stage is made from, before it begins: settings, location of its checkpoints, the whole config."""
     record_location(stage)
     files.write_json(stage.settings, settings)
-    files.write_json(stage.config, config.to_dict())
+    configuration.save(config, stage.directory)
 
 
 def record_location(stage: StageLayout) -> None:

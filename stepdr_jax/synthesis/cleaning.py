@@ -1,8 +1,8 @@
-"""What is kept of the episodes, and why the rest is not (paper section 4.2 and 7.5).
+"""Which episodes are kept, and why others are dropped (paper sections 4.2 and 7.5).
 
-Rules on one episode: it answered, correctly; every citation resolves to an observed passage; it does not loop; it puts no
-year into a search that was asked without one; it keeps to one language; it follows its plan; nothing in it gives away
-that it was prompted. Rules on many: of the correct episodes of a query the shortest stays, except for a controlled share
+Rules on one episode: the answer is correct; every citation resolves to an observed passage; there are no loops; no
+search adds a year that nobody asked for; there is one language; the plan is followed; nothing shows that a reflection
+was prompted. Rules on many: of the correct episodes of a query the shortest is kept, except for a controlled share
 with an error and its recovery.
 """
 
@@ -125,13 +125,13 @@ def loop_fault(trajectory: Trajectory) -> str | None:
         previous = sentence
         if run > MAX_SAME_SENTENCE:
             return "same sentence repeated"
-    # queries echo the request and the answer echoes the passage: only what one turn repeats in itself is counted
+    # queries repeat the request and the answer repeats the passage: only repetition within one turn counts
     reasons = (repetition.degenerate_reason(m.content) for m in trajectory.messages if m.role == "assistant")
     return next((reason for reason in reasons if reason), None)
 
 
 def citation_fault(trajectory: Trajectory) -> str | None:
-    """Why the citations of an answer do not hold (none, one never observed, one in a heading), or None."""
+    """Why the citations of an answer are invalid (none, one never observed, one in a heading), or None."""
     answer = trajectory.answer or ""
     ids, seen = cited_ids(answer), trajectory.sources()
     if not ids:
@@ -156,6 +156,11 @@ def answer_before_evidence(task: Task, trajectory: Trajectory) -> bool:
     return False
 
 
+def is_correct(verdict: Verdict) -> bool:
+    """Whether an answer states the gold value, or an open task has (almost) its full reward."""
+    return verdict.correct if verdict.correct is not None else (verdict.reward or 0.0) >= MIN_REPORT_REWARD
+
+
 def drop_reason(
     task: Task, trajectory: Trajectory, verdict: Verdict, answer_fault: Callable[[Task, Trajectory], str | None]
 ) -> str | None:
@@ -168,7 +173,7 @@ def drop_reason(
         return f"ended as {trajectory.finish}"
     if verdict.reward is None:
         return "judge failed"
-    if verdict.correct is False or (verdict.correct is None and verdict.reward < MIN_REPORT_REWARD):
+    if not is_correct(verdict):
         return "incorrect"
     if fault := citation_fault(trajectory):
         return fault
@@ -206,8 +211,8 @@ def episode_length(trajectory: Trajectory) -> tuple[int, int, int]:
 def select_episodes(trajectories: list[Trajectory], noise_share: float, rng: random.Random) -> None:
     """Marks which episodes stay: one per task, the shortest correct one, and `noise_share` of them with a recovery.
 
-    Changes `kept` and `drop_reason` in place. An episode corrected by reflection stands beside the shortest one of its
-    task: it teaches something else. Where both a clean and a recovered episode of a task are correct, the recovered one
+    Changes `kept` and `drop_reason` in place. An episode corrected by reflection is kept beside the shortest one of its
+    task: it trains something else. Where both a clean and a recovered episode of a task are correct, the recovered one
     replaces the clean one until the share is reached; with too few recoveries the share is as high as it can be.
     """
     by_task: Mapping[str, list[Trajectory]] = collections.defaultdict(list)

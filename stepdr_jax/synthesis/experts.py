@@ -1,30 +1,25 @@
-"""Expert episodes of synthesis: which are run, the teacher's part in them, and the journal that survives a kill."""
+"""Expert episodes of synthesis: run, annotated for training, and recorded in a journal that survives a kill."""
 
 import dataclasses
 import hashlib
-import random
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
 from stepdr_jax.agent import prompts, runner
 from stepdr_jax.agent.budget import Limits
+from stepdr_jax.agent.policy import Policy
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.synthesis import cleaning, reflection
-from stepdr_jax.synthesis.scripted import knowledge, tasks
-from stepdr_jax.synthesis.scripted.expert import ScriptedExpert
-from stepdr_jax.synthesis.scripted.style import Style, draw_style
 from stepdr_jax.synthesis.teacher import Teacher
 from tools_env.client import ToolsClient
 
-INJECTED_ERROR_SHARE = 0.2  # tasks that also get an episode with an injected error; cleaning keeps the exact share
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
-UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
 TEACHER_EPISODE_TOKENS = 32_768
 MAX_LOST_SHARE = 0.05  # of episodes that may be lost to infrastructure
@@ -46,104 +41,44 @@ CAPABILITY = {
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeJob:
-    """One expert episode to run: a task with a style."""
+    """One expert episode to run: a task in one variant.
+
+    Attributes:
+        style: how the scripted expert works, a dataclass with a method `retry`.
+        variant: names the style among those of the task; part of seeds and ids.
+    """
 
     task: Task
     rubric_set: RubricSet
-    style: Style
+    style: Any
+    variant: str = "clean"
 
     @property
     def key(self) -> str:
-        return f"{self.task.id} {self.style.injected_error or 'clean'}"
-
-
-def expert_jobs(usable: list[tasks.DrawnTask], seed: int) -> list[EpisodeJob]:
-    """A clean episode for every training task, and for some a second one with an injected error to recover from."""
-    jobs = []
-    for item in usable:
-        if item.task.split != "train":
-            continue
-        rng = random.Random(f"style {seed} {item.task.id}")
-        style = draw_style(item.task, rng, error_share=INJECTED_ERROR_SHARE)
-        jobs.append(EpisodeJob(item.task, item.rubric_set, dataclasses.replace(style, injected_error="")))
-        if style.injected_error:
-            jobs.append(EpisodeJob(item.task, item.rubric_set, style))
-    return jobs
+        return f"{self.task.id} {self.variant}"
 
 
 async def run_expert_episodes(
-    config: ConfigDict,
-    client: ToolsClient,
-    known: knowledge.Knowledge,
-    world_dir: Path,
-    corpus: Path,
-    fingerprint: str,
-    jobs: list[EpisodeJob],
+    config: ConfigDict, client: ToolsClient, domain, corpus: Path, fingerprint: str, jobs: list[EpisodeJob]
 ) -> list[tuple[Trajectory, Verdict]]:
-    """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
+    """Runs the jobs that the journal in `corpus` lacks; returns all episodes in the order of jobs.
+
+    Args:
+        domain: makes scripted experts and knows the names of entities, see `scripted.domain.CountryDomain`.
+
+    Raises:
+        UserError: too many episodes were lost to infrastructure.
+    """
     journal = corpus / "episodes.journal.jsonl"
     done = _read_journal(journal, fingerprint)
     progress = Progress("expert episodes", len(jobs), "episodes", start=sum(job.key in done for job in jobs))
-    authority = _authority(world_dir)
-
-    def scripted(task: Task, style: Style, seed: int) -> ScriptedExpert:
-        return ScriptedExpert(task, authority, style, seed=seed, bad_urls=_bad_urls(known, task))
-
-    teach = Teacher(config, scripted)
-    judge = ProgrammaticJudge(known.kinds)
-    limits = Limits.from_config(config.agent)
-    prompt = config.agent.prompt
-    if config.teacher.endpoint:  # a large model is told its tools at length and may think at length
-        prompt = "full"
-        limits = dataclasses.replace(
-            limits,
-            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
-            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
-        )
+    teacher = Teacher(config, domain.expert)
+    judge = ProgrammaticJudge(domain.knowledge.kinds)
     specs = await client.list_tools()
     lost: list[str] = []
 
-    async def tools() -> ToolsClient:
-        return client
-
     async def solve(job: EpisodeJob) -> tuple[Trajectory, Verdict]:
-        seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
-
-        async def episode(policy, attempt: int) -> Trajectory:
-            result, _ = await runner.run_with_retries(
-                job.task,
-                policy,
-                tools,
-                limits,
-                prompt=prompt,
-                as_of=config.offline_web.as_of,
-                seed=seed + attempt,
-                attempts=INFRA_TRIES,
-                pause=0.2,
-            )
-            if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
-                told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
-                result.trajectory.messages[0].content = told
-            return _annotated(result.trajectory, job, policy)
-
-        def policy_for(attempt: int):
-            style = job.style
-            if attempt:  # a second try compares its sources
-                style = dataclasses.replace(style, injected_error="", open_page=False, check_again=True)
-            return teach(job.task, style, seed + attempt)
-
-        async def judged(trajectory: Trajectory) -> Verdict:
-            scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
-            return scored.verdict or Verdict(reward=None, judgments=[])
-
-        return await reflection.solve_with_reflection(
-            job.task.lang,
-            policy_for,
-            episode,
-            judged,
-            lambda v: bool(v.correct) if v.correct is not None else (v.reward or 0) >= cleaning.MIN_REPORT_REWARD,
-            config.synthesis.max_reflections,
-        )
+        return await _solve(job, config, client, specs, teacher, judge)
 
     async def record(job: EpisodeJob, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
         trajectory, verdict = solved
@@ -173,8 +108,59 @@ async def run_expert_episodes(
             recorded=done,
         )
     finally:
-        await teach.close()
+        await teacher.close()
     return [episode for episode in episodes.values() if episode is not None]
+
+
+async def _solve(
+    job: EpisodeJob,
+    config: ConfigDict,
+    client: ToolsClient,
+    specs: list,
+    teacher: Teacher,
+    judge: ProgrammaticJudge,
+) -> tuple[Trajectory, Verdict]:
+    """Runs one job, reflections included; returns the episode and its verdict (reward None: lost to infrastructure)."""
+    seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
+    prompt, limits = config.agent.prompt, Limits.from_config(config.agent)
+    if config.teacher.endpoint:  # a large model reads full tool descriptions and may think at length
+        prompt = "full"
+        limits = dataclasses.replace(
+            limits,
+            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
+            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
+        )
+
+    async def tools() -> ToolsClient:
+        return client
+
+    async def episode(policy: Policy, attempt: int) -> Trajectory:
+        result, _ = await runner.run_with_retries(
+            job.task,
+            policy,
+            tools,
+            limits,
+            prompt=prompt,
+            as_of=config.offline_web.as_of,
+            seed=seed + attempt,
+            attempts=INFRA_TRIES,
+            pause=0.2,
+        )
+        if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
+            told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
+            result.trajectory.messages[0].content = told
+        return _annotated(result.trajectory, job, policy)
+
+    def policy_for(attempt: int) -> Policy:
+        return teacher(job.task, job.style.retry() if attempt else job.style, seed + attempt)
+
+    async def judged(trajectory: Trajectory) -> Verdict:
+        scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
+        return scored.verdict or Verdict(reward=None, judgments=[])
+
+    return await reflection.solve_with_reflection(
+        job.task.lang, policy_for, episode, judged, cleaning.is_correct, config.synthesis.max_reflections
+    )
 
 
 def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, Verdict]]:
@@ -210,14 +196,3 @@ def _annotated(trajectory: Trajectory, job: EpisodeJob, policy) -> Trajectory:
     if misspelt := getattr(acting, "misspelt", None):
         trajectory.metadata["misspelt"] = dict(misspelt)
     return trajectory
-
-
-def _authority(world_dir: Path) -> dict[str, int]:
-    hosts = files.read_json(world_dir / "sites.json")["hosts"]
-    return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
-
-
-def _bad_urls(known: knowledge.Knowledge, task: Task) -> dict[str, str]:
-    """Addresses that look right for a task and cannot be read: a page that does not exist, a host that does not answer."""
-    url = known.pages[task.entity, task.lang][0].url
-    return {"dead_link": url.rstrip("/") + "/history", "unavailable": f"http://{UNAVAILABLE_HOST}{urlsplit(url).path}"}

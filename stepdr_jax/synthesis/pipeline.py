@@ -1,8 +1,8 @@
-"""The synthesis run: documents to tasks, rubrics, expert episodes, cleaning, renamed copies and reading material.
+"""The synthesis run: documents to tasks, rubrics, expert episodes, cleaning, renamed copies and synthetic documents.
 
-Everything is a function of the world, the config and `data_seed`. Expert episodes, the only slow part, are appended to a
-journal as they finish; a killed run continues from it. Final files appear whole, `card.json` last: its presence, with the
-right fingerprint, means that the corpus is complete.
+Everything is a function of the offline web, the config and `data_seed`. Expert episodes, the only slow part, are
+appended to a journal as they finish; a killed run continues from it. Final files are written atomically, `card.json`
+last: its presence, with the right fingerprint, means that the corpus is complete.
 """
 
 import asyncio
@@ -16,30 +16,28 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files, records
+from stepdr_jax import configuration, files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages
 from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.synthesis import cleaning, corpora, experts
-from stepdr_jax.synthesis.renaming import Renamer
-from stepdr_jax.synthesis.scripted import deep_search, edges, knowledge, synthetic_documents, tasks
+from stepdr_jax.synthesis.scripted.domain import CountryDomain
 from tools_env.client import ToolInfraError, ToolsClient
 
 VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones are made again
-WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
 
 
 def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
     """Makes the corpus in run_dir/corpus and returns its card; returns at once when it is already complete.
 
     Args:
-        config: see configs/miniature.py; `world`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
-        address: host:port of a tool host that serves the same world.
-        world_dir: the built world; default run_dir/world.
+        config: `offline_web`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
+        address: host:port of a tool host that serves the same offline web.
+        world_dir: the built offline web; default run_dir/world.
 
     Raises:
-        UserError: the world is missing, the tool host does not answer, or too many episodes were lost.
+        UserError: the offline web is missing, the tool host does not answer, or too many episodes were lost.
     """
     world_dir = Path(world_dir or RunLayout.from_config(config).offline_web)
     card = finished_card(config, world_dir=world_dir)
@@ -47,6 +45,7 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
         return card
     corpus = RunLayout.from_config(config).corpus
     (corpus / "card.json").unlink(missing_ok=True)
+    configuration.save(config, corpus)
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 
@@ -78,40 +77,20 @@ def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
 
 async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, fingerprint: str) -> dict:
     began = time.monotonic()
-    settings = config.synthesis
-    known = knowledge.load_knowledge(world_dir, heldout_share=config.offline_web.heldout_share, seed=config.data_seed)
-    documents = corpora.read_documents(world_dir)
+    domain = CountryDomain(config, world_dir)
+    documents, triples = corpora.read_documents(world_dir), corpora.read_triples(world_dir)
     records.write_records(corpus / "documents.jsonl", documents)
-    triples = corpora.read_triples(world_dir)
     records.write_records(corpus / "triples.jsonl", triples)
 
     client = ToolsClient(address, call_timeout=config.tools.call_timeout)
     try:
         await client.wait_ready(30.0)
-        pairs = edges.hop_pairs(config, known, triples)
-        hops, unverified = await edges.verified_pairs(client, known, pairs)
-        drawn = tasks.draw_tasks(
-            known,
-            tasks_per_entity=settings.tasks_per_entity,
-            heldout_tasks=settings.heldout_tasks,
-            kind_weights=settings.kind_weights.to_dict(),
-            chinese_share=settings.chinese_share,
-            seed=config.data_seed,
-            as_of=config.offline_web.as_of,
-            hops=hops,
-            walks=deep_search.link_walks(
-                known,
-                documents,
-                max_chars=int(WALK_CHARS * config.agent.max_episode_tokens),
-                page_chars=config.tools.max_observation_chars,
-                seed=config.data_seed,
-            ),
-        )
+        drawn, edge_counts = await domain.draw_tasks(client, documents, triples)
         usable = [item for item in drawn if item.rubric_set.kept]
         records.write_records(corpus / "tasks.jsonl", [item.task for item in usable])
         records.write_records(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
-        jobs = experts.expert_jobs(usable, config.data_seed)
-        episodes = await experts.run_expert_episodes(config, client, known, world_dir, corpus, fingerprint, jobs)
+        jobs = domain.episode_jobs(usable)
+        episodes = await experts.run_expert_episodes(config, client, domain, corpus, fingerprint, jobs)
     except ToolInfraError as error:
         raise UserError(
             f"the tool host at {address} failed ({error}); start it again and run the same command"
@@ -120,38 +99,27 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
         await client.close()
 
     by_id = {item.task.id: item.task for item in usable}
-    trajectories = _cleaned(episodes, by_id, settings.noise_share, config.data_seed)
-    renamer = known.renamer()
-    reading_rows, reading_counts = [], collections.Counter()
-    for row in synthetic_documents.document_rows(
-        known, copies=settings.document_copies, chinese_share=settings.chinese_share, seed=config.data_seed
-    ):
-        reading_rows.append(row)
-        reading_counts[row["component"]] += 1
-    files.write_jsonl(corpus / "reading.jsonl", reading_rows)
-    trajectory_counts: collections.Counter = collections.Counter()
-    rows = _rows(trajectories, renamer, known.private, settings.trajectory_copies, config.data_seed, trajectory_counts)
+    trajectories = _cleaned(episodes, by_id, domain, config.synthesis.noise_share, config.data_seed)
+    document_rows = list(domain.document_rows())
+    files.write_jsonl(corpus / "synthetic_documents.jsonl", document_rows)
+    counts: collections.Counter = collections.Counter()
+    rows = _rows(trajectories, domain, config.synthesis.trajectory_copies, config.data_seed, counts)
     files.write_jsonl(corpus / "trajectories.jsonl", rows)
 
+    names = ("documents", "triples", "tasks", "rubrics", "trajectories", "synthetic_documents")
+    heldout = len(domain.knowledge.heldout)
     card = {
         "fingerprint": fingerprint,
-        "files": [
-            "documents.jsonl",
-            "triples.jsonl",
-            "tasks.jsonl",
-            "rubrics.jsonl",
-            "trajectories.jsonl",
-            "reading.jsonl",
-        ],
-        "entities": {"train": len(known.countries) - len(known.heldout), "heldout": len(known.heldout)},
+        "files": [f"{name}.jsonl" for name in names],
+        "entities": {"train": len(domain.knowledge.countries) - heldout, "heldout": heldout},
         "documents": len(documents),
         "triples": len(triples),
-        "edges": {"verified": sum(map(len, hops.values())), "unverified": unverified},
-        "tasks": tasks.task_counts(drawn),
+        "edges": edge_counts,
+        "tasks": _task_counts(drawn),
         "rubric_sets_dropped": _count(item.rubric_set.drop_reason for item in drawn if not item.rubric_set.kept),
         "episodes": _episode_card(trajectories, by_id),
-        "trajectories": dict(sorted(trajectory_counts.items())),
-        "reading": dict(sorted(reading_counts.items())),
+        "trajectories": dict(sorted(counts.items())),
+        "synthetic_documents": _count(row["component"] for row in document_rows),
         "teacher": config.teacher.model or "offline expert",
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -163,16 +131,26 @@ def _count(values: Iterable[str | None]) -> dict[str, int]:
     return dict(sorted(collections.Counter(value for value in values if value).items()))
 
 
-# ---------------------------------------------------------------------------------------------------------- cleaning
+def _task_counts(drawn: list) -> dict[str, dict[str, int]]:
+    """Kept tasks by split, by kind and language."""
+    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for item in drawn:
+        if item.rubric_set.kept:
+            table[item.task.split][f"{item.task.kind} {item.task.lang}"] += 1
+    return {split: dict(sorted(row.items())) for split, row in sorted(table.items())}
 
 
 def _cleaned(
-    episodes: list[tuple[Trajectory, Verdict]], by_id: dict[str, Task], noise_share: float, seed: int
+    episodes: list[tuple[Trajectory, Verdict]],
+    by_id: dict[str, Task],
+    domain: CountryDomain,
+    noise_share: float,
+    seed: int,
 ) -> list[Trajectory]:
     """Applies the rules to every episode, then selects; recovered and corrected ones also train reflection."""
     trajectories = []
     for trajectory, verdict in episodes:
-        reason = cleaning.drop_reason(by_id[trajectory.task_id], trajectory, verdict, tasks.answer_fault)
+        reason = cleaning.drop_reason(by_id[trajectory.task_id], trajectory, verdict, domain.answer_fault)
         trajectory.kept, trajectory.drop_reason = reason is None, reason
         trajectory.metadata["reward"] = verdict.reward
         if (cleaning.has_recovery(trajectory) or trajectory.attempt) and reason is None:
@@ -184,17 +162,13 @@ def _cleaned(
 
 
 def _rows(
-    trajectories: list[Trajectory],
-    renamer: Renamer,
-    private: frozenset[str],
-    copies: int,
-    seed: int,
-    counts: collections.Counter,
+    trajectories: list[Trajectory], domain: CountryDomain, copies: int, seed: int, counts: collections.Counter
 ) -> Iterator[dict]:
-    """Serialises all episodes, kept ones with their renamed copies.
+    """Serializes all episodes, kept ones with their renamed copies.
 
     Names that belong to held-out countries only (a second hit of a search may show them) are replaced everywhere.
     """
+    renamer, private = domain.knowledge.renamer(), domain.knowledge.private
     for trajectory in trajectories:
         rng = random.Random(f"rename {seed} {trajectory.id}")
         row = trajectory.model_dump(mode="json", exclude_defaults=True)

@@ -1,8 +1,9 @@
-"""The reflection loop (paper section 3.3.1): a wrong answer is thought over, at most three times, then made spontaneous.
+"""The reflection loop (paper section 3.3.1): a wrong answer is reconsidered, at most three times.
 
-A correct first attempt is a sample as it stands. After a wrong one the policy is told only that it is wrong, keeps its
-history and tries again. What makes the correction look prompted is removed afterwards: the wrong answer's turn becomes a
-doubt inside the next thought, the prompt to reflect disappears, and sentences that mention it are deleted.
+A correct first attempt is used as it is. After a wrong one the policy is told only that it is wrong, keeps its history
+and tries again. Signs of that prompt are removed afterwards, so that the correction looks spontaneous: the turn with
+the wrong answer becomes a doubt inside the next thought, the prompt to reflect and the sentences that mention it are
+deleted.
 """
 
 import re
@@ -36,7 +37,7 @@ class ContinuedPolicy:
 
     def __init__(self, policy: Policy, earlier: Trajectory, prompt: str) -> None:
         self.name = policy.name
-        self.policy = policy  # who really acts
+        self.policy = policy  # the policy that acts
         self._earlier, self._prompt = earlier, prompt
 
     def start(self, messages: list[Message], *, episode_id: str, seed: int) -> PolicySession:
@@ -77,7 +78,7 @@ def has_induction(trajectory: Trajectory) -> bool:
 def merge_attempts(earlier: Trajectory, later: Trajectory, lang: str) -> Trajectory:
     """Joins two attempts into one episode in which the correction looks like the agent's own.
 
-    `earlier` ends in a wrong answer; `later` was made by `ContinuedPolicy` and begins with its own system and user messages.
+    `earlier` ends in a wrong answer; `later` was made by `ContinuedPolicy` and begins with system and user messages.
     """
     if earlier.finish != Finish.ANSWERED:
         raise ValueError(f"expected an attempt that answered, got finish {earlier.finish}")
@@ -132,7 +133,7 @@ async def solve_with_reflection(
 
     Args:
         lang: language of the task.
-        policy_for: attempt number -> who acts.
+        policy_for: attempt number -> the policy that acts.
         run: runs one episode of the task with a policy and an attempt number.
         judge: judges an episode; a judge that failed ends the loop.
         good: whether a verdict makes the episode a positive sample.

@@ -40,13 +40,13 @@ def citation_id(rng: random.Random) -> str:
     return "web_" + "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(4))
 
 
-def invented_name(rng: random.Random, lang: str = "en", *, capitalised: bool = True) -> str:
+def invented_name(rng: random.Random, lang: str = "en", *, capitalized: bool = True) -> str:
     """A pronounceable name that means nothing: "Kelora", "Stani Brux", "莫塔里"."""
     if lang == "zh":
         length = (2, 2, 3, 3, 4)[int(rng.random() * 5)]
         return "".join([_HANZI[int(rng.random() * len(_HANZI))] for _ in range(length)])
     name = _invented_word(rng)
-    if not capitalised:
+    if not capitalized:
         return name
     return f"{name.capitalize()} {_invented_word(rng).capitalize()}" if rng.random() < 0.15 else name.capitalize()
 
@@ -64,21 +64,21 @@ def invented_number(rng: random.Random, like: str) -> str:
 
 
 def misspell(name: str, rng: random.Random) -> str:
-    """A slip of the fingers that a full-text search does not forgive: every word gets two swapped or changed letters."""
+    """A typing error that a full-text search does not find: every word gets two swapped or changed letters."""
     if has_chinese(name):
         letters = list(name)
-        for position in range(len(letters)):  # a look-alike slip: every character becomes another
+        for position in range(len(letters)):  # every character becomes another
             letters[position] = rng.choice([c for c in _HANZI if c not in name])
         return "".join(letters)
 
-    def slip(word: str) -> str:
+    def mistype(word: str) -> str:
         if len(word) < 4:
             return word + rng.choice("xqz")
         at = rng.randrange(1, len(word) - 2)
         swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
         return swapped if swapped != word else word[:at] + rng.choice("xqz") + word[at + 1 :]
 
-    return " ".join(slip(part) for part in name.split(" "))
+    return " ".join(mistype(part) for part in name.split(" "))
 
 
 class Renamer:
@@ -113,7 +113,7 @@ class Renamer:
         return sorted(found)
 
     def names_in_row(self, row: dict) -> list[str]:
-        """Known names in the text fields of a serialised Trajectory or reading row."""
+        """Known names in the text fields of a serialized Trajectory or of a synthetic document."""
         return self.names_in("\n".join(_strings(row)))
 
     def fresh(self, name: str, rng: random.Random, swap_share: float, taken: set[str]) -> str:
@@ -124,7 +124,7 @@ class Renamer:
             if real and rng.random() < swap_share:
                 new = rng.choice(real)
             else:
-                new = invented_name(rng, lang, capitalised=name[:1].isupper() or lang == "zh")
+                new = invented_name(rng, lang, capitalized=name[:1].isupper() or lang == "zh")
             if new not in taken:
                 taken.add(new)
                 return new
@@ -176,7 +176,7 @@ class Renamer:
     def rename_row(
         self, row: dict, rng: random.Random, *, swap_share: float = 0.25, names: Collection[str] | None = None
     ) -> dict:
-        """Renames a serialised Trajectory or a reading row.
+        """Renames a serialized Trajectory or a synthetic document.
 
         Args:
             row: JSON values; the text fields messages, answer, text, prompt and completion are renamed together.

@@ -2,9 +2,9 @@
 
 Step 1 starts from the hidden brief of a task (what is really wanted) and writes atomic rubrics with a role each:
 `explicit` (the task asks for it in words), `implicit` (good work includes it) or `negative` (a flaw). Step 2 sees the
-rubrics without their roles, and the task as the user reads it, and assigns roles again with a reason: an explicit rubric
-must point at a span of the task. Any difference discards the sample. A consistency check of brief, rubrics and task
-follows. Rubrics are atomic, verifiable, and carry the check that a programmatic judge runs.
+rubrics without their roles, and the task as the user reads it, and assigns roles again with a reason: an explicit
+rubric must point at a span of the task. Any difference discards the sample. A consistency check of brief, rubrics and
+task follows. Rubrics are atomic, verifiable, and carry the check that a programmatic judge runs.
 """
 
 import dataclasses

@@ -14,13 +14,13 @@ from stepdr_jax.text.scripts import HAN, has_chinese
 _SEAM = re.compile(f"(?<=[{HAN}])(?=[0-9a-z])|(?<=[0-9a-z])(?=[{HAN}])")
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
-# Zero-width characters, soft hyphens and marks of direction: nobody sees them, so they must not hide a value
+# Zero-width characters, soft hyphens and direction marks: invisible, so they must not hide a value
 _INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
 
 
 @functools.lru_cache(maxsize=65536)
 def normalize(text: str) -> str:
-    """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes, nothing invisible."""
+    """NFKC, case-folded; single spaces, plain quotes, no thousands separators and no invisible characters."""
     text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).translate(_QUOTES).casefold()
     text = _GROUPED.sub("", text)
     return " ".join(text.split())

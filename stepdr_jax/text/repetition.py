@@ -10,7 +10,7 @@ from stepdr_jax.text.scripts import HAN
 
 _UNIT = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
 
-# Shares of units inside an n-gram seen before; measured on good and on degenerate agent text (100 percent = all repeated)
+# Shares of units inside an n-gram that occurred before, measured on good and on degenerate agent text
 MAX_DUPLICATE_10 = 0.30
 MAX_DUPLICATE_20 = 0.15
 MIN_DISTINCT_4 = 0.5

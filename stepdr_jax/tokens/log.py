@@ -21,7 +21,7 @@ class TokenLog:
 
     @classmethod
     def of_arrays(cls, *, tokens, sampled, logprobs, version) -> "TokenLog":
-        """The log whose `arrays` these are."""
+        """Returns the log whose `arrays()` these are."""
         log = cls()
         log._tokens, log._sampled = np.asarray(tokens).tolist(), np.asarray(sampled).tolist()
         log._logprobs, log._version = np.asarray(logprobs).tolist(), np.asarray(version).tolist()
@@ -63,7 +63,7 @@ class TokenLog:
         self._version.extend([version if sampled else 0] * len(ids))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns copies: tokens int32[T], sampled bool[T], logprobs float32[T] (0 where observed), version int32[T]."""
+        """Returns copies: tokens int32[T], sampled bool[T], logprobs float32[T] (0 if observed), version int32[T]."""
         return dict(
             tokens=np.asarray(self._tokens, np.int32),
             sampled=np.asarray(self._sampled, bool),

@@ -14,7 +14,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from stepdr_jax import files
+from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -111,6 +111,7 @@ def train(
     def write_settings() -> None:
         provenance.record_location(layout)
         files.write_json(layout.settings, asked)
+        configuration.save(config, layout.directory)
 
     distributed.lead_first("settings", write_settings, lambda: None)
 

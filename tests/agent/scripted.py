@@ -5,9 +5,9 @@ import asyncio
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Turn
 from stepdr_jax.records import Task
-from tools_env.client import Source, ToolInfraError, ToolResult
+from tools_env.client import CitedSource, ToolInfraError, ToolResult
 
-AUSTRIA = Source(
+AUSTRIA = CitedSource(
     "web_bakotefi", "http://atlas.test/en/austria", "Austria", "The capital of Austria is Vienna.", 2, "2025-03-01"
 )
 TASK = Task(id="t1", kind="fact", lang="en", query="What is the capital of Austria?", as_of="2026-06-01")

@@ -81,13 +81,18 @@ def test_rules_are_those_of_a_path_and_not_of_a_name():
         ("--config.eval.heldout_tasks=0", "has no field"),
         ("--config.eval.tasks=0", "eval.tasks: expected a number above 0, got 0"),
         ("--config.sft.mixture.sft_deep_search=-1", "sft.mixture.sft_deep_search: expected a number from 0 up"),
-        ("--config.profile.steps=3", "expected a tuple such as"),
+        ("--config.profile.steps=3", "profile.steps: expected .first, last."),
+        ("--config.profile.steps=a,b", "profile.steps: expected a tuple such as"),
+        ("--config.sampler.urls=10.0.0.5:8000", "sampler.urls: expected addresses such as http"),
+        ("--config.sampler.engine=vllm", "sampler.urls: expected addresses of vllm servers"),
         ("--config.profile.steps=(3,1)", "profile.steps: expected .first, last."),
         ("--config.sft.mixture_schedule=(3,1)", "sft.mixture_schedule: expected ..step"),
         ("--config.model.head_dim=33", "model.head_dim: expected an even number"),
     ]:
         with pytest.raises(UserError, match=message):
             entry.parse(["launch/sft.py", word])
+    urls = entry.parse(["launch/sft.py", "--config.sampler.urls=http://a:1,http://b:2"]).sampler.urls
+    assert urls == ("http://a:1", "http://b:2")
     schedule = entry.parse(["launch/sft.py", "--config.sft.mixture_schedule=((3,{'sft_deep_search':1.0}),)"])
     assert schedule.sft.mixture_schedule == ((3, {"sft_deep_search": 1.0}),)
 

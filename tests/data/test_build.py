@@ -138,9 +138,9 @@ def report(run) -> dict:
     episodes = [episode(name, ["deep_search_tools", "sft_deep_search"]) for name in ("one", "two", "zh")]
     episodes += [episode("long", ["sft_deep_search", "only_long"], words=200)]
     episodes += [episode("dropped", ["sft_deep_search"], kept=False, drop_reason="wrong")]
-    files.write_jsonl(run / "corpus" / "reading.jsonl", reading)
+    files.write_jsonl(run / "corpus" / "synthetic_documents.jsonl", reading)
     files.write_jsonl(run / "corpus" / "trajectories.jsonl", episodes)
-    with open(run / "corpus" / "reading.jsonl", "a") as out:
+    with open(run / "corpus" / "synthetic_documents.jsonl", "a") as out:
         out.write('{"id": "torn')
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -259,7 +259,7 @@ def test_duplicates_are_dropped_over_all_parts_of_a_component(report):
 
 
 def test_a_component_without_examples_is_named(run, report):
-    assert "'nowhere' of sft.mixture in the sources reading, trajectories" in report["missing"]
+    assert "'nowhere' of sft.mixture in the sources synthetic_documents, trajectories" in report["missing"]
     assert "'only_long'" in report["too_long"] and "raise sft.seq_len" in report["too_long"]
 
 
@@ -277,7 +277,7 @@ def test_the_card_adds_up(run, report):
 
 @pytest.mark.parametrize("row, words", BROKEN.items())
 def test_a_broken_corpus_row_names_file_line_and_field(tmp_path, row, words):
-    format_ = "synthesis_trajectories" if "messages" in row else "synthesis_reading"
+    format_ = "synthesis_trajectories" if "messages" in row else "synthesis_documents"
     good = json.dumps(episode("one", ["c"]) if "messages" in row else dict(component="c", text="fine"))
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{good}\n{'no JSON' if row == json.dumps('no JSON') else row}\n")

@@ -13,7 +13,7 @@ from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import loop, state
 from tests.reporting import synthetic_run
-from tests.tools_env.conftest import write_world
+from tests.tools_env.conftest import write_offline_web
 from tests.training import tiny
 from tools_env.process import ToolHost
 
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
         run_dir, **{"eval.every_tokens": 500, "eval.checkpoint_tasks": 4, "sampler.max_num_seqs": 4, "sampler.pools": 1}
     )
     config.agent.update(dict(max_turns=2, max_turn_tokens=8, max_episode_tokens=512))
-    world = write_world(run_dir / "world")
+    world = write_offline_web(run_dir / "world")
 
     def host():
         return ToolHost(world, web_port=9, log_path=run_dir / "log")

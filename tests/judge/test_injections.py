@@ -1,4 +1,4 @@
-"""Reports that try to grade themselves: whatever they say stays data, for the model that judges and for what reads its reply."""
+"""Reports that try to grade themselves: what they say stays data for the judging model and the parser of its reply."""
 
 import asyncio
 import json

@@ -70,7 +70,9 @@ def test_mistakes_are_named_with_their_fix(word, message):
 
 def test_a_config_file_of_ones_own_must_have_the_declared_fields(tmp_path):
     path = tmp_path / "mine.py"
-    body = "from configs import miniature\ndef get_config():\n  config = miniature.get_config(){}\n  {}\n  return config\n"
+    body = (
+        "from configs import miniature\ndef get_config():\n  config = miniature.get_config(){}\n  {}\n  return config\n"
+    )
     path.write_text(body.format("", "config.name = 'mine'"))
     config = parse(f"--config={path}")
     assert config.name == "mine" and config.config_file == str(path)

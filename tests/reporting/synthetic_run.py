@@ -181,7 +181,7 @@ def write_corpus(run: Path, count: int = 24) -> list[Task]:
             trajectories.append(copy)
     records.write_records(run / "corpus" / "trajectories.jsonl", trajectories)
     files.write_jsonl(
-        run / "corpus" / "reading.jsonl",
+        run / "corpus" / "synthetic_documents.jsonl",
         [{"id": str(i), "component": ("quoting", "active_reading", "reasoning")[i % 3]} for i in range(90)],
     )
     files.write_jsonl(run / "corpus" / "documents.jsonl", [{"id": str(i)} for i in range(40)])

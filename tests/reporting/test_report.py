@@ -108,13 +108,13 @@ def section_of(page, title):
 
 def test_training_shows_losses_by_component_capability_family_and_on_held_out_rows(finished):
     sft = section_of(finished[1], "SFT")
-    for kind in (
+    for title in (
         "Loss by mixture component",
         "Held-out loss by component",
         "Loss by capability",
         "Loss by data family",
     ):
-        assert kind in sft
+        assert title in sft
     assert "FLOPs over the devices" not in sft and "FLOPs over the devices" in section_of(finished[1], "Mid-training I")
 
 

@@ -3,14 +3,16 @@
     python -m tests.rl.breakage --run_dir=runs/miniature --what=faults
     python -m tests.rl.breakage --run_dir=runs/miniature --what=kills --kills=9
 
-faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools broken for
-good (half of them after one call, which many never exceed), the judge fails on a twentieth of the reports and leaves a twentieth of the rubrics without a verdict ("machinery"); and,
-in another run, a tenth of all calls goes wrong besides, in ways that the model sees ("machinery and tools"). The weights must
-be, bit for bit, those that the surviving episodes make alone.
+faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools
+broken for good (half of them after one call, which many never exceed), the judge fails on a twentieth of the reports
+and leaves a twentieth of the rubrics without a verdict ("machinery"); and, in another run, a tenth of all calls goes
+wrong besides, in ways that the model sees ("machinery and tools"). The weights must be, bit for bit, those that the
+surviving episodes make alone.
 
-kills: signal 9 at random moments, an iteration apart, to the trainer, its tool host and its judge, in turn; the judge is an endpoint of
-`judge_server` that answers a twentieth of the requests wrongly at first. A killed trainer is started again, a judge two seconds
-after its end. Then the weights and rewards must be, bit for bit, those of a run that nobody touched.
+kills: signal 9 at random moments, an iteration apart, to the trainer, its tool host and its judge, in turn; the judge
+is an endpoint of `judge_server` that answers a twentieth of the requests wrongly at first. A killed trainer is started
+again, a judge two seconds after its end. Then the weights and rewards must be, bit for bit, those of a run that nobody
+touched.
 
 Both start from the run's SFT checkpoint, in a copy; the run itself is only read.
 """

@@ -1,6 +1,7 @@
 """Things that break as asked: tools whose replies get lost or that stay broken, and judges that fail.
 
-Draws are hashes of names and seeds, so that the same episodes are struck in every run, whatever the order in which they come.
+Draws are hashes of names and seeds, so that the same episodes are struck in every run, whatever the order in which they
+come.
 """
 
 import hashlib

@@ -2,9 +2,9 @@
 
     python -m tests.rl.judge_server --port=8123 --faults=0.05
 
-Its verdict on a criterion is a hash of the criterion and the report: no opinion, but the same in every run and every process.
-A share of all requests is answered wrongly at their first coming, one way after another: 500, 429, a page of HTML, an empty
-reply, a reply without verdicts, one whose verdicts are no verdicts, a closed connection, and silence.
+Its verdict on a criterion is a hash of the criterion and the report: no opinion, but the same in every run and every
+process. A share of all requests is answered wrongly at their first coming, one way after another: 500, 429, a page of
+HTML, an empty reply, a reply without verdicts, one whose verdicts are no verdicts, a closed connection, and silence.
 """
 
 import argparse

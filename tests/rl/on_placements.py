@@ -1,4 +1,4 @@
-"""Short PPO runs with other roles on eight simulated devices, and a transfer of weights that is watched; prints JSON."""
+"""Short PPO runs with other placements on eight simulated devices, and an observed weight sync; prints JSON."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def watched_transfer() -> dict:
     }
 
 
-def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
+def run(folder: Path, *, mesh=(), sampling=(), **placement) -> dict:
     config = (
         toy.config(folder, iterations=2, critic_warmup_iterations=0, checkpoint_every=2)
         .copy_and_resolve_references()
@@ -73,7 +73,7 @@ def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
     config.model.num_kv_heads = 2
     config.mesh.update(dict(mesh))
     config.sampler.update(dict(pools=1) | dict(sampling))
-    config.placement.update(roles)
+    config.placement.update(placement)
     at_samples, at_updates, on_host = [], [], []
     update = learner.update
 

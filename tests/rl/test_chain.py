@@ -1,7 +1,8 @@
 """A chain whose values are known: the critic finds them, and PPO finds the policy that walks it.
 
-States 0 to GOAL; a turn is one sampled token, an odd id steps forward, an even one falls back to 0. Between turns stands an
-observation of random length that ends with the state. Reaching GOAL within TURNS turns is worth 1, all else 0.
+States 0 to GOAL; a turn is one sampled token, an odd id steps forward, an even one falls back to 0. Between turns
+stands an observation of random length that ends with the state. Reaching GOAL within TURNS turns is
+worth 1, all else 0.
 """
 
 import asyncio

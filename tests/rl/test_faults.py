@@ -1,4 +1,4 @@
-"""Broken tools, judges and engines: a run with them learns what its surviving episodes alone teach, and nothing else."""
+"""Broken tools, judges and engines: a run with them learns from its unmasked episodes alone."""
 
 import dataclasses
 
@@ -120,7 +120,7 @@ def test_a_judge_that_comes_back_is_asked_again_without_sampling_again(struck_ru
     assert rows[0] == rows[1]
 
 
-# ----------------------------------------------------------------------------------------------- the engine breaks inside
+# --------------------------------------------------------------------------------------------- the engine breaks inside
 
 
 @pytest.fixture(scope="module")

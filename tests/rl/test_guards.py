@@ -1,4 +1,4 @@
-"""Limits of an iteration: each stops the run in a line that names it, or leaves the actor as it was; a resumed run agrees."""
+"""Limits of an iteration: each stops the run in a line that names it, or leaves the actor unchanged."""
 
 import dataclasses
 import math

@@ -84,7 +84,7 @@ def test_a_run_by_two_processes_one_of_which_dies_ends_with_the_bits_of_one_proc
     whole, shared = run("whole"), run("shared")
     whole.finish({})
 
-    # The tools of one process break: which episodes are sampled again is decided on the whole, and by whom is no matter.
+    # The tools of one process break: which episodes are sampled again is decided on all, whoever sampled them.
     lead, other = shared.start({"fail": 8}, {"die": 1})
     said = [process.communicate(timeout=240)[1] for process in (lead, other)]
     assert other.returncode == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""A judge at an endpoint that breaks in every way it can, while PPO runs: the run waits for it, or says in one line why not."""
+"""A judge's endpoint that fails in every way during PPO: the run waits for it, or stops with one line."""
 
 import contextlib
 import dataclasses
@@ -64,7 +64,7 @@ def expected(tmp_path_factory):
 
 
 def test_errors_garbage_and_kills_of_the_endpoint_change_nothing(expected, tmp_path, caplog):
-    """Every second request is answered wrongly at first, and the process is killed in the middle of the first iteration."""
+    """Every second request fails at first, and the process is killed in the middle of the first iteration."""
     config, port = toy.config(tmp_path, iterations=ITERATIONS, max_masked_share=0.0), free_port()
     with endpoint(port, "--dies_at=9", away=0.3) as server:
         parts = judged_by(config, port)

@@ -1,4 +1,4 @@
-"""The loop: it learns, it continues after a kill with the same bits, and broken infrastructure never becomes a reward."""
+"""The loop: it learns, it continues after a kill with the same bits, and failures never become a reward."""
 
 import dataclasses
 import shutil

@@ -18,7 +18,7 @@ from tests.rl import toy
 def found(tmp_path_factory):
     script = Path(__file__).with_name("on_placements.py")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("roles"))]
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("placements"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

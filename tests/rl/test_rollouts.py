@@ -138,7 +138,7 @@ def test_not_finishing_is_never_better_than_a_wrong_answer():
     )
     assert reward.truncated_reward(rubrics, "worst") == -0.5
     assert reward.truncated_reward(rubrics, "zero") == 0.0
-    with pytest.raises(ValueError, match="unfinished"):
+    with pytest.raises(ValueError, match="truncated"):
         reward.truncated_reward(rubrics, "half")
 
 

@@ -1,4 +1,4 @@
-"""One step off: whoever is faster, killed or told to end, the same weights sample the same episodes."""
+"""Weights one iteration old: whatever is faster, killed or preempted, the same weights sample the same episodes."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""PPO in the toy world as one of several processes that a test starts: python -m tests.rl.toy_process RUN_DIR [field=value ...]
+"""PPO in the toy world, in a process that a test starts: python -m tests.rl.toy_process RUN_DIR [field=value ...]
 
 fail=N: the first N tool calls of this process break. die=I: this process kills itself while it samples iteration I.
 """

@@ -171,7 +171,8 @@ def test_plan_alignment_measures_coverage_order_and_strays():
 
 
 def test_induction_is_removed_from_thoughts_and_never_from_calls():
-    text = '<think>According to the hint I was wrong. I check again.</think>\n<tool_call>\n{"name": "x", "arguments": {"q": "you told"}}\n</tool_call>'
+    call = '<tool_call>\n{"name": "x", "arguments": {"q": "you told"}}\n</tool_call>'
+    text = f"<think>According to the hint I was wrong. I check again.</think>\n{call}"
     cleaned = reflection.remove_induction(text)
     assert cleaned.startswith("<think>I check again.</think>") and '"you told"' in cleaned
     assert (

@@ -1,7 +1,9 @@
 """Facts about a whole synthesis run over a small web behind a real tool host."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +63,8 @@ def test_the_card_counts_what_the_files_hold(finished):
     assert sum(sum(table.values()) for table in card["tasks"].values()) == len(tasks)
     assert card["trajectories"]["kept"] == sum(row.kept for row in originals)
     assert card["trajectories"]["renamed copies"] == len(rows) - len(originals) == 2 * card["trajectories"]["kept"]
-    assert sum(card["reading"].values()) == len(files.read_jsonl(run_dir / "corpus" / "reading.jsonl"))
+    documents = files.read_jsonl(run_dir / "corpus" / "synthetic_documents.jsonl")
+    assert sum(card["synthetic_documents"].values()) == len(documents)
     kinds = {kind.split()[0] for kind in card["episodes"]["kept"]}
     assert kinds >= {"fact", "deep_search", "verification", "report"}
 
@@ -101,7 +104,8 @@ def test_training_data_names_nothing_that_only_held_out_countries_have(finished,
     assert known.heldout
     tasks = {task.id: task for task in records.read_records(run_dir / "corpus" / "tasks.jsonl", Task)}
     assert {task.split for task in tasks.values()} == {"train", "heldout"}
-    texts = [json.dumps(row, ensure_ascii=False) for row in files.read_jsonl(run_dir / "corpus" / "reading.jsonl")]
+    documents = files.read_jsonl(run_dir / "corpus" / "synthetic_documents.jsonl")
+    texts = [json.dumps(row, ensure_ascii=False) for row in documents]
     for row in trajectories(run_dir):
         assert tasks[row.task_id].split == "train"
         texts += [m.content for m in row.messages] + [s.text for s in row.sources().values()]
@@ -145,3 +149,10 @@ def test_another_seed_starts_a_new_journal(finished, host, tmp_path):
 def test_a_missing_world_and_a_dead_tool_host_are_named(host, tmp_path):
     with pytest.raises(UserError, match="documents.jsonl does not exist"):
         pipeline.synthesize_corpus(config_for(tmp_path), host.address)
+
+
+def test_only_the_pipeline_imports_the_domain_and_only_as_a_whole():
+    general = Path(pipeline.__file__).parent.glob("*.py")
+    lines = {path.name: re.findall(r"^.*synthesis\.scripted.*$", path.read_text(), re.MULTILINE) for path in general}
+    expected = ["from stepdr_jax.synthesis.scripted.domain import CountryDomain"]
+    assert {name: found for name, found in lines.items() if found} == {"pipeline.py": expected}

@@ -78,7 +78,8 @@ def test_a_hasty_answer_believes_the_unreliable_page():
 
 
 def test_a_long_page_is_read_to_its_stored_end():
-    page = "Austria | http://atlas.test/en/austria | 2025-03-01\nNothing. \\cite{web_lomidufa}\n... 900 characters stored in results/p1.md; read with file"
+    head = "Austria | http://atlas.test/en/austria | 2025-03-01\nNothing. \\cite{web_lomidufa}\n"
+    page = head + "... 900 characters stored in results/p1.md; read with file"
     expert, turns = play(fact(), [ATLAS, page, "The capital of Austria is Graz. \\cite{web_bakotefi}"], open_page=True)
     assert turns[1].tool_calls[0].arguments == {"urls": ["web_bakotefi"]}
     assert turns[2].tool_calls[0].name == "file" and turns[2].tool_calls[0].arguments["path"] == "results/p1.md"

@@ -33,7 +33,7 @@ class Format:
 
 FORMATS = {
     "jsonl": Format(containers.Lines, plain.any_row),
-    "synthesis_reading": Format(containers.Lines, plain.synthesis_reading),
+    "synthesis_documents": Format(containers.Lines, plain.synthesis_documents),
     "synthesis_trajectories": Format(containers.Lines, plain.synthesis_trajectory),
     "text": Format(containers.WholeFile, plain.text_file),
     "wikipedia": Format(containers.MediaWiki, articles.wikipedia),
@@ -117,7 +117,8 @@ def list_sources(config: ConfigDict) -> list[DataSource]:
     """
     found = []
     corpus = Path(config.run_dir) / "corpus"
-    for format_, name in (("synthesis_reading", "reading.jsonl"), ("synthesis_trajectories", "trajectories.jsonl")):
+    written = {"synthesis_documents": "synthetic_documents.jsonl", "synthesis_trajectories": "trajectories.jsonl"}
+    for format_, name in written.items():
         if (corpus / name).exists():
             found.append(DataSource(name.removesuffix(".jsonl"), format_, (corpus / name,), component=""))
         elif not config.data.sources:

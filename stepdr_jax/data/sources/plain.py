@@ -37,8 +37,11 @@ def _pair(row: dict, **default) -> dict:
     return pair | {"loss": loss, "chat": chat}
 
 
-def synthesis_reading(line: bytes) -> dict:
-    """Row of corpus/reading.jsonl: {id, component, capability, lang, text} or {..., prompt, completion, loss, chat}."""
+def synthesis_documents(line: bytes) -> dict:
+    """Row of corpus/synthetic_documents.jsonl.
+
+    {id, component, capability, lang, text} or {id, component, capability, lang, prompt, completion, loss, chat}.
+    """
     row = parsed(line)
     if not isinstance(row.get("component"), str):
         raise ValueError("expected an object with a field 'component'")

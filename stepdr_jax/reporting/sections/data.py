@@ -28,9 +28,9 @@ def data_section(run: Run) -> Section:
         if trajectories["dropped"]:
             reasons = trajectories["dropped_by_reason"]
             section["figures"].append(_count_chart(reasons, "Teacher episodes dropped, by reason", "episodes"))
-    if found.get("reading"):
+    if found.get("synthetic_documents"):
         title = "Synthetic documents by mixture component"
-        section["figures"].append(_count_chart(found["reading"], title, "documents"))
+        section["figures"].append(_count_chart(found["synthetic_documents"], title, "documents"))
     for stage, card in found.get("prepared", {}).get("stages", {}).items():
         caption = f"{title_of(stage)}: sequences of {card['seq_len']} tokens"
         section["tables"].append(mixture_table(card["components"], caption=caption))
@@ -59,8 +59,8 @@ def _summary(found: Mapping) -> str:
     if trajectories:
         episodes = count_of(trajectories["kept"] + trajectories["dropped"], "teacher episode")
         counts.append(f"{episodes}, {trajectories['kept']:,} kept")
-    if found.get("reading"):
-        counts.append(count_of(sum(found["reading"].values()), "synthetic document"))
+    if found.get("synthetic_documents"):
+        counts.append(count_of(sum(found["synthetic_documents"].values()), "synthetic document"))
     if found.get("tokenizer"):
         counts.append(f"a byte-level BPE tokenizer of {found['tokenizer']:,} tokens trained on them")
     made = f"The run made {'; '.join(counts)}." if counts else ""

@@ -44,7 +44,7 @@ def invented_value(relation: str, rng: random.Random, lang: str) -> str:
             relation
         ]
         return invented_number(rng, "9" * digits)
-    return invented_name(rng, lang, capitalised=relation != "currency" or lang == "zh")
+    return invented_name(rng, lang, capitalized=relation != "currency" or lang == "zh")
 
 
 class _Invented(collections.abc.Mapping):
@@ -97,7 +97,7 @@ def _date(rng: random.Random) -> str:
 
 
 def shown_passage(card: Card, relation: str, rng: random.Random, hosts: tuple[str, ...] = HOSTS) -> Shown:
-    host = rng.choice(hosts) if rng.random() < 0.7 else invented_name(rng, capitalised=False) + ".test"
+    host = rng.choice(hosts) if rng.random() < 0.7 else invented_name(rng, capitalized=False) + ".test"
     return Shown(card, relation, host, citation_id(rng))
 
 

@@ -1,9 +1,9 @@
 """The scripted expert: the offline policy that acts in synthesis when no teacher's endpoint is configured.
 
-It is a policy like any other: it runs in the episode loop, calls the real tools and sees nothing but their observations.
-It knows the plan of its task (which subject and relations to look for), never the answer: it reads statements in the
-passages shown, prefers authoritative hosts and quotes. On request it injects an error, so that recovery can be learned: a
-misspelt or empty query, a page that is missing or does not answer, an answer from an unreliable page.
+It is a policy like any other: it runs in the episode loop, calls the real tools and sees only their observations. It
+knows the plan of its task (which subject and relations to look for), never the answer: it reads statements in the
+passages shown, prefers authoritative hosts and quotes. On request it injects an error, so that recovery can be
+learned: a misspelt or empty query, a page that is missing or does not answer, an answer from an unreliable page.
 """
 
 import random
@@ -65,7 +65,7 @@ class ScriptedExpert:
     """The scripted expert for one episode of one task.
 
     Args:
-        task: its plan, subject and relations are known to the expert, its answer is not read.
+        task: the expert reads its plan, subject and relations, never its answer.
         authority: host -> 0, 1 or 2.
         style: see `Style`.
         seed: of misspellings.
@@ -170,7 +170,7 @@ class ScriptedExpert:
         return found
 
     def _inject_error(self, topic: str, subject: str) -> Generator[str, list[str], str]:
-        """Makes the style's injected error, if it is one of the first turn; returns the key of the thought that follows."""
+        """Makes the style's injected error, if it is one of the first turn; returns the key of the next thought."""
         error = self.style.injected_error
         if error == "misspelt" and subject.isdigit():  # another number is no misspelling
             error = "empty_query"
@@ -201,7 +201,7 @@ class ScriptedExpert:
     # ------------------------------------------------------------------------------------------------------- scripts
 
     def _one(self, first_thought: str) -> Generator[str, list[str], list[Passage]]:
-        """Finds the one fact of a task, by the style: with an injected error, page reading or a comparison of sources."""
+        """Finds the one fact of a task, by the style: with an injected error, page reading or a comparison."""
         relation, subject = self.task.metadata["relations"][-1], self.task.metadata["subject"]
         topic = sentences.topic_of(relation, subject, self.task.lang)
         thought = (yield from self._inject_error(topic, subject)) or first_thought

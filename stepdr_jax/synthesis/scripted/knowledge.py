@@ -48,7 +48,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Knowledge:
-    """Everything synthesis knows about the world.
+    """The facts of the offline web, the split, and all names.
 
     Attributes:
         countries: id -> Country, in a fixed order.
@@ -105,7 +105,7 @@ def split_entities(ids: Iterable[str], share: float, seed: int) -> frozenset[str
 
 
 def load_knowledge(world_dir: str | Path, *, heldout_share: float, seed: int) -> Knowledge:
-    """Reads `documents.jsonl` and `entities.jsonl` of a built world. Raises UserError when one is absent or broken."""
+    """Reads documents and entities of the offline web. Raises UserError when one is absent or broken."""
     return from_pages(
         corpora.read_documents(world_dir),
         corpora.read_entities(world_dir).values(),

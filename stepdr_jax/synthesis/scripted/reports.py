@@ -1,8 +1,8 @@
 """Brief reports: several facts about one subject, with a title and one cited sentence per fact (paper section 3.4).
 
-Planning by reverse engineering (paper section 3.1): a finished page implies the plan that could have produced it. From its
-sentences the request and its plan are inferred in hindsight: what was asked, and the steps that gather it. The results (the
-values) are left out of both. The plan is then known, and the report can be held to it.
+Planning by reverse engineering (paper section 3.1): a finished page implies a plan that could have produced it. From
+its sentences the request and its plan are inferred in hindsight: what was asked, and the steps that gather it. The
+results (the values) are left out of both. The plan is then known, and the report can be checked against it.
 """
 
 import dataclasses

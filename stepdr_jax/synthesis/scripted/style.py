@@ -1,11 +1,11 @@
-"""How the scripted expert works on one task, the errors that it makes on purpose included."""
+"""How the scripted expert works on one task, injected errors included."""
 
 import dataclasses
 import random
 
 from stepdr_jax.records import Task
 
-# hasty: believes the least reliable page. The names are part of episode ids and seeds, and their order of the draws.
+# The names are part of episode ids and seeds, their order decides draws. hasty: quotes the least reliable page.
 INJECTED_ERRORS = ("misspelt", "empty_query", "dead_link", "unavailable", "hasty")
 
 
@@ -19,6 +19,10 @@ class Style:
     one_by_one: bool = False  # a search per point of a report instead of one batch
     injected_error: str = ""  # one of INJECTED_ERRORS, or none
     check_again: bool = False  # a retry after a wrong answer: compares sources before it answers
+
+    def retry(self) -> "Style":
+        """The style of a second attempt: it compares its sources and injects no error."""
+        return dataclasses.replace(self, injected_error="", open_page=False, check_again=True)
 
 
 def draw_style(task: Task, rng: random.Random, *, error_share: float) -> Style:

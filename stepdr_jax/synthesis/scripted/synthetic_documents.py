@@ -5,8 +5,8 @@ answers, rewrites, summarises, composes two facts, checks a claim. Names, number
 (see `renaming`), so the only way to continue a row is to read it. Copying is what a small model must learn first:
 `quoting` holds it in its plainest form, a span and the same span again.
 
-Rows are JSON objects: id, component, capability, lang, loss and either text or prompt and completion; "chat": true marks
-rows that are one user turn and one assistant turn.
+Rows are JSON objects: id, component, capability, lang, loss, prompt and completion; "chat": true marks rows that are
+one user turn and one assistant turn.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def _repeat(card: Card, rng: random.Random) -> dict:
                 "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(2, 7)))
             )
         elif kind < 0.45:
-            words.append(invented_name(rng, card.lang, capitalised=rng.random() < 0.7))
+            words.append(invented_name(rng, card.lang, capitalized=rng.random() < 0.7))
         elif kind < 0.6:
             words.append(str(rng.randint(10, 10 ** rng.randint(2, 8))))
         elif kind < 0.75:
@@ -126,7 +126,7 @@ def _table(card: Card, rng: random.Random) -> dict:
         if kind < 0.3
         else str(rng.randint(10, 99_999_999))
         if kind < 0.55
-        else invented_name(rng, card.lang, capitalised=kind < 0.85)
+        else invented_name(rng, card.lang, capitalized=kind < 0.85)
         for label in labels
     }
     text = "\n".join(f"{label}: {value}" for label, value in table.items())
@@ -321,7 +321,7 @@ MAKERS: dict[str, Maker] = {
 
 
 def document_rows(knowledge: Knowledge, *, copies: int, chinese_share: float, seed: int) -> Iterator[dict]:
-    """Yields the rows of all synthetic documents: for every training country the real facts once, and `copies` renamed ones.
+    """Yields all rows: of every training country the real facts, and `copies` renamed ones.
 
     Held-out countries give no card, and no card mentions a name that only they have.
     """

@@ -3,7 +3,6 @@
 Everything is drawn from (seed, entity), so one entity's tasks do not depend on another's.
 """
 
-import collections
 import dataclasses
 import random
 from collections.abc import Mapping
@@ -145,12 +144,3 @@ def answer_fault(task: Task, trajectory: Trajectory) -> str | None:
     if task.kind == "verification" and not verification.verdict_follows(task, trajectory):
         return "verdict does not follow from evidence"
     return None
-
-
-def task_counts(drawn: list[DrawnTask]) -> dict[str, dict[str, int]]:
-    """Kept tasks by split, by kind and language."""
-    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for item in drawn:
-        if item.rubric_set.kept:
-            table[item.task.split][f"{item.task.kind} {item.task.lang}"] += 1
-    return {split: dict(sorted(row.items())) for split, row in sorted(table.items())}
