@@ -1,7 +1,7 @@
-"""Your own data and, if you have one, a Qwen2.5 checkpoint of Hugging Face: copy this file and change the capital names.
+"""Training on your own data, optionally from a Qwen2.5 checkpoint: copy this file and change the names in capitals.
 
-A row of JSONL is {"text"}, {"prompt", "completion"} or {"messages"} (README, "Your own data"). As it stands a tiny model with a
-tokenizer of its own learns from DATA within minutes on two cores.
+A JSONL row is {"text"}, {"prompt", "completion"} or {"messages"} (README, "Your own data"). Without changes a tiny
+model with its own tokenizer trains on DATA within minutes on two cores.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from configs import miniature
 
 DATA = "mydata"  # folder with articles*.jsonl and chats*.jsonl
-HF = ""  # a folder with config.json, safetensors and tokenizer.json; convert it first (README)
-SIZE = "0.5B"  # of the checkpoint in HF
-START = "runs/start"  # what launch.convert made of HF
+HF = ""  # folder of a Hugging Face checkpoint: config.json, safetensors, tokenizer.json; convert it first (README)
+SIZE = "0.5B"  # size of the checkpoint in HF
+START = "runs/start"  # output of launch.convert for HF
 
 
 def get_config() -> ConfigDict:
@@ -25,17 +25,17 @@ def get_config() -> ConfigDict:
     config.data.sources = ConfigDict(dict(articles=articles, chats=chats))
     config.data.update(dict(on_bad_row="skip", exact_duplicates="drop", near_duplicates="drop"))
     if HF:
-        from stepdr_jax.models import sizes  # here: a config is listed without jax
+        from stepdr_jax.models import sizes  # here: listing a config must not import jax
 
         shape = dataclasses.asdict(sizes.size(SIZE))
         config.tokenizer.update(dict(path=f"{HF}/tokenizer.json", vocab_size=shape.pop("vocab_size")))
         config.model.update(shape)
         config.initial_checkpoint = START
-    # component -> share of tokens; changing a number mixes anew and leaves every component's own order as it is
+    # component -> share of tokens; changing one leaves the order within each component unchanged
     for stage in (config.midtrain1, config.midtrain2, config.sft):
         stage.mixture = ConfigDict(dict(articles=0.8, chats=0.2))
         stage.update(dict(steps=200, warmup_data="", warmup_data_steps=0))
-        rate = 2e-5 if HF else 1e-3  # what is trained already must not be shaken
+        rate = 2e-5 if HF else 1e-3  # lower for a pretrained checkpoint
         stage.update(dict(learning_rate=rate, final_learning_rate=rate / 10))
     config.sft.mixture = ConfigDict(dict(chats=1.0))
     return config.lock()

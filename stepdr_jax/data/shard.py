@@ -68,8 +68,8 @@ def write_shard(path: Path, examples: Iterable[tuple], inputs: dict) -> dict:
             count["tokens"] += size
             count["loss_tokens"] += int(sum(piece_mask.sum() for _, piece_mask in pieces))
             lengths[max(32, 1 << math.ceil(math.log2(len(tokens))))] += 1
-            for counter, label in zip(by.values(), labels, strict=True):
-                counter[label.decode() or "other"] += len(tokens)
+            for (name, counter), label in zip(by.items(), labels, strict=True):
+                counter[label.decode() or ("other" if name == "capability" else "unknown")] += len(tokens)
             capability = labels[0].decode()
             number = CAPABILITIES.index(capability) + 1 if capability in CAPABILITIES else 0
             pool += [(*piece, number) for piece in pieces]

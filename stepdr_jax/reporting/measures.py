@@ -55,7 +55,7 @@ PPO = (  # the most important first: a low terminal shows only those
     Measure("health", r"skipped_updates", "skipped updates", low=0, high=0),
     Measure("health", r"guarded_updates", "guarded updates", low=0, high=0),
     Measure("health", r"repetition(?:/(.+))?", "repetition {}"),
-    Measure("health", r"staleness(?:/(.+))?", "staleness of samples {}", quiet=True),
+    Measure("health", r"staleness(?:/(.+))?", "staleness {}", quiet=True),
     Measure("health", r"importance/(.+)", "importance {}"),
     Measure("ends", r"finish/(.+)", "{}", quiet=True),
     Measure("episode", r"turns", "turns"),

@@ -2,12 +2,17 @@
 
 import asyncio
 
+from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Turn
+from stepdr_jax.records import Task
 from tools_env.client import CitedSource, ToolInfraError, ToolResult
 
 AUSTRIA = CitedSource(
     "web_bakotefi", "http://atlas.test/en/austria", "Austria", "The capital of Austria is Vienna.", 2, "2025-03-01"
 )
+TASK = Task(id="t1", kind="fact", lang="en", query="What is the capital of Austria?", as_of="2026-06-01")
+LIMITS = Limits(max_turns=4, max_turn_tokens=50, max_episode_tokens=400, max_tool_calls=3, wall_seconds=5.0)
+ENGINE_LIMITS = Limits(max_turns=4, max_turn_tokens=400, max_episode_tokens=3000, max_tool_calls=3, wall_seconds=10.0)
 
 
 def search(query: str) -> str:

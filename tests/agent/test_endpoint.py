@@ -10,8 +10,7 @@ from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.agent.react import run_episode
 from stepdr_jax.endpoint import EndpointError
 from stepdr_jax.records import Finish, Message
-from tests.agent.scripted import ANSWER, TableTools, search
-from tests.agent.test_react import LIMITS, TASK
+from tests.agent.scripted import ANSWER, LIMITS, TASK, TableTools, search
 
 MESSAGES = [Message(role="system", content="s"), Message(role="user", content="q")]
 

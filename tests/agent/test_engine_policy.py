@@ -11,10 +11,7 @@ from stepdr_jax.engine.fake import FakeEngine
 from stepdr_jax.records import Finish
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tests.agent.scripted import ANSWER, AUSTRIA, TableTools, broken, search
-from tests.agent.test_react import TASK
-
-LIMITS = Limits(max_turns=4, max_turn_tokens=400, max_episode_tokens=3000, max_tool_calls=3, wall_seconds=10.0)
+from tests.agent.scripted import ANSWER, AUSTRIA, ENGINE_LIMITS, TASK, TableTools, broken, search
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +19,7 @@ def tok():
     return Tokenizer.train([TASK.query, ANSWER, AUSTRIA.text, search("capital of Austria")] * 4, 400)
 
 
-def episode(tok, turns, limits=LIMITS, tools=None):
+def episode(tok, turns, limits=ENGINE_LIMITS, tools=None):
     """`turns` are lists of ids, or exceptions."""
     turns = list(turns)
 
@@ -60,7 +57,7 @@ def test_the_engine_has_seen_exactly_the_log(tok):
         return turns[len(seen) - 1]
 
     policy = EnginePolicy(FakeEngine(script, stop_ids=(tok.im_end,)), tok)
-    done = asyncio.run(run_episode(TASK, policy, TableTools(), LIMITS))
+    done = asyncio.run(run_episode(TASK, policy, TableTools(), ENGINE_LIMITS))
     assert done.log.tokens == seen[-1] + tuple(turns[-1])
 
 

@@ -8,10 +8,7 @@ from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Turn
 from stepdr_jax.agent.react import run_episode
 from stepdr_jax.records import Finish, Task, Trajectory
-from tests.agent.scripted import ANSWER, AUSTRIA, ScriptedPolicy, TableTools, broken, result, search
-
-TASK = Task(id="t1", kind="fact", lang="en", query="What is the capital of Austria?", as_of="2026-06-01")
-LIMITS = Limits(max_turns=4, max_turn_tokens=50, max_episode_tokens=400, max_tool_calls=3, wall_seconds=5.0)
+from tests.agent.scripted import ANSWER, AUSTRIA, LIMITS, TASK, ScriptedPolicy, TableTools, broken, result, search
 
 
 def run(policy, tools=None, limits=LIMITS, task=TASK, **kwargs):

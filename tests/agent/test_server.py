@@ -14,9 +14,7 @@ from stepdr_jax.engine.fake import FakeEngine
 from stepdr_jax.records import Finish, Message, Trajectory
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tests.agent.scripted import ANSWER, AUSTRIA, TableTools, search
-from tests.agent.test_engine_policy import LIMITS
-from tests.agent.test_react import TASK
+from tests.agent.scripted import ANSWER, AUSTRIA, ENGINE_LIMITS, TASK, TableTools, search
 
 TOK = Tokenizer.train([TASK.query, ANSWER, AUSTRIA.text, search("capital of Austria")] * 4, 400)
 TOOL = {"type": "function", "function": {"name": "batch_web_surfer", "description": "d", "parameters": {}}}
@@ -54,7 +52,7 @@ def test_a_whole_episode_through_our_own_client():
     async def use(url, engine):
         policy = EndpointPolicy(url, "m", "key")
         try:
-            return (await run_episode(TASK, policy, TableTools(), LIMITS, prompt="compact", seed=3)).trajectory
+            return (await run_episode(TASK, policy, TableTools(), ENGINE_LIMITS, prompt="compact", seed=3)).trajectory
         finally:
             await policy.close()
 

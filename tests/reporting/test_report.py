@@ -125,7 +125,7 @@ def test_a_held_out_loss_is_one_line_through_the_rows_that_have_it(finished):
 
 def test_training_tells_of_skips_returns_restarts_and_goodput(finished):
     first = section_of(finished[1], "Mid-training I")
-    assert "Of its steps, 2 whose gradient was a spike were skipped." in first
+    assert "Skipped steps: 2 with a spike of the gradient." in first
     assert "At step 120 it rolled back to step 100 (5 steps skipped) and skipped the data in between." in first
     assert "It was started 2 times." in first and "Goodput 90" in first
     assert "<title>rolled back to here from step 120: 5 steps skipped</title>" in first

@@ -16,8 +16,7 @@ from stepdr_jax.agent.react import run_episode
 from stepdr_jax.engine.fake import FakeEngine
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tests.agent.scripted import ANSWER, TableTools, search
-from tests.agent.test_react import TASK
+from tests.agent.scripted import ANSWER, TASK, TableTools, search
 from tests.tokens.test_chat import QWEN
 
 LINE, PARAGRAPH, NEWLINE = 624, 382, 198

@@ -104,12 +104,12 @@ def _sentence(run: Run, stage: str, seed: int) -> str:
     who = f"Seed {seed}: " if len(run.seeds) > 1 else ""
     said = [f"{who}{progress_text(curves, 'step')}, loss {losses[0]:.2f} to {sum(tail) / len(tail):.3f}."]
     skipped = {
-        "not finite": sum(v for v in curves.values.get("skipped", ()) if math.isfinite(v)),
-        "a spike": sum(v for v in curves.values.get("spikes", ()) if math.isfinite(v)),
+        "{} with a gradient that was not finite": sum(v for v in curves.values.get("skipped", ()) if math.isfinite(v)),
+        "{} with a spike of the gradient": sum(v for v in curves.values.get("spikes", ()) if math.isfinite(v)),
     }
     if any(skipped.values()):
-        why = join_and([f"{count:.0f} whose gradient was {what}" for what, count in skipped.items() if count])
-        said.append(f"Of its steps, {why} were skipped.")
+        why = join_and([text.format(f"{count:.0f}") for text, count in skipped.items() if count])
+        said.append(f"Skipped steps: {why}.")
     said += [
         f"At step {row['step']} it rolled back to step {row['to']} ({row['reason']}) and skipped the data in between."
         for row in _rollbacks(run, stage, seed)
