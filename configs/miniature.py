@@ -292,6 +292,12 @@ def get_config() -> ConfigDict:
             replicas=1,  # copies of the model, each on `tensor` devices
             tensor=1,  # devices that share a copy's heads and vocabulary
             attention="auto",  # reference, or ragged: the Pallas kernel, for TPUs
+            engine="jax",  # jax: in this process; vllm or sglang: on servers, which the fields above do not concern
+            urls=(),  # of the servers, for example ("http://10.0.0.5:8000",); each gets all weights and a share of the sessions
+            model="",  # name of the model at vLLM servers
+            timeout=600.0,  # seconds for one turn, and for reading weights
+            weights_dir="",  # folder for weights, under this path on the servers, too; empty = run_dir/weights
+            weights_dtype="bfloat16",  # of the weights in that folder; or float32
         )
     )
     config.placement = ConfigDict(

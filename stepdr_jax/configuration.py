@@ -45,6 +45,8 @@ CHOICES = {
     "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
     "parallel.remat": REMAT,
     "ppo.remat": REMAT,
+    "sampler.engine": ("jax", "vllm", "sglang"),
+    "sampler.weights_dtype": ("float32", "bfloat16"),
     "sampler.attention": ("auto", "reference", "ragged"),
     "placement.sampler": ("colocated", "disaggregated"),
     "placement.offload": ("none", "idle"),
@@ -122,6 +124,7 @@ def check_values(config: ConfigDict) -> None:
             "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (episodes of older weights are weighed "
             "by what the present ones make of them), got 0; for example --config.ppo.tis_cap=2"
         )
+    _check_sampler(config.sampler, config.placement)
     first, last = (*config.profile.steps, 0, 0)[:2]
     if len(config.profile.steps) != 2 or not 0 <= first <= last:
         raise UserError(f"profile.steps: expected (first, last), or (0, 0) for none, got {tuple(config.profile.steps)}")
@@ -148,6 +151,23 @@ def check_values(config: ConfigDict) -> None:
         raise UserError(
             f"agent.max_turn_tokens: expected at most agent.max_episode_tokens {config.agent.max_episode_tokens}, "
             f"got {config.agent.max_turn_tokens}"
+        )
+
+
+def _check_sampler(sampler: ConfigDict, placement: ConfigDict) -> None:
+    if sampler.engine == "jax":
+        return
+    if not sampler.urls or not all(str(url).startswith(("http://", "https://")) for url in sampler.urls):
+        raise UserError(
+            f"sampler.urls: expected addresses of {sampler.engine} servers, got {tuple(sampler.urls)}; for example "
+            "--config.sampler.urls=\"('http://10.0.0.5:8000',)\""
+        )
+    if sampler.engine == "vllm" and not sampler.model:
+        raise UserError("sampler.model: expected the name of the model at the vLLM servers (--served-model-name), got ''")
+    if placement.sampler != "colocated":
+        raise UserError(
+            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device of this "
+            f"process), got {placement.sampler}"
         )
 
 

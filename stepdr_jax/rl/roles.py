@@ -43,7 +43,8 @@ class Roles:
     @classmethod
     def of(cls, config) -> "Roles":
         """Raises UserError for sizes that the devices do not have, naming the fields."""
-        section, wanted = config.placement, config.sampler.replicas * config.sampler.tensor
+        section, servers = config.placement, config.sampler.engine != "jax"
+        wanted = 0 if servers else config.sampler.replicas * config.sampler.tensor
         separate, here = section.sampler == "disaggregated", jax.local_devices()
         if wanted + separate > len(here):
             rest = ", and one for the learner" if separate else ""
@@ -56,7 +57,7 @@ class Roles:
                 f"placement.offload: {here[0].device_kind} has no pinned host memory; use placement.offload=none"
             )
         ahead = config.ppo.staleness > 0
-        if ahead and not separate and (section.offload == "idle" or len(here) > 1):
+        if ahead and not separate and not servers and (section.offload == "idle" or len(here) > 1):
             raise UserError(
                 "ppo.staleness samples while the learner works: with more than one device, or placement.offload=idle, that "
                 "takes devices of its own; set placement.sampler=disaggregated"

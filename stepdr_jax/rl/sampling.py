@@ -16,6 +16,8 @@ from stepdr_jax.agent import react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.agent.tools import Tools
+from stepdr_jax.engine import factory
+from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -26,7 +28,6 @@ from stepdr_jax.rl.rollouts import Episode
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
@@ -113,14 +114,14 @@ class Live:
         settings = config.ppo
         self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
         self.roles, self.devices = roles, asyncio.Lock()
-        self.engine = sampler.engine_of(
+        self.engine = factory.make_engine(
             config,
             memory.copied(params, memory.DEVICE),
             parts.model,
             parts.tokenizer,
             version=version,
             devices=roles.sampler,
-            transfer_bytes=roles.transfer_bytes,
+            weight_sync_bytes=roles.transfer_bytes,
         )
         self.tools = parts.tools()
         self._collect = functools.partial(
@@ -157,21 +158,26 @@ class Live:
     async def rest(self) -> None:
         """The learner works next: where it does so by turns with the sampler, that gives its memory back."""
         if self.roles.by_turns:
-            await self.engine.release()
+            await self.engine.sleep()
 
     async def take(self, params: dict, version: int) -> None:
         """Takes the weights that `version` iterations of learning made, for what is sampled from now on."""
-        if version != self.engine.version or self.engine.released:
+        if version != self.engine.version or self.engine.sleeping:
             await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
     def stats(self) -> dict[str, float]:
         held = self.engine.stats()
-        pages = {"sampler_pages_peak": held["pages_peak"] / held["pages"]} if held.get("pages") else {}
-        return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": held["evictions"]} | pages
+        if isinstance(self.engine, RemoteEngine):
+            own = {"sampler_weights_sent_again": held["weights_sent_again"]}
+        else:
+            own = {"sampler_evictions": held["evictions"], "sampler_pages_peak": held["pages_peak"] / held["num_pages"]}
+        return {"tool_host_restarts": self.tools.restarts} | own
 
     async def close(self) -> None:
         await self.tools.close()
         await self.parts.judge.close()
+        if isinstance(self.engine, RemoteEngine):
+            await self.engine.stop()
 
     async def _enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Episode]:
         """Collects an iteration; while too large a share is masked, the masked episodes are sampled again, with their seeds.

@@ -29,6 +29,8 @@ def of(config: ConfigDict, parts: Parts) -> dict[str, Any]:
         | settings_of(config)
         | {f"model.{name}": value for name, value in dataclasses.asdict(parts.model).items()}
     )
+    if config.sampler.engine != "jax":  # engines differ in their random numbers and in the last bits of their logits
+        settings["sampler.engine"] = config.sampler.engine
     return settings | {"seed": config.seed, "offline_web.as_of": config.offline_web.as_of, "origin": parts.origin}
 
 

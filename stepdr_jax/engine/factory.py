@@ -1,0 +1,92 @@
+"""The sampler that a config describes: the JAX engine on this process's devices, or vLLM or SGLang servers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from stepdr_jax.endpoint import Endpoint
+from stepdr_jax.engine import weights
+from stepdr_jax.engine.engine import JaxEngine
+from stepdr_jax.engine.publish import WeightsFolder
+from stepdr_jax.engine.remote import RemoteEngine
+from stepdr_jax.errors import UserError
+from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.tokens.tokenizer import Tokenizer
+
+
+def make_engine(
+    config,
+    params: dict,
+    model: Qwen2Config,
+    tokenizer: Tokenizer,
+    *,
+    version: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    weight_sync_bytes: int = weights.LIMIT,
+) -> JaxEngine | RemoteEngine:
+    """The engine of `config.sampler`, stopping at the end of a turn.
+
+    Args:
+        config: the run's config.
+        params: tree of `qwen2.param_shapes(model)`, wherever it is.
+        model: its shape.
+        tokenizer: whose control tokens end a turn.
+        version: of the weights.
+        devices: replicas * tensor of this process; default the first ones. Servers have their own.
+        weight_sync_bytes: of `JaxEngine`.
+
+    Raises UserError for sizes that do not fit each other or the devices.
+    """
+    section = config.sampler
+    stop_ids = (tokenizer.im_end, tokenizer.endoftext)
+    if section.engine != "jax":
+        folder = WeightsFolder(
+            Path(section.weights_dir or Path(config.run_dir) / "weights"), model, section.weights_dtype
+        )
+        return RemoteEngine(
+            [Endpoint(url, timeout=section.timeout, concurrency=section.max_num_seqs) for url in section.urls],
+            section.engine,
+            model=section.model,
+            max_len=config.agent.max_episode_tokens,
+            stop_ids=stop_ids,
+            version=version,
+            published=folder.publish(params, version),
+            folder=folder,
+        )
+    wanted = section.replicas * section.tensor
+    devices = list(jax.local_devices()[:wanted] if devices is None else devices)
+    if wanted > len(devices):
+        raise UserError(f"sampler.replicas * sampler.tensor: expected at most the {len(devices)} devices, got {wanted}")
+    mesh = Mesh(np.array(devices).reshape(section.replicas, section.tensor), ("data", "tensor"))
+    try:
+        return JaxEngine(
+            params,
+            model,
+            slots=section.max_num_seqs,
+            shards=section.pools,
+            page=section.page_size,
+            pages=section.num_pages,
+            rows=section.prefill_batch,
+            chunk=section.prefill_chunk,
+            steps=section.decode_steps,
+            prefill_calls=section.prefill_calls,
+            host_bytes=int(section.host_gb * 2**30),
+            attention=section.attention,
+            max_len=config.agent.max_episode_tokens,
+            stop_ids=stop_ids,
+            version=version,
+            transfer_bytes=weight_sync_bytes,
+            mesh=mesh,
+        )
+    except ValueError as error:
+        raise UserError(f"sampler: {error}; change the config's sampler or placement section") from None
+
+
+def with_max_num_seqs(config, count: int):
+    """A copy of the config whose sampler decodes `count` sequences together, in one pool."""
+    other = config.copy_and_resolve_references().unlock()
+    other.sampler.update(dict(max_num_seqs=count, pools=1, num_pages=0))
+    return other.lock()
