@@ -163,7 +163,9 @@ def _check_sampler(sampler: ConfigDict, placement: ConfigDict) -> None:
             "--config.sampler.urls=\"('http://10.0.0.5:8000',)\""
         )
     if sampler.engine == "vllm" and not sampler.model:
-        raise UserError("sampler.model: expected the name of the model at the vLLM servers (--served-model-name), got ''")
+        raise UserError(
+            "sampler.model: expected the name of the model at the vLLM servers (--served-model-name), got ''"
+        )
     if placement.sampler != "colocated":
         raise UserError(
             f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device of this "

@@ -187,8 +187,8 @@ def _our_sampler(config, prompts, new: int):
     engine = JaxEngine(
         state.initial_params(model, config.seed),
         model,
-        slots=config.sampler.max_num_seqs,
-        shards=config.sampler.pools,
+        max_num_seqs=config.sampler.max_num_seqs,
+        pools=config.sampler.pools,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(),
     )

@@ -89,21 +89,25 @@ def _weights(config):
     return state.initial_params(model, config.seed), model
 
 
-def _engine(config, params, model, *, slots: int, max_len: int, **sizes):
+def _engine(config, params, model, *, max_num_seqs: int, max_len: int, **sizes):
     from stepdr_jax.engine.engine import JaxEngine
 
     s = config.sampler
     settings = dict(
-        shards=s.pools, rows=s.prefill_batch, chunk=s.prefill_chunk, steps=s.decode_steps, prefill_calls=s.prefill_calls
+        pools=s.pools,
+        prefill_batch=s.prefill_batch,
+        prefill_chunk=s.prefill_chunk,
+        decode_steps=s.decode_steps,
+        prefill_calls=s.prefill_calls,
     )
-    return JaxEngine(params, model, slots=slots, max_len=max_len, stop_ids=(), **(settings | sizes))
+    return JaxEngine(params, model, max_num_seqs=max_num_seqs, max_len=max_len, stop_ids=(), **(settings | sizes))
 
 
 def our_answers(config, params, model, asked: Requests):
     """A function that answers everything that is asked, requests entering as others leave."""
     from stepdr_jax.engine.engine import SampleParams
 
-    engine = _engine(config, params, model, slots=SLOTS, max_len=PROMPT[1] + LONGEST)
+    engine = _engine(config, params, model, max_num_seqs=SLOTS, max_len=PROMPT[1] + LONGEST)
 
     async def one(index: int, slots):
         async with slots:
@@ -236,7 +240,7 @@ class OurEpisodes:
         self.sampled, self.park, self.prefilled = sampled, park, 0
         rng = np.random.default_rng(1)
         self.given = [_given(rng, model.vocab_size, sampled) for _ in range(EPISODES)]
-        self.engine = _engine(config, params, model, slots=EPISODES, max_len=_longest() + 8, chunk=128)
+        self.engine = _engine(config, params, model, max_num_seqs=EPISODES, max_len=_longest() + 8, prefill_chunk=128)
 
     async def _one(self, index: int):
         from stepdr_jax.engine.engine import SampleParams
@@ -311,7 +315,7 @@ def decode(config, name: str, rounds: int, *, slots: int, context: int, bandwidt
     if not speed:
         raise UserError(f"no memory bandwidth is known for {kind!r}; give it, in bytes a second, as --bandwidth=...")
     page = 128 if device.platform == "tpu" else 0
-    layout = layout_of(model, slots, -(-(context + steps) // 128) * 128, page=page, devices=[device])
+    layout = layout_of(model, slots, -(-(context + steps) // 128) * 128, page_size=page, devices=[device])
     held = weights.transfer(jax.jit(lambda: qwen2.init_params(model, jax.random.key(0)))(), [(layout, device)])[0]
     pool = programs.init_pool(layout, device)
     table_BM = np.arange(slots * layout.columns, dtype=np.int32).reshape(slots, layout.columns)
@@ -325,7 +329,7 @@ def decode(config, name: str, rounds: int, *, slots: int, context: int, bandwidt
     stop_ids_I, seconds = np.zeros(0, np.int32), []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        pool, ids_Bs, _ = programs.decode(held, pool, table_BM, state, stop_ids_I, layout=layout, steps=steps)
+        pool, ids_Bs, _ = programs.decode(held, pool, table_BM, state, stop_ids_I, layout=layout, decode_steps=steps)
         assert (np.asarray(ids_Bs) >= 0).all()
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[1:]) / steps

@@ -25,7 +25,7 @@ def make_engine(
     *,
     version: int = 0,
     devices: Sequence[jax.Device] | None = None,
-    weight_sync_bytes: int = weights.LIMIT,
+    weight_sync_bytes: int = weights.BUCKET_BYTES,
 ) -> JaxEngine | RemoteEngine:
     """The engine of `config.sampler`, stopping at the end of a turn.
 
@@ -46,8 +46,10 @@ def make_engine(
         folder = WeightsFolder(
             Path(section.weights_dir or Path(config.run_dir) / "weights"), model, section.weights_dtype
         )
+        # Retried for up to twice the timeout: a server that was killed needs that to come back.
+        settings = dict(timeout=section.timeout, retries=20, concurrency=section.max_num_seqs)
         return RemoteEngine(
-            [Endpoint(url, timeout=section.timeout, concurrency=section.max_num_seqs) for url in section.urls],
+            [Endpoint(url, **settings) for url in section.urls],
             section.engine,
             model=section.model,
             max_len=config.agent.max_episode_tokens,
@@ -65,20 +67,20 @@ def make_engine(
         return JaxEngine(
             params,
             model,
-            slots=section.max_num_seqs,
-            shards=section.pools,
-            page=section.page_size,
-            pages=section.num_pages,
-            rows=section.prefill_batch,
-            chunk=section.prefill_chunk,
-            steps=section.decode_steps,
+            max_num_seqs=section.max_num_seqs,
+            pools=section.pools,
+            page_size=section.page_size,
+            num_pages=section.num_pages,
+            prefill_batch=section.prefill_batch,
+            prefill_chunk=section.prefill_chunk,
+            decode_steps=section.decode_steps,
             prefill_calls=section.prefill_calls,
             host_bytes=int(section.host_gb * 2**30),
             attention=section.attention,
             max_len=config.agent.max_episode_tokens,
             stop_ids=stop_ids,
             version=version,
-            transfer_bytes=weight_sync_bytes,
+            weight_sync_bytes=weight_sync_bytes,
             mesh=mesh,
         )
     except ValueError as error:

@@ -191,7 +191,9 @@ class RemoteEngine:
             choice = reply["choices"][0]
             return choice["token_ids"], choice["logprobs"]["token_logprobs"], _stopped(choice["finish_reason"])
         except (KeyError, IndexError, TypeError):
-            raise _nonsense(server.endpoint, reply, "choices[0] with token_ids (vLLM 0.10.2 and later) and logprobs") from None
+            raise _nonsense(
+                server.endpoint, reply, "choices[0] with token_ids (vLLM 0.10.2 and later) and logprobs"
+            ) from None
 
     async def _sglang(
         self, server: _Server, session: str, ids: list[int], params: SampleParams, limit: int
