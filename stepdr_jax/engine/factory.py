@@ -1,5 +1,7 @@
 """The sampler that a config describes: the JAX engine on this process's devices, or vLLM or SGLang servers."""
 
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,11 +40,13 @@ def make_engine(
         devices: replicas * tensor of this process; default the first ones. Servers have their own.
         weight_sync_bytes: of `JaxEngine`.
 
-    Raises UserError for sizes that do not fit each other or the devices.
+    Raises UserError for sizes that do not fit each other or the devices, and for servers that do not answer.
     """
     section = config.sampler
     stop_ids = (tokenizer.im_end, tokenizer.endoftext)
     if section.engine != "jax":
+        for url in section.urls:
+            _require_server(url)
         folder = WeightsFolder(
             Path(section.weights_dir or Path(config.run_dir) / "weights"), model, section.weights_dtype
         )
@@ -85,6 +89,16 @@ def make_engine(
         )
     except ValueError as error:
         raise UserError(f"sampler: {error}; change the config's sampler or placement section") from None
+
+
+def _require_server(url: str) -> None:
+    try:
+        with urllib.request.urlopen(url.rstrip("/") + "/health", timeout=30):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise UserError(f"sampler.urls: {url} does not answer ({error}); start the server first") from None
 
 
 def with_max_num_seqs(config, count: int):

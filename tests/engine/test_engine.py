@@ -35,7 +35,7 @@ PARAMS = jax.tree.map(lambda w: 6 * w, qwen2.init_params(CONFIG, jax.random.PRNG
 OTHER = jax.tree.map(lambda w: 5 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(1)))
 
 
-PAGED = dict(page_size=8, num_pages=40)  # of 4 sequences: 5 sequences of 64 tokens
+PAGED = dict(page_size=8, num_pages=40)  # room for 5 sequences of 64 tokens
 
 
 def make_engine(**overrides):
@@ -258,7 +258,7 @@ def test_log_probabilities_are_the_trainers(reference):
             hidden(ids)[at - 1],
             qwen2.unembedding(PARAMS),
             np.asarray(ids)[at],
-            prefill_chunk=64,
+            chunk=64,
             temperature=temperature,
         )
         np.testing.assert_allclose(logprobs, logprob_N, atol=2e-4)

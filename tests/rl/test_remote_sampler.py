@@ -1,12 +1,14 @@
 """PPO that samples on servers which speak vLLM's or SGLang's HTTP, against PPO that samples in its own process."""
 
 import os
+import time
 
 import jax
 import pytest
 
 from stepdr_jax import files
-from stepdr_jax.engine import remote
+from stepdr_jax.engine import factory, remote
+from stepdr_jax.errors import UserError
 from stepdr_jax.models import hf, qwen2
 from stepdr_jax.rl import loop
 from tests.kept import Kept, free_port
@@ -21,6 +23,15 @@ def config_of(run_dir, **sampler):
     )
     config.sampler.update(dict(timeout=60.0, weights_dtype="float32") | sampler)
     return config.lock()
+
+
+def wait_until_it_answers(url):
+    for _ in range(1200):
+        try:
+            return factory._require_server(url)
+        except UserError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
 
 
 def rows_of(run_dir):
@@ -45,6 +56,7 @@ def test_a_server_that_is_killed_gives_what_the_engine_in_process_gives(engine, 
     log = tmp_path / "versions"
     settings, first = (f"--model={other}", f"--log={log}"), ("--dies_in=00000001",)
     with Kept("tests.engine.serve_checkpoint", port, *settings, first=first) as server:
+        wait_until_it_answers(config.sampler.urls[0])
         done = loop.train(config, toy.parts(config))
     assert server.deaths == 1
     rows = rows_of(tmp_path / "run")
@@ -55,3 +67,9 @@ def test_a_server_that_is_killed_gives_what_the_engine_in_process_gives(engine, 
     (kept,) = os.listdir(tmp_path / "run" / "weights")  # the folders of older versions are deleted
     assert kept.startswith("00000001-") and hf.load(tmp_path / "run" / "weights" / kept)[0] == model
     assert {line[:8] for line in log.read_text().split() if line != "default"} == {"00000000", "00000001"}
+
+
+def test_a_server_that_is_not_there_is_one_line(tmp_path):
+    config = config_of(tmp_path, engine="sglang", urls=(f"http://127.0.0.1:{free_port()}",))
+    with pytest.raises(UserError, match="does not answer .* start the server first"):
+        loop.train(config, toy.parts(config))
