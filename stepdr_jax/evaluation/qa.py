@@ -264,9 +264,10 @@ def _kept(partial: Path, mark: str) -> list[Result]:
 
 
 async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
-    from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
+    from stepdr_jax.engine.remote import RemoteEngine  # here, so that selecting and reading work without jax
+    from stepdr_jax.training import sampler
 
-    engine, tokenizer = sampler.of_stage(config, stage)
+    engine, tokenizer = sampler.engine_of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools, judge = (
         Tools.from_config(config, host),
@@ -294,6 +295,8 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     finally:
         await tools.close()
         await judge.close()
+        if isinstance(engine, RemoteEngine):
+            await engine.stop()
 
 
 def entity_names(path: Path) -> list[str]:
