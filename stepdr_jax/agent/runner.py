@@ -18,7 +18,10 @@ from stepdr_jax.judge.judges import Judge
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory, Verdict
 from tools_env.client import ToolsClient
 
-Key, Job, Sampled, Result = TypeVar("Key"), TypeVar("Job"), TypeVar("Sampled"), TypeVar("Result")
+Key = TypeVar("Key")
+Job = TypeVar("Job")
+Sampled = TypeVar("Sampled")
+Result = TypeVar("Result")
 ToolsProvider = Callable[[], Awaitable[ToolsClient]]
 
 
@@ -119,7 +122,7 @@ async def run_with_retries(
 
 
 async def judge_episode(
-    judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, *, attempts: int = 1
+    judge: Judge, task: Task, rubric_set: RubricSet, trajectory: Trajectory, *, attempts: int = 1
 ) -> Scored:
     """Judges an episode. A failure of the judge is never a score: it is retried, then the episode is masked.
 

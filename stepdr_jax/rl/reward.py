@@ -16,7 +16,7 @@ from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 TRUNCATED_RULES = ("worst", "zero")
 
 
-def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
+def truncated_reward(rubric_set: RubricSet, rule: str) -> float:
     """The reward of an episode without an answer; no value is bootstrapped from its truncated end.
 
     zero: 0, as in Open-Reasoner-Zero. There a wrong answer is worth 0 too; under rubrics with negative weights it is
@@ -25,7 +25,7 @@ def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
     """
     if rule not in TRUNCATED_RULES:
         raise ValueError(f"expected ppo.truncated_reward among {', '.join(TRUNCATED_RULES)}, got {rule!r}")
-    weights = [rubric.weight for rubric in rubric_set.rubrics] if rubric_set is not None else []
+    weights = [rubric.weight for rubric in rubric_set.rubrics]
     positive = sum(weight for weight in weights if weight > 0)
     if rule == "zero" or not positive:
         return 0.0
@@ -33,7 +33,7 @@ def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
 
 
 async def score(
-    judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, truncated: str = "worst"
+    judge: Judge, task: Task, rubric_set: RubricSet, trajectory: Trajectory, truncated: str = "worst"
 ) -> Scored:
     """Scores one episode; `truncated` is the rule of `truncated_reward`."""
     if trajectory.finish.is_policy_outcome and trajectory.answer is None:

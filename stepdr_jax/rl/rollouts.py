@@ -126,7 +126,7 @@ async def collect_rollouts(
 
     async def score(index: int, sampled: tuple[Trajectory, TokenLog | None]) -> Rollout:
         task, (trajectory, log) = tasks[index], sampled
-        scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, truncated)
+        scored = await reward.score(judge, task, rubric_sets[task.id], trajectory, truncated)
         return Rollout(index, task, seeds[index], trajectory, log, scored)
 
     jobs = {index: index for index in range(len(tasks))}
