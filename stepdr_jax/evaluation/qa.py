@@ -24,6 +24,7 @@ from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import Result
 from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages, storage
@@ -116,7 +117,7 @@ async def run_tasks(
     async def score_job(job: tuple[int, int], sampled: tuple[Episode, int]) -> Result:
         (task_index, sample), (episode, attempts) = job, sampled
         task, rubric_set = tasks[task_index], rubric_sets[tasks[task_index].id]
-        scored = await runner.judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
+        scored = await judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
         identity = dict(
             index=task_index * samples + sample,
             task_index=task_index,
@@ -140,7 +141,7 @@ async def run_tasks(
     return list(rows.values())
 
 
-def _row(identity: dict, task: Task, trajectory: Trajectory, scored: runner.Scored, price: float) -> Result:
+def _row(identity: dict, task: Task, trajectory: Trajectory, scored: Scored, price: float) -> Result:
     stats, missing = trajectory.stats, None
     verdict = scored.verdict or Verdict(reward=None, judgments=[])
     if scored.masked is not None:

@@ -1,16 +1,15 @@
 """From how an episode ended and what the judge said to a reward, or to none.
 
     answered, judged               the verdict's reward
-    answered, judge failed         masked as judge_failed (`runner.judge_episode`)
+    answered, judge failed         masked as judge_failed (`judge_episode`)
     truncated: turns, tokens, calls or format errors used up before an answer     by rule, without a judge
     wall clock, broken tools or engine, cancelled                                 masked
 
 A masked episode has reward None. It has weight 0 in every loss, in whitening and for the critic.
 """
 
-from stepdr_jax.agent import runner
-from stepdr_jax.agent.runner import Scored
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 
 TRUNCATED_RULES = ("worst", "zero")
@@ -40,4 +39,4 @@ async def score(
         correct = None if task.answer is None else False
         value = truncated_reward(rubric_set, truncated)
         return Scored(value, Verdict(reward=value, judgments=[], correct=correct, cited=False))
-    return await runner.judge_episode(judge, task, rubric_set, trajectory)
+    return await judge_episode(judge, task, rubric_set, trajectory)

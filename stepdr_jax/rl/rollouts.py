@@ -12,6 +12,7 @@ from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory
 from stepdr_jax.rl import reward
 from stepdr_jax.tokens.log import TokenLog
@@ -26,7 +27,7 @@ class Rollout:
     seed: int
     trajectory: Trajectory
     log: TokenLog | None
-    scored: runner.Scored
+    scored: Scored
 
     @property
     def masked(self) -> str | None:
