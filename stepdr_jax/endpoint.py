@@ -46,23 +46,30 @@ class Endpoint:
 
     async def post(self, path: str, body: dict[str, Any], headers: dict[str, str] | None = None) -> dict[str, Any]:
         """Returns the reply's JSON object. Raises EndpointError after the last retry, at once when that cannot help."""
+        return await self._request("POST", path, body, headers)
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """As `post`, without a body."""
+        return await self._request("GET", path, None, None)
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None, headers) -> dict[str, Any]:
         http = self._session()
         async with self._gate:
-            return await self._post(http, self.base_url + path, body, headers)
+            return await self._tried(http, method, self.base_url + path, body, headers)
 
-    async def _post(self, http: aiohttp.ClientSession, url: str, body: dict[str, Any], headers) -> dict[str, Any]:
+    async def _tried(self, http: aiohttp.ClientSession, method: str, url: str, body, headers) -> dict[str, Any]:
         wait, problem, tries, end = self.backoff, "", 0, time.monotonic() + 2 * self.timeout
         while True:
             tries += 1
             limit = aiohttp.ClientTimeout(total=min(self.timeout, end - time.monotonic()))
             try:
-                async with http.post(url, json=body, headers=headers, timeout=limit) as reply:
+                async with http.request(method, url, json=body, headers=headers, timeout=limit) as reply:
                     text = await reply.text(errors="replace")
                     if reply.status == 200:
                         return _json_object(text, url)
                     problem = f"HTTP {reply.status}: {_error_text(text)}"
                     if reply.status not in RETRIED_STATUS:
-                        model = f" model {body['model']!r}" if body.get("model") else " the request"
+                        model = f" model {body['model']!r}" if body and body.get("model") else " the request"
                         raise EndpointError(f"{url} refused{model}: {problem}{_advice(reply.status)}")
                     after = reply.headers.get("Retry-After", "")
                     wait = max(wait, min(float(after), 60.0)) if after.replace(".", "", 1).isdigit() else wait

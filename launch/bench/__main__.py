@@ -1,29 +1,29 @@
-"""Measures speed on this machine and prints one JSON object.
+"""Measures speed on this machine and prints one JSON object: python -m launch.bench NAME [flags], with NAME one of
 
---what=train: tokens per second of a midtrain1 training step (forward, backward, AdamW) of config.model, ours against
+train: tokens per second of a midtrain1 training step (forward, backward, AdamW) of config.model, ours against
 the same model, batch and optimiser in transformers on PyTorch. Both run in this process on the same number of threads,
 in turns, so that a busy machine slows both; the medians are compared.
 
---what=sample: tokens sampled per second by `sampler.max_num_seqs` sequences of config.model at once, prompts included, ours against
+sample: tokens sampled per second by `sampler.max_num_seqs` sequences of config.model at once, prompts included, ours against
 `generate` of transformers on the same weights.
 
---what=convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
+convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
 writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
 
---what=staggered: tokens sampled per second by 32 slots that 128 requests with prompts and answers of many lengths go through,
+staggered: tokens sampled per second by 32 sequences at a time, while 128 requests with prompts and answers of many lengths wait,
 ours against Tunix's sampler and `generate` of transformers; and the same with all lengths equal.
 
---what=episode: eight episodes of twelve turns, our parked sessions against a new session each turn, and Tunix's sampler.
+episode: eight episodes of twelve turns, our parked sessions against a new session each turn, and Tunix's sampler.
 
---what=ppo: one PPO iteration (log-probabilities, values, advantages, updates of critic and actor) against Tunix's PPO learner,
-with --episodes, --rows of them in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
+ppo: one PPO iteration (log-probabilities, values, advantages, updates of critic and actor) against Tunix's PPO learner,
+with --episodes, --microbatch_sequences of them in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
 its own (docs/benchmarks.md).
 
---what=ahead: PPO iterations on policy against one step off, in turns, from --config.run_dir's SFT policy and world.
+ahead: PPO iterations on policy against one step off, in turns, from --config.run_dir's SFT policy and world.
 
---what=decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
+decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
 
---what=attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
+attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
 devices; sizes are its own, not the config's.
 """
 
@@ -38,7 +38,6 @@ from launch.bench import ahead, attention, convert, engine, peers, ppo, saving
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import process
 
-_WHAT = flags.DEFINE_string("what", "train", "what is measured; see above")
 _SIZE = flags.DEFINE_string(
     "size", "", "of Qwen2.5, for convert (default 0.5B) and decode (default the config's model)"
 )
@@ -47,15 +46,16 @@ _ROUNDS = flags.DEFINE_integer("rounds", 9, "measurements of each side, after on
 
 _TEN_MILLION = flags.DEFINE_bool("ten_million", False, "a model of 10M parameters instead of the config's")
 _EPISODES = flags.DEFINE_integer("episodes", 64, "of an iteration, for ppo")
-_ROWS = flags.DEFINE_integer("rows", 4, "episodes in one pass, for ppo")
-_SLOTS = flags.DEFINE_integer("slots", 64, "sequences decoded together, for decode")
-_CONTEXT = flags.DEFINE_integer("context", 4096, "tokens that each has, for decode")
+_MICROBATCH = flags.DEFINE_integer("microbatch_sequences", 4, "episodes in one pass, for ppo")
+_MAX_NUM_SEQS = flags.DEFINE_integer("max_num_seqs", 64, "sequences decoded together, for decode")
+_SEQ_LEN = flags.DEFINE_integer("seq_len", 4096, "tokens that each has, for decode")
 _BANDWIDTH = flags.DEFINE_float(
     "bandwidth", 0, "of the accelerator's memory, bytes a second, where it is not known, for decode"
 )
 
 
 def main(config) -> None:
+    words = entry.arguments()
     if _TEN_MILLION.value:
         config = peers.ten_million(config)
     benches = {
@@ -63,20 +63,27 @@ def main(config) -> None:
         "sample": sample,
         "staggered": engine.staggered,
         "episode": engine.episode,
-        "ppo": lambda config, rounds: ppo.step(config, rounds, episodes=_EPISODES.value, rows=_ROWS.value),
+        "ppo": lambda config, rounds: ppo.step(config, rounds, episodes=_EPISODES.value, microbatch=_MICROBATCH.value),
         "ahead": ahead.measure,
         "decode": lambda config, rounds: engine.decode(
-            config, _SIZE.value, rounds, slots=_SLOTS.value, context=_CONTEXT.value, bandwidth=_BANDWIDTH.value
+            config,
+            _SIZE.value,
+            rounds,
+            max_num_seqs=_MAX_NUM_SEQS.value,
+            seq_len=_SEQ_LEN.value,
+            bandwidth=_BANDWIDTH.value,
         ),
         "convert": lambda *_: convert.measure(_SIZE.value or "0.5B"),
         "attention": lambda _, rounds: attention.measure(rounds),
         "saving": lambda *_: [saving.measure(gigabytes) for gigabytes in (0.01, 0.4)],
     }
-    if _WHAT.value not in benches:
-        raise UserError(f"expected --what to be one of {', '.join(benches)}, got {_WHAT.value!r}")
+    if len(words) != 1 or words[0] not in benches:
+        raise UserError(
+            f"expected one of {', '.join(benches)}, got {' '.join(words) or 'nothing'}; for example python -m launch.bench train"
+        )
     if "GLIBC_TUNABLES" not in os.environ:  # read by the C library when a process starts; the quickstart sets it too
         os.execve(sys.executable, [*sys.orig_argv], os.environ | {"GLIBC_TUNABLES": process.MALLOC})
-    print(json.dumps(benches[_WHAT.value](config, _ROUNDS.value), indent=1))
+    print(json.dumps(benches[words[0]](config, _ROUNDS.value), indent=1))
 
 
 def train(config, rounds: int) -> dict:
@@ -88,8 +95,8 @@ def train(config, rounds: int) -> dict:
         "what": "train",
         "unit": "tokens per second",
         **peers.comparison(batch["tokens"].size, times),
-        "rows": config.midtrain1.batch_size,
-        "context": config.midtrain1.seq_len,
+        "sequences": config.midtrain1.batch_size,
+        "seq_len": config.midtrain1.seq_len,
         "vocabulary": config.tokenizer.vocab_size,
         "model": dict(config.model),
         **peers.conditions(rounds),
@@ -98,34 +105,34 @@ def train(config, rounds: int) -> dict:
 
 def sample(config, rounds: int) -> dict:
     """Interleaved batches of `sampler.max_num_seqs` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
-    slots, prompt, new = config.sampler.max_num_seqs, 96, 128
-    prompts = _random_batch(slots, prompt, config.tokenizer.vocab_size)["tokens"]
+    sequences, prompt, new = config.sampler.max_num_seqs, 96, 128
+    prompts = _random_batch(sequences, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}
     times = peers.in_turns(sides, rounds)
     return {
         "what": "sample",
         "unit": "sampled tokens per second, prompts' prefill included",
-        **peers.comparison(slots * new, times),
-        "sequences": slots,
+        **peers.comparison(sequences * new, times),
+        "sequences": sequences,
         "prompt_tokens": prompt,
         "sampled_tokens": new,
         "cache_tokens": config.agent.max_episode_tokens,
-        "shards": config.sampler.pools,
+        "pools": config.sampler.pools,
         "model": dict(config.model),
         **peers.conditions(rounds),
     }
 
 
-def _random_batch(rows: int, context: int, vocabulary: int) -> dict:
+def _random_batch(sequences: int, seq_len: int, vocabulary: int) -> dict:
     import numpy as np
 
-    ones = np.ones((rows, context), np.int32)
+    ones = np.ones((sequences, seq_len), np.int32)
     return {
-        "tokens": np.random.default_rng(0).integers(0, vocabulary, (rows, context)).astype(np.int32),
+        "tokens": np.random.default_rng(0).integers(0, vocabulary, (sequences, seq_len)).astype(np.int32),
         "segment_ids": ones,
-        "positions": np.arange(context, dtype=np.int32) * ones,
+        "positions": np.arange(seq_len, dtype=np.int32) * ones,
         "loss_mask": ones.astype(bool),
-        "source": np.zeros(rows, np.int32),
+        "source": np.zeros(sequences, np.int32),
     }
 
 
@@ -187,8 +194,8 @@ def _our_sampler(config, prompts, new: int):
     engine = JaxEngine(
         state.initial_params(model, config.seed),
         model,
-        slots=config.sampler.max_num_seqs,
-        shards=config.sampler.pools,
+        max_num_seqs=config.sampler.max_num_seqs,
+        pools=config.sampler.pools,
         max_len=config.agent.max_episode_tokens,
         stop_ids=(),
     )
@@ -225,4 +232,4 @@ def _their_sampler(config, prompts, new: int):
 
 
 if __name__ == "__main__":
-    entry.run(main, __doc__)
+    entry.run(main, __doc__, positional="NAME")

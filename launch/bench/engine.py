@@ -1,4 +1,4 @@
-"""Speed of the sampler; `launch.bench --what=staggered`, `--what=episode` and `--what=decode` run these."""
+"""Speed of the sampler; `launch.bench staggered`, `episode` and `decode` run these."""
 
 import asyncio
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 from launch.bench import peers
 from stepdr_jax.errors import UserError
 
-SLOTS, REQUESTS = 32, 128
+MAX_NUM_SEQS, REQUESTS = 32, 128
 PROMPT, LONGEST = (16, 256), 256  # tokens of a prompt, from and to; most that are sampled
 MEDIAN, SPREAD = 48, 1.0  # of the log-normal numbers of sampled tokens
 TURNS, TURN, OBSERVATION, QUESTION, EPISODES = 12, 24, 56, 96, 8  # an episode; tokens; how many at once
@@ -32,9 +32,9 @@ class Requests:
         return sum(self.new)
 
     def groups(self) -> list["Requests"]:
-        """As engines without continuous batching take them: SLOTS at a time, in the order of arrival."""
-        starts = range(0, len(self.new), SLOTS)
-        return [Requests(self.prompts[i : i + SLOTS], self.new[i : i + SLOTS]) for i in starts]
+        """As engines without continuous batching take them: MAX_NUM_SEQS at a time, in the order of arrival."""
+        starts = range(0, len(self.new), MAX_NUM_SEQS)
+        return [Requests(self.prompts[i : i + MAX_NUM_SEQS], self.new[i : i + MAX_NUM_SEQS]) for i in starts]
 
 
 def requests_of(vocabulary: int, *, even: bool) -> Requests:
@@ -49,13 +49,13 @@ def requests_of(vocabulary: int, *, even: bool) -> Requests:
 
 
 def staggered(config, rounds: int) -> dict:
-    """Sampled tokens a second at SLOTS slots, prompts included, ours against Tunix's sampler and transformers' generate."""
+    """Sampled tokens a second, MAX_NUM_SEQS sequences at a time, prompts included; ours, Tunix's and transformers'."""
     peers.require_tunix()
     params, model = _weights(config)
     found = {
         "what": "staggered",
         "unit": "sampled tokens per second, prompts' prefill included, compilation not",
-        "slots": SLOTS,
+        "max_num_seqs": MAX_NUM_SEQS,
         "requests": REQUESTS,
         "model": dict(config.model),
         "vocabulary": model.vocab_size,
@@ -89,32 +89,36 @@ def _weights(config):
     return state.initial_params(model, config.seed), model
 
 
-def _engine(config, params, model, *, slots: int, max_len: int, **sizes):
+def _engine(config, params, model, *, max_num_seqs: int, max_len: int, **sizes):
     from stepdr_jax.engine.engine import JaxEngine
 
     s = config.sampler
     settings = dict(
-        shards=s.pools, rows=s.prefill_batch, chunk=s.prefill_chunk, steps=s.decode_steps, prefill_calls=s.prefill_calls
+        pools=s.pools,
+        prefill_batch=s.prefill_batch,
+        prefill_chunk=s.prefill_chunk,
+        decode_steps=s.decode_steps,
+        prefill_calls=s.prefill_calls,
     )
-    return JaxEngine(params, model, slots=slots, max_len=max_len, stop_ids=(), **(settings | sizes))
+    return JaxEngine(params, model, max_num_seqs=max_num_seqs, max_len=max_len, stop_ids=(), **(settings | sizes))
 
 
 def our_answers(config, params, model, asked: Requests):
     """A function that answers everything that is asked, requests entering as others leave."""
     from stepdr_jax.engine.engine import SampleParams
 
-    engine = _engine(config, params, model, slots=SLOTS, max_len=PROMPT[1] + LONGEST)
+    engine = _engine(config, params, model, max_num_seqs=MAX_NUM_SEQS, max_len=PROMPT[1] + LONGEST)
 
-    async def one(index: int, slots):
-        async with slots:
+    async def one(index: int, running):
+        async with running:
             name = f"{index}"
             answer = await engine.generate(name, asked.prompts[index], SampleParams(asked.new[index], seed=index))
             await engine.close(name)
         assert len(answer.ids) == asked.new[index]
 
     async def everything():
-        slots = asyncio.Semaphore(SLOTS)
-        await asyncio.gather(*(one(index, slots) for index in range(len(asked.new))))
+        running = asyncio.Semaphore(MAX_NUM_SEQS)
+        await asyncio.gather(*(one(index, running) for index in range(len(asked.new))))
 
     return lambda: asyncio.run(everything())
 
@@ -236,7 +240,7 @@ class OurEpisodes:
         self.sampled, self.park, self.prefilled = sampled, park, 0
         rng = np.random.default_rng(1)
         self.given = [_given(rng, model.vocab_size, sampled) for _ in range(EPISODES)]
-        self.engine = _engine(config, params, model, slots=EPISODES, max_len=_longest() + 8, chunk=128)
+        self.engine = _engine(config, params, model, max_num_seqs=EPISODES, max_len=_longest() + 8, prefill_chunk=128)
 
     async def _one(self, index: int):
         from stepdr_jax.engine.engine import SampleParams
@@ -291,11 +295,11 @@ BANDWIDTH = {  # bytes a second, from the makers' data sheets; TPUs are in ops.c
 }
 
 
-def decode(config, name: str, rounds: int, *, slots: int, context: int, bandwidth: float) -> dict:
+def decode(config, name: str, rounds: int, *, max_num_seqs: int, seq_len: int, bandwidth: float) -> dict:
     """Decode steps of a published shape on one accelerator: sampled tokens a second and the share of the memory roofline.
 
     Every step must read all weights once and the K/V of every sequence; the roofline is those bytes over the memory's
-    bandwidth. Weights are random, pages are full up to `context` tokens.
+    bandwidth. Weights are random, pages are full up to `seq_len` tokens.
     """
     import jax
 
@@ -305,41 +309,42 @@ def decode(config, name: str, rounds: int, *, slots: int, context: int, bandwidt
     from stepdr_jax.ops.context_layout import SPEEDS
 
     device, steps = jax.devices()[0], 32
+    B = max_num_seqs
     model = dataclasses.replace(sizes.size(name), param_dtype="bfloat16") if name else _model(config)
     kind = device.device_kind
     speed = bandwidth or (SPEEDS[kind].hbm if kind in SPEEDS else BANDWIDTH.get(kind, 0))
     if not speed:
         raise UserError(f"no memory bandwidth is known for {kind!r}; give it, in bytes a second, as --bandwidth=...")
     page = 128 if device.platform == "tpu" else 0
-    layout = layout_of(model, slots, -(-(context + steps) // 128) * 128, page=page, devices=[device])
+    layout = layout_of(model, B, -(-(seq_len + steps) // 128) * 128, page_size=page, devices=[device])
     held = weights.transfer(jax.jit(lambda: qwen2.init_params(model, jax.random.key(0)))(), [(layout, device)])[0]
     pool = programs.init_pool(layout, device)
-    table_BM = np.arange(slots * layout.columns, dtype=np.int32).reshape(slots, layout.columns)
+    table_BM = np.arange(B * layout.columns, dtype=np.int32).reshape(B, layout.columns)
     state = dict(
-        token=np.zeros(slots, np.int32),
-        position=np.full(slots, context - 1, np.int32),
-        remaining=np.full(slots, steps, np.int32),
-        seed=np.arange(slots, dtype=np.uint32),
-        temperature=np.ones(slots, np.float32),
+        token=np.zeros(B, np.int32),
+        position=np.full(B, seq_len - 1, np.int32),
+        remaining=np.full(B, steps, np.int32),
+        seed=np.arange(B, dtype=np.uint32),
+        temperature=np.ones(B, np.float32),
     )
     stop_ids_I, seconds = np.zeros(0, np.int32), []
     for _ in range(rounds + 1):
         began = time.perf_counter()
-        pool, ids_Bs, _ = programs.decode(held, pool, table_BM, state, stop_ids_I, layout=layout, steps=steps)
+        pool, ids_Bs, _ = programs.decode(held, pool, table_BM, state, stop_ids_I, layout=layout, decode_steps=steps)
         assert (np.asarray(ids_Bs) >= 0).all()
         seconds.append(time.perf_counter() - began)
     step = statistics.median(seconds[1:]) / steps
     weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held)) - held["embedding"].nbytes
     width = np.dtype(model.dtype).itemsize if model.dtype != "bfloat16" else 2
-    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width * (context + steps / 2) * slots
+    kv_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * width * (seq_len + steps / 2) * B
     return {
         "what": "decode",
         "device": kind,
         "model": dataclasses.asdict(model),
-        "slots": slots,
-        "context": context,
+        "max_num_seqs": max_num_seqs,
+        "seq_len": seq_len,
         "attention": layout.attention,
-        "tokens_per_second": round(slots / step),
+        "tokens_per_second": round(B / step),
         "step_ms": round(1e3 * step, 3),
         "bytes_a_step": {"weights": weight_bytes, "kv": int(kv_bytes)},
         "bandwidth": speed,

@@ -1,4 +1,4 @@
-"""Time of one PPO iteration against Tunix's PPO learner; `launch.bench --what=ppo` runs it.
+"""Time of one PPO iteration against Tunix's PPO learner; `launch.bench ppo` runs it.
 
 The same work on both sides, in float32, on single-turn episodes of one length: old log-probabilities and values of all
 episodes, advantages, and for every minibatch one update of the critic and one of the actor, with the same optimizer.
@@ -19,8 +19,8 @@ from launch.bench import peers
 PROMPT, COMPLETION, MINIBATCHES = 128, 128, 4
 
 
-def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
-    """Seconds of an iteration of both sides, in turns. rows: of them in one forward and backward pass."""
+def step(config, rounds: int, *, episodes: int, microbatch: int) -> dict:
+    """Seconds of an iteration of both sides, in turns. microbatch: episodes in one forward and backward pass."""
     peers.require_tunix()
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.training import state
@@ -37,7 +37,7 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
             settings.agent.max_episode_tokens = PROMPT + COMPLETION
             settings.ppo.actor_minibatches = settings.ppo.critic_minibatches = minibatches
             settings.ppo.critic_warmup_iterations = 0
-            settings.ppo.microbatch_sequences = rows
+            settings.ppo.microbatch_sequences = microbatch
             settings.ppo.guard.max_kl = settings.ppo.guard.min_entropy = 0.0  # the other side measures no divergence
         ours = OurStep(settings, params, model, tokens_ET, rewards_E)
         return ours, TunixStep(settings, params, model, tokens_ET, rewards_E)
@@ -62,7 +62,7 @@ def step(config, rounds: int, *, episodes: int, rows: int) -> dict:
         "episodes": episodes,
         "tokens": {"prompt": PROMPT, "completion": COMPLETION},
         "minibatches": MINIBATCHES,
-        "rows_at_once": rows,
+        "microbatch_sequences": microbatch,
         "model": dict(config.model),
         "vocabulary": model.vocab_size,
         **peers.conditions(rounds),

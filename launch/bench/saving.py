@@ -1,4 +1,4 @@
-"""How long training waits for its checkpoints; `launch.bench --what=saving` runs it."""
+"""How long training waits for its checkpoints; `launch.bench saving` runs it."""
 
 import statistics
 import tempfile

@@ -1,11 +1,10 @@
 """Runs many episodes at once, for synthesis, reinforcement learning and evaluation.
 
-`run_all` limits concurrency, skips what is recorded and stops at the first error; `run_with_retries` runs one episode;
-`judge_episode` judges it. A result depends on its job and seed only, never on the order in which episodes end.
+`run_all` limits concurrency, skips what is recorded and stops at the first error; `run_with_retries` runs one episode.
+A result depends on its job and seed only, never on the order in which episodes end.
 """
 
 import asyncio
-import dataclasses
 import types
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeVar
@@ -14,11 +13,13 @@ from stepdr_jax.agent import react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
 from stepdr_jax.agent.react import Episode
-from stepdr_jax.judge.judges import Judge
-from stepdr_jax.records import Finish, RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.records import Finish, Task
 from tools_env.client import ToolsClient
 
-Key, Job, Sampled, Result = TypeVar("Key"), TypeVar("Job"), TypeVar("Sampled"), TypeVar("Result")
+Key = TypeVar("Key")
+Job = TypeVar("Job")
+Sampled = TypeVar("Sampled")
+Result = TypeVar("Result")
 ToolsProvider = Callable[[], Awaitable[ToolsClient]]
 
 
@@ -28,15 +29,6 @@ class EpisodeLoop(Protocol):
     async def __call__(
         self, task: Task, policy: Policy, tools: ToolsClient, limits: Limits, *, prompt: str, as_of: str, seed: int
     ) -> Episode: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Scored:
-    """An episode's reward, or None and the cause for which the episode is masked."""
-
-    reward: float | None
-    verdict: Verdict | None
-    masked: str | None = None  # a Finish value
 
 
 async def run_all(
@@ -116,30 +108,3 @@ async def run_with_retries(
             return episode, attempt
         await asyncio.sleep(pause * 2 ** (attempt - 1))
         attempt += 1
-
-
-async def judge_episode(
-    judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, *, attempts: int = 1
-) -> Scored:
-    """Judges an episode. A failure of the judge is never a score: it is retried, then the episode is masked.
-
-    Never raises for a broken judge. The cause of a failure is written into the trajectory's metadata. An episode that
-    ended by infrastructure is masked without asking the judge.
-    """
-    if not trajectory.finish.is_policy_outcome:
-        return Scored(None, None, str(trajectory.finish))
-    for _ in range(attempts):
-        trajectory.metadata.pop("cause", None)  # of an earlier judge that failed
-        verdict = None
-        try:
-            verdict = await judge.judge(task, rubric_set, trajectory)
-        except Exception as error:  # whatever a judge does wrong, the policy is not to blame
-            cause = f"{type(error).__name__}: {error}"
-        else:
-            if verdict.reward is not None:
-                return Scored(float(verdict.reward), verdict)
-            failed = [judgment for judgment in verdict.judgments if judgment.verdict == "error"]
-            first = f", first {failed[0].reason}" if failed else ""
-            cause = f"{len(failed)} of {len(verdict.judgments)} rubrics without a verdict{first}"
-        trajectory.metadata["cause"] = f"judge: {cause}"
-    return Scored(None, verdict, str(Finish.JUDGE_FAILED))

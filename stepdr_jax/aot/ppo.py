@@ -91,10 +91,12 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
     model = Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
     if name in SAMPLER:
         s, layout = config.sampler, sampler.layout_of(config, model, replica)
-        slots = s.max_num_seqs // (s.pools * s.replicas)
+        max_num_seqs = s.max_num_seqs // (s.pools * s.replicas)
         if name == "decode":
-            return sampler.decode(layout, replica[0], slots=slots, steps=s.decode_steps)
-        return sampler.prefill(layout, replica[0], rows=min(s.prefill_batch, slots), chunk=s.prefill_chunk)
+            return sampler.decode(layout, replica[0], max_num_seqs=max_num_seqs, decode_steps=s.decode_steps)
+        return sampler.prefill(
+            layout, replica[0], prefill_batch=min(s.prefill_batch, max_num_seqs), prefill_chunk=s.prefill_chunk
+        )
     learning = learner.PPOConfig.from_config(config, model, mesh)
     state = placement.abstract_state(model, learning, mesh)
     if name == "transfer":
@@ -130,7 +132,7 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
 
 def _largest_cut(params, layout, limit: int):
     try:
-        every = list(weights.cuts(params, layout, limit))
+        every = list(weights.buckets(params, layout, limit))
     except ValueError as error:
         raise UserError(f"placement.weight_sync_bucket_gb: {error}; raise it") from None
     _, program, arguments = max(every, key=lambda found: found[0].count * len(found[0].names))

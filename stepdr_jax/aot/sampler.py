@@ -27,7 +27,7 @@ class Fixed:
 
 
 def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[jax.Device]) -> programs.Layout:
-    """The layout of one shard of `config.sampler` on the devices of a replica, as `training.sampler.engine_of` has it.
+    """The layout of one pool of `config.sampler` on the devices of a replica, as `engine.factory.make_engine` has it.
 
     Raises:
         UserError: sizes that do not fit each other; the message names the section.
@@ -36,15 +36,15 @@ def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[ja
     count = s.pools * s.replicas
     if s.max_num_seqs % count:
         raise UserError(
-            f"sampler.max_num_seqs: expected a multiple of shards * replicas = {count}, got {s.max_num_seqs}"
+            f"sampler.max_num_seqs: expected a multiple of pools * replicas = {count}, got {s.max_num_seqs}"
         )
     try:
         return engine.layout_of(
             model,
             s.max_num_seqs // count,
             config.agent.max_episode_tokens,
-            page=s.page_size,
-            pages=s.num_pages // count,
+            page_size=s.page_size,
+            num_pages=s.num_pages // count,
             attention=s.attention,
             devices=devices,
         )
@@ -52,8 +52,8 @@ def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[ja
         raise UserError(f"sampler: {error}; change the config's sampler section") from None
 
 
-def decode(layout: programs.Layout, device: jax.Device, *, slots: int, steps: int, stop_ids: int = 2):
-    """(what has .lower, arguments) of `steps` decode steps of `slots` sequences, as `engine.Shard` calls it.
+def decode(layout: programs.Layout, device: jax.Device, *, max_num_seqs: int, decode_steps: int, stop_ids: int = 2):
+    """(what has .lower, arguments) of `decode_steps` decode steps of `max_num_seqs` sequences, as `engine.scheduler.Pool` calls it.
 
     `device` is where everything is when the layout has no mesh.
     """
@@ -61,14 +61,18 @@ def decode(layout: programs.Layout, device: jax.Device, *, slots: int, steps: in
         "seed": jnp.uint32,
         "temperature": jnp.float32,
     }
-    state = {name: jax.ShapeDtypeStruct((slots,), dtype) for name, dtype in fields.items()}
-    rest = (_whole(slots, layout.columns), state, _whole(stop_ids))
-    return Fixed(programs.decode, dict(layout=layout, steps=steps)), (*_weights_and_pool(layout, device), *rest)
+    state = {name: jax.ShapeDtypeStruct((max_num_seqs,), dtype) for name, dtype in fields.items()}
+    rest = (_whole(max_num_seqs, layout.columns), state, _whole(stop_ids))
+    return Fixed(programs.decode, dict(layout=layout, decode_steps=decode_steps)), (
+        *_weights_and_pool(layout, device),
+        *rest,
+    )
 
 
-def prefill(layout: programs.Layout, device: jax.Device, *, rows: int, chunk: int):
-    """(what has .lower, arguments) of one chunk of `rows` sequences; see `decode`."""
-    rest = (_whole(rows, layout.columns), _whole(rows, chunk), _whole(rows), _whole(rows))
+def prefill(layout: programs.Layout, device: jax.Device, *, prefill_batch: int, prefill_chunk: int):
+    """(what has .lower, arguments) of one chunk of `prefill_batch` sequences; see `decode`."""
+    R, C = prefill_batch, prefill_chunk
+    rest = (_whole(R, layout.columns), _whole(R, C), _whole(R), _whole(R))
     return Fixed(programs.prefill, dict(layout=layout)), (*_weights_and_pool(layout, device), *rest)
 
 
@@ -85,7 +89,7 @@ def _weights_and_pool(layout: programs.Layout, device: jax.Device):
 
     params = qwen2.param_shapes(model)
     unstacked = jax.eval_shape(functools.partial(weights.unstack, config=model), params)
-    page = functools.partial(paged_attention.init_pages, layout.attention, layout.pages, layout.page)
+    page = functools.partial(paged_attention.init_pages, layout.attention, layout.num_pages, layout.page_size)
     pool = jax.eval_shape(lambda: [page(model.num_kv_heads, model.head_dim, model.dtype)] * model.num_layers)
     return (
         jax.tree.map(placed, unstacked, layout.weight_specs(unstacked)),

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from stepdr_jax.engine import programs, weights
 from stepdr_jax.engine.pages import Request, Session
-from stepdr_jax.engine.scheduler import Shard
+from stepdr_jax.engine.scheduler import Pool
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.ops import paged_attention
 
@@ -75,22 +75,22 @@ class JaxEngine:
     Args:
         params: tree of `qwen2.param_shapes(config)`; copied.
         config: model shape.
-        slots: sequences decoded together; more sessions may be open.
+        max_num_seqs: sequences decoded together; more sessions may be open.
         max_len: tokens of a sequence, prompt and observations included.
-        page: tokens of a page of K/V; 0 for pages of max_len, which needs the most memory and the least work.
-        pages: on the device, of all shards; 0 for enough to hold `slots` sequences of max_len. When they run out the least
+        page_size: tokens of a page of K/V; 0 for pages of max_len, which needs the most memory and the least work.
+        num_pages: on the device, of all pools; 0 for enough to hold `max_num_seqs` sequences of max_len. When they run out the least
             recently used sessions without a request are moved out, then the least advanced with one.
         stop_ids: ids that end a generation.
         version: of the weights, recorded with every generation.
-        shards: independent pools for slots / shards sequences, each driven by its own thread; results do not depend on
+        pools: independent pools for max_num_seqs / pools sequences, each driven by its own thread; results do not depend on
             it. On CPU one per core: a pool that fits a core's share of the last-level cache is faster, too.
-        rows, chunk: sequences and tokens of one prefill call.
-        steps: tokens of one decode call.
+        prefill_batch, prefill_chunk: sequences and tokens of one prefill call.
+        decode_steps: tokens of one decode call.
         prefill_calls: at most so many before each decode call; 0 for all that is pending.
         host_bytes: host memory for the K/V of sessions that lost their pages.
         attention: "auto" or one of `ops.paged_attention.BACKENDS`.
-        transfer_bytes: most bytes of new weights on their way at once, on one device.
-        mesh: axes data and tensor: a replica of the engine on each position of data (shards then counts per replica), its
+        weight_sync_bytes: most bytes of new weights in transit at once, on one device.
+        mesh: axes data and tensor: a replica of the engine on each position of data (pools then counts per replica), its
             heads and vocabulary split over tensor. Default the first device.
 
     Raises ValueError for sizes that do not fit each other.
@@ -101,57 +101,67 @@ class JaxEngine:
         params: dict,
         config: Qwen2Config,
         *,
-        slots: int,
+        max_num_seqs: int,
         max_len: int,
         stop_ids: Sequence[int],
         version: int = 0,
-        page: int = 0,
-        pages: int = 0,
-        shards: int = 1,
-        rows: int = 4,
-        chunk: int = 32,
-        steps: int = 8,
+        page_size: int = 0,
+        num_pages: int = 0,
+        pools: int = 1,
+        prefill_batch: int = 4,
+        prefill_chunk: int = 32,
+        decode_steps: int = 8,
         prefill_calls: int = 0,
         host_bytes: int = 2 << 30,
         attention: str = "auto",
-        transfer_bytes: int = weights.LIMIT,
+        weight_sync_bytes: int = weights.BUCKET_BYTES,
         mesh: Mesh | None = None,
     ):
         replicas = _replicas(mesh)
-        count = shards * len(replicas)
-        if slots < 1 or shards < 1 or slots % count:
-            raise ValueError(f"expected slots to be a positive multiple of shards, got {slots} and {count}")
+        count = pools * len(replicas)
+        if max_num_seqs < 1 or pools < 1 or max_num_seqs % count:
+            raise ValueError(
+                f"expected max_num_seqs to be a positive multiple of pools, got {max_num_seqs} and {count}"
+            )
         self.config, self.max_len, self.version = config, max_len, version
         layouts = [
-            layout_of(config, slots // count, max_len, page=page, pages=pages // count, attention=attention, devices=d)
+            layout_of(
+                config,
+                max_num_seqs // count,
+                max_len,
+                page_size=page_size,
+                num_pages=num_pages // count,
+                attention=attention,
+                devices=d,
+            )
             for d in replicas
         ]
         self._layouts = list(zip(layouts, replicas, strict=True))
-        self._transfer_bytes = transfer_bytes
-        self._weights = self._place(params)  # of each replica; none between `release` and `update_weights`
-        self._shards = [
-            Shard(
+        self._weight_sync_bytes = weight_sync_bytes
+        self._weights = self._place(params)  # of each replica; none between `sleep` and `update_weights`
+        self._pools = [
+            Pool(
                 layout,
-                slots=slots // count,
+                max_num_seqs=max_num_seqs // count,
                 max_len=max_len,
-                rows=rows,
-                chunk=chunk,
-                steps=steps,
+                prefill_batch=prefill_batch,
+                prefill_chunk=prefill_chunk,
+                decode_steps=decode_steps,
                 prefill_calls=prefill_calls,
                 stop_ids=tuple(stop_ids),
                 host_bytes=host_bytes // count,
                 device=devices[0],
             )
             for layout, devices in self._layouts
-            for _ in range(shards)
+            for _ in range(pools)
         ]
-        self._replica_of = {id(shard): number // shards for number, shard in enumerate(self._shards)}
-        self._sessions: dict[str, tuple[Session, Shard]] = {}
-        self._closing: list[tuple[Session, Shard]] = []  # closed, held by a step that runs now
+        self._replica_of = {id(pool): number // pools for number, pool in enumerate(self._pools)}
+        self._sessions: dict[str, tuple[Session, Pool]] = {}
+        self._closing: list[tuple[Session, Pool]] = []  # closed, held by a step that runs now
         self._workers: dict[int, asyncio.Task] = {}
-        # One thread a shard: its steps follow each other even if an event loop dies in the middle of one.
+        # One thread a pool: its steps follow each other even if an event loop dies in the middle of one.
         self._threads = {
-            id(shard): concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") for shard in self._shards
+            id(pool): concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="engine") for pool in self._pools
         }
         self._update: asyncio.Future | None = None  # set while a weight update waits for running requests
         self._paused: asyncio.Future | None = None  # set while no step may begin
@@ -166,11 +176,11 @@ class JaxEngine:
         """
         while self._update is not None:
             await asyncio.shield(self._update)
-        if self.released:
+        if self.sleeping:
             raise EngineError(
-                "the sampler has no weights: it was released, or did not get the last ones; update_weights first"
+                "the sampler has no weights: it was sleeping, or did not get the last ones; update_weights first"
             )
-        entry, shard = self._entry(session)
+        entry, pool = self._entry(session)
         if entry.busy:
             raise ValueError(f"session {session!r} already has a request running")
         if params.max_tokens < 1 or params.temperature < 0:
@@ -183,9 +193,9 @@ class JaxEngine:
         limit = min(params.max_tokens, room)
         future = asyncio.get_running_loop().create_future()
         request = Request(params.temperature, params.seed, limit, limit < params.max_tokens, future)
-        shard.submit(entry, [int(id_) for id_ in new_ids], request)
+        pool.submit(entry, [int(id_) for id_ in new_ids], request)
         entry.busy = True
-        self._wake(shard)
+        self._wake(pool)
         return await future
 
     async def close(self, session: str) -> None:
@@ -193,12 +203,12 @@ class JaxEngine:
         found = self._sessions.pop(session, None)
         if found is None:
             return
-        entry, shard = found
+        entry, pool = found
         entry.closed = True
-        if self._running(shard):
+        if self._running(pool):
             self._closing.append(found)
         else:
-            shard.drop(entry)
+            pool.drop(entry)
 
     async def pause(self) -> None:
         """Ends the steps that run now and begins no other until `resume`; requests wait where they are."""
@@ -230,16 +240,16 @@ class JaxEngine:
             if mode == "drain":
                 await self._drained()
                 self._weights = []  # nobody needs the old ones any more: they are never there beside the new ones
-            self._weights, self.version = self._place(params), version  # what the next step of each shard begins with
+            self._weights, self.version = self._place(params), version  # what the next step of each pool begins with
             self._updates += 1
-            for shard in self._shards:
-                shard.outdated |= mode != "keep"
-                shard.reserve()
+            for pool in self._pools:
+                pool.outdated |= mode != "keep"
+                pool.wake()
         finally:
             done, self._update = self._update, None
             done.set_result(None)
 
-    async def release(self) -> None:
+    async def sleep(self) -> None:
         """Gives the devices' memory back: waits for running requests to end, then forgets weights, K/V and pages.
 
         Sessions stay open, `update_weights` makes the engine whole again, and requests until then raise EngineError.
@@ -248,75 +258,75 @@ class JaxEngine:
             await asyncio.shield(self._update)
         await self._drained()
         self._weights = []
-        for shard in self._shards:
-            shard.release()
+        for pool in self._pools:
+            pool.sleep()
 
     @property
-    def released(self) -> bool:
+    def sleeping(self) -> bool:
         """Whether there are no weights to sample with."""
         return not self._weights
 
     async def _drained(self) -> None:
-        while any(shard.has_work() for shard in self._shards):
+        while any(pool.has_work() for pool in self._pools):
             await asyncio.gather(*(worker for worker in self._workers.values() if not worker.done()))
 
     def stats(self) -> dict[str, float]:
         """Totals since the engine was made, and what is held now."""
         totals: dict[str, float] = {}
-        for shard in self._shards:
-            for name, value in dataclasses.asdict(shard.counts).items():
+        for pool in self._pools:
+            for name, value in dataclasses.asdict(pool.counts).items():
                 totals[name] = totals.get(name, 0) + value
         return totals | {
             "sessions": len(self._sessions),
-            "pages_in_use": sum(shard.pages.count - shard.pages.free for shard in self._shards),
-            "pages_peak": sum(shard.pages.peak for shard in self._shards),
-            "pages": sum(shard.pages.count for shard in self._shards),
+            "pages_in_use": sum(pool.allocator.num_pages - pool.allocator.free for pool in self._pools),
+            "pages_peak": sum(pool.allocator.peak for pool in self._pools),
+            "num_pages": sum(pool.allocator.num_pages for pool in self._pools),
             "version": self.version,
             "weight_updates": self._updates,
         }
 
     def _place(self, params: dict) -> list[dict]:
         targets = [(layout, devices[0]) for layout, devices in self._layouts]
-        return jax.block_until_ready(weights.transfer(params, targets, limit=self._transfer_bytes))
+        return jax.block_until_ready(weights.transfer(params, targets, limit=self._weight_sync_bytes))
 
-    def _entry(self, name: str) -> tuple[Session, Shard]:
+    def _entry(self, name: str) -> tuple[Session, Pool]:
         if name not in self._sessions:
-            load = dict.fromkeys(range(len(self._shards)), 0)
-            for _, shard in self._sessions.values():
-                load[self._shards.index(shard)] += 1
+            load = dict.fromkeys(range(len(self._pools)), 0)
+            for _, pool in self._sessions.values():
+                load[self._pools.index(pool)] += 1
             lightest = min(load, key=load.get)
-            self._sessions[name] = (Session(name), self._shards[lightest])
+            self._sessions[name] = (Session(name), self._pools[lightest])
         return self._sessions[name]
 
-    def _running(self, shard: Shard) -> bool:
-        worker = self._workers.get(id(shard))
+    def _running(self, pool: Pool) -> bool:
+        worker = self._workers.get(id(pool))
         return worker is not None and not worker.done()
 
-    def _wake(self, shard: Shard) -> None:
-        """Starts the shard's loop if it is not running; it ends when there is nothing to do."""
-        if not self._running(shard):
-            self._workers[id(shard)] = asyncio.get_running_loop().create_task(self._drive(shard))
+    def _wake(self, pool: Pool) -> None:
+        """Starts the pool's loop if it is not running; it ends when there is nothing to do."""
+        if not self._running(pool):
+            self._workers[id(pool)] = asyncio.get_running_loop().create_task(self._drive(pool))
 
-    async def _drive(self, shard: Shard) -> None:
+    async def _drive(self, pool: Pool) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)  # requests that are made together start together
-        while shard.has_work():
+        while pool.has_work():
             while self._paused is not None:
                 await asyncio.shield(self._paused)
-            shard.collect()
-            held = self._weights[self._replica_of[id(shard)]]
+            pool.collect()
+            held = self._weights[self._replica_of[id(pool)]]
             try:
-                ended = await loop.run_in_executor(self._threads[id(shard)], shard.step, held, self.version)
+                ended = await loop.run_in_executor(self._threads[id(pool)], pool.step, held, self.version)
             except Exception as error:
-                self._fail(shard, error)
+                self._fail(pool, error)
             else:
                 for session in ended:
-                    self._finish(session, shard)
-            self._sweep(shard)
+                    self._finish(session, pool)
+            self._sweep(pool)
             await asyncio.sleep(0)
-        self._sweep(shard)
+        self._sweep(pool)
 
-    def _finish(self, session: Session, shard: Shard) -> None:
+    def _finish(self, session: Session, pool: Pool) -> None:
         request, session.request, session.busy = session.request, None, False
         if request.future.done():  # the caller was cancelled
             return
@@ -325,31 +335,31 @@ class JaxEngine:
                 EngineError(f"weights of version {request.version} give non-finite probabilities")
             )
             return
-        stopped = request.ids[-1] in shard.stops
+        stopped = request.ids[-1] in pool.stops
         finish = "stop" if stopped else "full" if request.full else "length"
         request.future.set_result(Generation(tuple(request.ids), tuple(request.logprobs), finish, request.version))
 
-    def _sweep(self, shard: Shard) -> None:
+    def _sweep(self, pool: Pool) -> None:
         """Drops closed sessions, and requests that nobody waits for any more."""
-        for session, _ in [found for found in self._closing if found[1] is shard]:
-            shard.drop(session)
-        self._closing = [found for found in self._closing if found[1] is not shard]
-        for session in [*shard.running, *shard.waiting]:
+        for session, _ in [found for found in self._closing if found[1] is pool]:
+            pool.drop(session)
+        self._closing = [found for found in self._closing if found[1] is not pool]
+        for session in [*pool.running, *pool.waiting]:
             if session.request.future.cancelled():
                 session.request, session.busy = None, False
-        shard.waiting = [session for session in shard.waiting if session.request is not None]
-        shard.running = [session for session in shard.running if session.request is not None]
+        pool.waiting = [session for session in pool.waiting if session.request is not None]
+        pool.running = [session for session in pool.running if session.request is not None]
 
-    def _fail(self, shard: Shard, error: Exception) -> None:
+    def _fail(self, pool: Pool, error: Exception) -> None:
         """A program failed: the donated pages are gone, so every session here loses its K/V and its request."""
-        shard.forget()
-        shard.new_pool()
-        for session in [*shard.running, *shard.waiting]:
+        pool.forget()
+        pool.allocate()
+        for session in [*pool.running, *pool.waiting]:
             request, session.request, session.busy = session.request, None, False
             if not request.future.done():
                 request.future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
-        shard.waiting.clear()
-        shard.running.clear()
+        pool.waiting.clear()
+        pool.running.clear()
 
 
 def _replicas(mesh: Mesh | None) -> list[list[jax.Device]]:
@@ -366,23 +376,27 @@ def _replicas(mesh: Mesh | None) -> list[list[jax.Device]]:
 
 def layout_of(
     config: Qwen2Config,
-    slots: int,
+    max_num_seqs: int,
     max_len: int,
     *,
-    page: int = 0,
-    pages: int = 0,
+    page_size: int = 0,
+    num_pages: int = 0,
     attention: str = "auto",
     devices: Sequence[jax.Device],
 ) -> programs.Layout:
-    """The pool of one shard on `devices`; see `JaxEngine` for what the sizes mean. Raises ValueError."""
+    """The layout of one pool on `devices`; see `JaxEngine` for what the sizes mean. Raises ValueError."""
     tensor = len(devices)
-    page = page or max_len
-    columns = -(-max_len // page)
-    pages = pages or slots * columns
-    if pages < columns:
-        raise ValueError(f"expected at least {columns} pages of {page} tokens for a sequence of {max_len}, got {pages}")
-    if columns == 1 and pages != slots:
-        raise ValueError(f"expected a page for each of {slots} slots where a page holds a sequence, got {pages}")
+    page_size = page_size or max_len
+    columns = -(-max_len // page_size)
+    num_pages = num_pages or max_num_seqs * columns
+    if num_pages < columns:
+        raise ValueError(
+            f"expected at least {columns} pages of {page_size} tokens for a sequence of {max_len}, got {num_pages}"
+        )
+    if columns == 1 and num_pages != max_num_seqs:
+        raise ValueError(
+            f"expected a page for each of {max_num_seqs} sequences where a page holds a sequence, got {num_pages}"
+        )
     for name in ("num_kv_heads", "intermediate_size", "vocab_size", "hidden_size"):
         if getattr(config, name) % tensor:
             raise ValueError(f"expected tensor to divide {name} {getattr(config, name)}, got {tensor}")
@@ -390,4 +404,4 @@ def layout_of(
         attention = paged_attention.choose(devices[0].platform, config.head_dim)
     # The kernel asks the mesh around it which chip it is compiled for.
     mesh = Mesh(np.array(devices), ("tensor",)) if tensor > 1 or attention == "ragged" else None
-    return programs.Layout(config, page, pages, columns, attention, mesh)
+    return programs.Layout(config, page_size, num_pages, columns, attention, mesh)

@@ -50,15 +50,15 @@ class Session:
         return len(self.ids) - 1 - self.written
 
 
-class PagePool:
+class PageAllocator:
     """Which pages are free. The lowest is taken first, so equal histories give equal tables.
 
     `peak` is the largest number that were in use at once.
     """
 
-    def __init__(self, count: int, page: int):
-        self.count, self.page = count, page
-        self._free = list(range(count))
+    def __init__(self, num_pages: int, page_size: int):
+        self.num_pages, self.page_size = num_pages, page_size
+        self._free = list(range(num_pages))
         self.peak = 0
 
     @property
@@ -67,7 +67,7 @@ class PagePool:
 
     def lacking(self, session: Session, tokens: int) -> int:
         """Pages that the session needs beyond its own to hold so many tokens."""
-        return max(-(-tokens // self.page) - len(session.pages), 0)
+        return max(-(-tokens // self.page_size) - len(session.pages), 0)
 
     def grow(self, session: Session, tokens: int) -> bool:
         """Gives the session pages for so many tokens; False, and nothing, when there are not enough."""
@@ -75,7 +75,7 @@ class PagePool:
         if wanted > len(self._free):
             return False
         session.pages += [heapq.heappop(self._free) for _ in range(wanted)]
-        self.peak = max(self.peak, self.count - self.free)
+        self.peak = max(self.peak, self.num_pages - self.free)
         return True
 
     def release(self, session: Session) -> None:

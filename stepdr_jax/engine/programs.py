@@ -23,7 +23,7 @@ from stepdr_jax.ops import paged_attention
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.placement import Placement
 
-SAMPLING_BLOCK = 64  # words of one block of the two-stage draw
+SAMPLING_BLOCK = 64  # tokens of one block of the two-stage draw
 BASE_KEY = 0  # root of all sampling keys; a request's own seed is folded into it
 RULES = rules.ShardingRules()
 
@@ -32,14 +32,14 @@ RULES = rules.ShardingRules()
 class Layout:
     """What a pool of pages looks like; a static argument of every program.
 
-    page: tokens of a page. pages: in the pool. columns: pages of the longest sequence; 1 means that a page holds a whole
+    page_size: tokens of a page. num_pages: in the pool. columns: pages of the longest sequence; 1 means that a page holds a whole
     sequence, and row b of a decode step is then the sequence in page b. attention: of `ops.paged_attention.BACKENDS`.
     mesh: of one axis, `tensor`; None is one device.
     """
 
     config: Qwen2Config
-    page: int
-    pages: int
+    page_size: int
+    num_pages: int
     columns: int
     attention: str = "reference"
     mesh: Mesh | None = None
@@ -75,7 +75,7 @@ def init_pool(layout: Layout, device: jax.Device | None = None) -> list:
     c = layout.config
 
     def pool():
-        one = functools.partial(paged_attention.init_pages, layout.attention, layout.pages, layout.page)
+        one = functools.partial(paged_attention.init_pages, layout.attention, layout.num_pages, layout.page_size)
         return [one(c.num_kv_heads, c.head_dim, c.dtype) for _ in range(c.num_layers)]
 
     if layout.mesh is not None:
@@ -87,7 +87,9 @@ def _forward(weights, pool, table_BM, tokens_BT, positions_BT, valid_BT, layout:
     """Writes K/V of the valid tokens and returns (x_BTD after the last norm, pool). table_BM None: row b has page b."""
     config, placement = layout.config, layout.placement()
     rows_BM = jnp.arange(tokens_BT.shape[0])[:, None] if table_BM is None else table_BM
-    places_BT = paged_attention.places(rows_BM, positions_BT, valid_BT, pages=layout.pages, page=layout.page)
+    places_BT = paged_attention.places(
+        rows_BM, positions_BT, valid_BT, num_pages=layout.num_pages, page_size=layout.page_size
+    )
     cos_BTk, sin_BTk = qwen2.rotary(positions_BT, config)
     x_BTD = weights["embedding"][tokens_BT]
     if layout.tensor > 1:
@@ -140,32 +142,32 @@ def prefill(weights, pool, table_RM, tokens_RC, start_R, count_R, *, layout: Lay
     return _on_mesh(work, layout, weights, pool, table_RM, tokens_RC, start_R, count_R, outputs=0)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "steps"), donate_argnames="pool")
-def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, steps: int):
-    """Samples up to `steps` tokens in every row that has `remaining` > 0; returns (pool, ids, logprobs).
+@functools.partial(jax.jit, static_argnames=("layout", "decode_steps"), donate_argnames="pool")
+def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, decode_steps: int):
+    """Samples up to `decode_steps` tokens in every row that has `remaining` > 0; returns (pool, ids, logprobs).
 
     Args:
         weights: of `weights.transfer`.
         pool: donated.
-        table_BM: int32 pages of each row, enough for `steps` more tokens; not read where a page holds a sequence.
+        table_BM: int32 pages of each row, enough for `decode_steps` more tokens; not read where a page holds a sequence.
         state: per row: token int32 (last known id), position int32 (its index in the sequence), remaining int32 (tokens
             it may still sample, 0 = row not in use), seed uint32, temperature float32 (0 = the most probable token).
         stop_ids_I: int32 ids that end a generation when sampled.
         layout: of the pool.
-        steps: tokens per call.
+        decode_steps: tokens per call.
 
     Returns:
-        pool; ids_Bs int32[B, steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's temperature
+        pool; ids_Bs int32[B, decode_steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's temperature
         (at temperature 1 for greedy requests).
     """
 
     def work(weights, pool, table_BM, state, stop_ids_I):
-        return _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps)
+        return _decode(weights, pool, table_BM, state, stop_ids_I, layout, decode_steps)
 
     return _on_mesh(work, layout, weights, pool, table_BM, state, stop_ids_I, outputs=2)
 
 
-def _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps):
+def _decode(weights, pool, table_BM, state, stop_ids_I, layout, decode_steps):
     if layout.columns == 1 and layout.attention == "reference":
         table_BM = None
     B = state["token"].shape[0]
@@ -174,7 +176,7 @@ def _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps):
 
     def keep_going(carry):
         step, _, _, _, remaining_B, _, _ = carry
-        return (step < steps) & jnp.any(remaining_B > 0)
+        return (step < decode_steps) & jnp.any(remaining_B > 0)
 
     def body(carry):
         step, pool, token_B, position_B, remaining_B, ids_sB, logprobs_sB = carry
@@ -200,8 +202,8 @@ def _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps):
         state["token"],
         state["position"],
         state["remaining"],
-        jnp.full((steps, B), -1, jnp.int32),
-        jnp.zeros((steps, B), jnp.float32),
+        jnp.full((decode_steps, B), -1, jnp.int32),
+        jnp.zeros((decode_steps, B), jnp.float32),
     )
     _, pool, _, _, _, ids_sB, logprobs_sB = jax.lax.while_loop(keep_going, body, carry)
     return pool, ids_sB.T, logprobs_sB.T
@@ -210,8 +212,8 @@ def _decode(weights, pool, table_BM, state, stop_ids_I, layout, steps):
 def sample(logits_BV, keys_B, index_B, temperature_B):
     """Draws one token a row and its log-probability: log_softmax(logits / T), as `ops.vocab_loss.token_stats` has it.
 
-    The draw inverts the cumulative distribution in two stages, a block of words and then a word in it, with one uniform
-    number each: two random numbers a row instead of V, and float32 sums stay short enough not to lose rare words.
+    The draw inverts the cumulative distribution in two stages, a block of tokens and then a token in it, with one uniform
+    number each: two random numbers a row instead of V, and float32 sums stay short enough not to lose rare tokens.
 
     Every row of the unembedding takes part, also those that pad Qwen2.5's 151,665 ids to 151,936 or 152,064: the trainer's
     log-probabilities count them too, as pretraining did, which made them improbable. Leaving them out here alone would make
@@ -233,8 +235,8 @@ def sample(logits_BV, keys_B, index_B, temperature_B):
     total_B = jnp.sum(block_Bb, axis=-1)
     uniform_B2 = jax.vmap(lambda key, index: jax.random.uniform(jax.random.fold_in(key, index), (2,)))(keys_B, index_B)
     chosen_B = _invert(block_Bb, uniform_B2[:, 0])
-    words_Bw = jnp.take_along_axis(weight_Bbw, chosen_B[:, None, None], axis=1)[:, 0]
-    drawn_B = chosen_B * SAMPLING_BLOCK + _invert(words_Bw, uniform_B2[:, 1])
+    weights_Bw = jnp.take_along_axis(weight_Bbw, chosen_B[:, None, None], axis=1)[:, 0]
+    drawn_B = chosen_B * SAMPLING_BLOCK + _invert(weights_Bw, uniform_B2[:, 1])
     best_B = jnp.argmax(shifted_BV >= 0, axis=-1)  # the first of the largest; argmax of a mask is a cheap reduction
     token_B = jnp.where(greedy_B, best_B, drawn_B).astype(jnp.int32)
     logprob_B = jnp.take_along_axis(shifted_BV, token_B[:, None], axis=-1)[:, 0] - jnp.log(total_B)

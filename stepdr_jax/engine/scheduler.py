@@ -1,6 +1,6 @@
 """One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results back.
 
-`Shard.step` is a plain synchronous function that runs in the shard's own thread; requests reach it (`collect`), and
+`Pool.step` is a plain synchronous function that runs in the pool's own thread; requests reach it (`collect`), and
 results leave it, on the event loop's thread between steps. So there is no lock, and tool calls proceed meanwhile.
 
 What a sequence samples does not depend on when or beside whom it runs: chunks are cut from the session's own token
@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from stepdr_jax.engine import programs
-from stepdr_jax.engine.pages import PagePool, Request, Session
+from stepdr_jax.engine.pages import PageAllocator, Request, Session
 
 
 @dataclasses.dataclass
 class Counts:
-    """What a shard has done; all totals since it was made."""
+    """What a pool has done; all totals since it was made."""
 
     sampled_tokens: int = 0
     prefilled_tokens: int = 0
@@ -33,15 +33,15 @@ class Counts:
     busy_seconds: float = 0.0
 
 
-class Shard:
+class Pool:
     """A pool of pages, the sessions that want to be in it, and the programs on it.
 
     Args:
         layout: of the pool; it holds at least one sequence of max_len.
-        slots: sequences decoded together.
+        max_num_seqs: sequences decoded together.
         max_len: tokens of a sequence.
-        rows, chunk: sequences and tokens of one prefill call.
-        steps: tokens of one decode call; a finished sequence waits for at most so many.
+        prefill_batch, prefill_chunk: sequences and tokens of one prefill call.
+        decode_steps: tokens of one decode call; a finished sequence waits for at most so many.
         prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others; 0
             prefills all there is.
         stop_ids: ids that end a generation.
@@ -53,23 +53,24 @@ class Shard:
         self,
         layout: programs.Layout,
         *,
-        slots: int,
+        max_num_seqs: int,
         max_len: int,
-        rows: int,
-        chunk: int,
-        steps: int,
+        prefill_batch: int,
+        prefill_chunk: int,
+        decode_steps: int,
         prefill_calls: int,
         stop_ids: tuple[int, ...],
         host_bytes: int,
         device: jax.Device,
     ):
-        self.layout, self.slots, self.max_len, self.device = layout, slots, max_len, device
-        self.rows, self.chunk, self.steps, self.prefill_calls = min(rows, slots), chunk, steps, prefill_calls
+        self.layout, self.max_num_seqs, self.max_len, self.device = layout, max_num_seqs, max_len, device
+        self.prefill_batch, self.prefill_chunk = min(prefill_batch, max_num_seqs), prefill_chunk
+        self.decode_steps, self.prefill_calls = decode_steps, prefill_calls
         self.stop_ids = np.asarray(stop_ids, np.int32)
         self.stops = frozenset(stop_ids)
-        self.pages = PagePool(layout.pages, layout.page)
-        self.new_pool()
-        page_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.pool)) // layout.pages
+        self.allocator = PageAllocator(layout.num_pages, layout.page_size)
+        self.allocate()
+        page_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.kv_pages)) // layout.num_pages
         self.host_pages = host_bytes // page_bytes
         self.inbox: list[tuple[Session, list[int], Request]] = []
         self.sessions: list[Session] = []  # all that hold pages, here or on the host
@@ -79,19 +80,19 @@ class Shard:
         self.counts = Counts()
         self.tick = 0
 
-    def new_pool(self) -> None:
+    def allocate(self) -> None:
         """Starts with empty pages."""
-        self.pool = programs.init_pool(self.layout, self.device)
+        self.kv_pages = programs.init_pool(self.layout, self.device)
 
-    def release(self) -> None:
+    def sleep(self) -> None:
         """Gives the pages' memory back and forgets all K/V. Only while nothing runs."""
         self.forget()
-        self.pool = None
+        self.kv_pages = None
 
-    def reserve(self) -> None:
-        """Has pages again after `release`; they are empty."""
-        if self.pool is None:
-            self.new_pool()
+    def wake(self) -> None:
+        """Has pages again after `sleep`; they are empty."""
+        if self.kv_pages is None:
+            self.allocate()
 
     def submit(self, session: Session, new_ids: list[int], request: Request) -> None:
         """Hands in a request; it takes effect at the next `collect`, because a step may be running now."""
@@ -114,7 +115,7 @@ class Shard:
 
     def drop(self, session: Session) -> None:
         """Forgets a session and frees what it holds. Only between steps."""
-        self.pages.release(session)
+        self.allocator.release(session)
         if session.request is not None:
             session.request.future.cancel()
         session.stored, session.stored_pages, session.request = None, 0, None
@@ -140,7 +141,7 @@ class Shard:
         while pending := [session for session in self.running if session.unwritten > 0]:
             if self.prefill_calls and calls == self.prefill_calls:
                 break
-            self._prefill(weights, pending[: self.rows], version)
+            self._prefill(weights, pending[: self.prefill_batch], version)
             calls += 1
         ready = self._with_room([session for session in self.running if session.unwritten == 0])
         ended = self._decode(weights, ready, version) if ready else []
@@ -150,7 +151,7 @@ class Shard:
     # ------------------------------------------------------------------------------------------------------ pages
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.slots:
+        while self.waiting and len(self.running) < self.max_num_seqs:
             session = self.waiting[0]
             if not self._make_room(session, self._tokens_after(session)):
                 return
@@ -163,15 +164,15 @@ class Shard:
     def _tokens_after(self, session: Session) -> int:
         """Tokens of the session after the next decode call."""
         request = session.request
-        return len(session.ids) + min(self.steps, request.limit - len(request.ids))
+        return len(session.ids) + min(self.decode_steps, request.limit - len(request.ids))
 
     def _make_room(self, session: Session, tokens: int) -> bool:
         """Gives the session its pages, those of sessions that do not run if need be: parked before waiting ones."""
         idle = [s for s in self.sessions if s.pages and s is not session and s not in self.running]
         idle.sort(key=lambda s: (s.request is not None, s.used, s.name))
-        if self.pages.lacking(session, tokens) > self.pages.free + sum(len(s.pages) for s in idle):
+        if self.allocator.lacking(session, tokens) > self.allocator.free + sum(len(s.pages) for s in idle):
             return False
-        while not self.pages.grow(session, tokens):
+        while not self.allocator.grow(session, tokens):
             self._evict(idle.pop(0))
             self.counts.evictions += 1
         return True
@@ -191,14 +192,14 @@ class Shard:
 
     def _evict(self, session: Session) -> None:
         """Takes a session's pages away; their content goes to the host where there is room."""
-        held = -(-session.written // self.layout.page)
+        held = -(-session.written // self.layout.page_size)
         if held and sum(s.stored_pages for s in self.sessions) + held <= self.host_pages:
-            whole = jax.device_get(programs.read_pages(self.pool, self._row(session)))
+            whole = jax.device_get(programs.read_pages(self.kv_pages, self._row(session)))
             session.stored = jax.tree.map(lambda a: a[:held].copy(), whole)
             session.stored_pages = held
         else:
             session.written = 0
-        self.pages.release(session)
+        self.allocator.release(session)
 
     def _restore(self, session: Session) -> None:
         missing = self.layout.columns - session.stored_pages
@@ -207,8 +208,8 @@ class Shard:
             return np.pad(a, ((0, missing), *((0, 0),) * (a.ndim - 1)))
 
         row_M = self._row(session)
-        row_M[session.stored_pages :] = self.layout.pages
-        self.pool = programs.write_pages(self.pool, row_M, jax.tree.map(padded, session.stored))
+        row_M[session.stored_pages :] = self.layout.num_pages
+        self.kv_pages = programs.write_pages(self.kv_pages, row_M, jax.tree.map(padded, session.stored))
         session.stored, session.stored_pages = None, 0
 
     def _row(self, session: Session) -> np.ndarray:
@@ -220,7 +221,7 @@ class Shard:
 
     def _prefill(self, weights: dict, sessions: list[Session], version: int) -> None:
         """Writes one chunk of each session. Chunks start where the session's K/V end, whatever the others need."""
-        R, C = self.rows, self.chunk
+        R, C = self.prefill_batch, self.prefill_chunk
         table_RM = np.zeros((R, self.layout.columns), np.int32)
         tokens_RC = np.zeros((R, C), np.int32)
         start_R, count_R = np.zeros(R, np.int32), np.zeros(R, np.int32)
@@ -235,11 +236,13 @@ class Shard:
             self.counts.replayed_tokens += max(min(session.written, session.furthest) - int(start_R[row]), 0)
             session.furthest = max(session.furthest, session.written)
             self.counts.prefilled_tokens += count
-        self.pool = programs.prefill(weights, self.pool, table_RM, tokens_RC, start_R, count_R, layout=self.layout)
+        self.kv_pages = programs.prefill(
+            weights, self.kv_pages, table_RM, tokens_RC, start_R, count_R, layout=self.layout
+        )
         self.counts.prefill_calls += 1
 
     def _decode(self, weights: dict, sessions: list[Session], version: int) -> list[Session]:
-        B = self.slots
+        B = self.max_num_seqs
         table_BM = np.zeros((B, self.layout.columns), np.int32)
         state = dict(
             token=np.zeros(B, np.int32),
@@ -258,8 +261,8 @@ class Shard:
             state["remaining"][row] = request.limit - len(request.ids)
             state["seed"][row] = request.seed & 0xFFFFFFFF
             state["temperature"][row] = request.temperature
-        self.pool, ids_Bs, logprobs_Bs = programs.decode(
-            weights, self.pool, table_BM, state, self.stop_ids, layout=self.layout, steps=self.steps
+        self.kv_pages, ids_Bs, logprobs_Bs = programs.decode(
+            weights, self.kv_pages, table_BM, state, self.stop_ids, layout=self.layout, decode_steps=self.decode_steps
         )
         ids_Bs, logprobs_Bs = np.asarray(ids_Bs), np.asarray(logprobs_Bs)
         self.counts.decode_calls += 1

@@ -1,9 +1,9 @@
-"""The weights' way from the trainer's layout and mesh to the sampler's: in cuts, so that no second copy is ever whole.
+"""Weight synchronization from the trainer's layout and mesh to the sampler's: in buckets, so that no second copy is ever whole.
 
-A cut is made where the parameters are, by one program over all their devices: layers unstacked, matrices in the compute
+A bucket is made where the parameters are, by one program over all their devices: layers unstacked, matrices in the compute
 dtype, every array whole or, where the devices allow it, in as many parts as a replica of the sampler has devices. The
-sampler's devices take their parts from there (`sharding.memory.land`): nothing moves where a part was cut on the device
-that wants it. With several processes each lands its own replicas; the cuts are programs of all, in the same order.
+sampler's devices take their parts from there (`sharding.memory.land`): nothing moves where a part was made on the device
+that wants it. With several processes each lands its own replicas; the buckets are programs of all, in the same order.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from stepdr_jax.engine.programs import Layout
 from stepdr_jax.models.qwen2 import Qwen2Config, unembedding
 from stepdr_jax.sharding import memory
 
-LIMIT = 1 << 30  # bytes of a cut on one device
+BUCKET_BYTES = 1 << 30  # bytes of a bucket on one device
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """What crosses together: parameters `names` of `count` layers from `start`, or, with count 0, of none of them."""
+class Bucket:
+    """What is copied together: parameters `names` of `count` layers from `start`, or, with count 0, of none of them."""
 
     names: tuple[str, ...]
     start: int = 0
@@ -35,30 +35,30 @@ class Cut:
 def unstack(params: dict, *, config: Qwen2Config) -> dict:
     """The sampler's layout of a parameter tree: layers unstacked, matrices in the compute dtype, unembedding [D, V]."""
     names = tuple(params["layers"])
-    ends = _cut(params, 0, names=("embedding", "final_norm", "unembedding"), count=0, config=config)
-    return ends | {"layers": _cut(params, 0, names=names, count=config.num_layers, config=config)}
+    ends = _in_bucket(params, 0, names=("embedding", "final_norm", "unembedding"), count=0, config=config)
+    return ends | {"layers": _in_bucket(params, 0, names=names, count=config.num_layers, config=config)}
 
 
-def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limit: int = LIMIT) -> list[dict]:
+def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limit: int = BUCKET_BYTES) -> list[dict]:
     """Copies a parameter tree to each of the sampler's replicas; `params` stay as they are.
 
-    Beside `params` and what has arrived, a device holds at most `limit` bytes of weights on their way.
+    Beside `params` and what has arrived, a device holds at most `limit` bytes of weights in transit.
 
     Args:
         params: tree of `qwen2.param_shapes(config)`, on one device or on a mesh, in device memory.
         targets: layout of each replica, equal but for its devices, and its first device. All are of this process.
-        limit: bytes of a cut on one device.
+        limit: bytes of a bucket on one device.
 
     Raises:
         ValueError: one array alone is larger than the limit.
     """
     config = targets[0][0].config
     placed = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
-    for cut, program, arguments in cuts(params, targets[0][0], limit):
+    for bucket, program, arguments in buckets(params, targets[0][0], limit):
         arrived = land(program(*arguments), targets)
         for weights, pieces in zip(placed, jax.block_until_ready(arrived), strict=True):
-            if cut.count:
-                for layer, piece in enumerate(pieces, cut.start):
+            if bucket.count:
+                for layer, piece in enumerate(pieces, bucket.start):
                     weights["layers"][layer] |= piece
             else:
                 weights |= pieces
@@ -66,7 +66,7 @@ def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limi
 
 
 def land(pieces: Any, targets: Sequence[tuple[Layout, jax.Device]]) -> list[Any]:
-    """What a cut's program returned, for each replica on its devices."""
+    """What a bucket's program returned, for each replica on its devices."""
 
     def placing(layout: Layout, device: jax.Device):
         if layout.mesh is None:
@@ -76,8 +76,10 @@ def land(pieces: Any, targets: Sequence[tuple[Layout, jax.Device]]) -> list[Any]
     return [_by_name(pieces, placing(layout, device), memory.land) for layout, device in targets]
 
 
-def cuts(params: dict, layout: Layout, limit: int = LIMIT) -> Iterator[tuple[Cut, jax.stages.Wrapped, tuple]]:
-    """Yields (cut, jitted, arguments) in order; `params` may be jax.ShapeDtypeStruct with shardings.
+def buckets(
+    params: dict, layout: Layout, limit: int = BUCKET_BYTES
+) -> Iterator[tuple[Bucket, jax.stages.Wrapped, tuple]]:
+    """Yields (bucket, jitted, arguments) in order; `params` may be jax.ShapeDtypeStruct with shardings.
 
     Every program's results are split over all devices of the parameters, `layout.tensor` parts or one.
 
@@ -94,29 +96,31 @@ def cuts(params: dict, layout: Layout, limit: int = LIMIT) -> Iterator[tuple[Cut
 
     ends = {name: size(shape, name) for name, shape in shapes.items() if name != "layers"}
     for names in _packed(ends, limit):
-        yield Cut(names), *_program_of(params, Cut(names), layout, mesh)
+        yield Bucket(names), *_program_of(params, Bucket(names), layout, mesh)
     layer = {name: size(shape, name) for name, shape in shapes["layers"][0].items()}
     for names in _packed(layer, limit):
         many = min(layout.config.num_layers, limit // sum(layer[name] for name in names))
         for start in range(0, layout.config.num_layers, many):
-            cut = Cut(names, start, min(many, layout.config.num_layers - start))
-            yield cut, *_program_of(params, cut, layout, mesh)
+            bucket = Bucket(names, start, min(many, layout.config.num_layers - start))
+            yield bucket, *_program_of(params, bucket, layout, mesh)
 
 
-def _program_of(params: dict, cut: Cut, layout: Layout, mesh: Mesh | None) -> tuple[jax.stages.Wrapped, tuple]:
-    """The program of a cut, one for all cuts that differ only in where they start, and its arguments."""
-    if cut.count:
-        needed = {"layers": {name: params["layers"][name] for name in cut.names}}
+def _program_of(params: dict, bucket: Bucket, layout: Layout, mesh: Mesh | None) -> tuple[jax.stages.Wrapped, tuple]:
+    """The program of a bucket, one for all buckets that differ only in where they start, and its arguments."""
+    if bucket.count:
+        needed = {"layers": {name: params["layers"][name] for name in bucket.names}}
     else:
-        needed = {name: leaf for name, leaf in params.items() if name in (*cut.names, "embedding") and name != "layers"}
-    specs = tuple((name, layout.weight_spec(name)) for name in cut.names)
+        needed = {
+            name: leaf for name, leaf in params.items() if name in (*bucket.names, "embedding") and name != "layers"
+        }
+    specs = tuple((name, layout.weight_spec(name)) for name in bucket.names)
     rest = tuple((name, leaf.sharding) for name, leaf in needed.get("layers", {}).items()) if mesh is not None else ()
-    return _program(cut.names, cut.count, layout.config, mesh, specs, rest), (needed, np.int32(cut.start))
+    return _program(bucket.names, bucket.count, layout.config, mesh, specs, rest), (needed, np.int32(bucket.start))
 
 
 @functools.lru_cache
 def _program(names, count, config, mesh, specs, rest) -> jax.stages.Wrapped:
-    work = functools.partial(_cut, names=names, count=count, config=config, rest=rest)
+    work = functools.partial(_in_bucket, names=names, count=count, config=config, rest=rest)
     if mesh is None:
         return jax.jit(work)
 
@@ -127,7 +131,7 @@ def _program(names, count, config, mesh, specs, rest) -> jax.stages.Wrapped:
     return jax.jit(work, out_shardings=[shardings] * count if count else shardings)
 
 
-def _cut(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwen2Config, rest=()):
+def _in_bucket(params: dict, start, *, names: tuple[str, ...], count: int, config: Qwen2Config, rest=()):
     dtype = jnp.dtype(config.dtype)
     if not count:
         ends = {
@@ -163,7 +167,7 @@ def _packed(sizes: dict[str, int], limit: int) -> list[tuple[str, ...]]:
     room = 0
     for name, size in sizes.items():
         if size > limit:
-            raise ValueError(f"expected at least {size} bytes for the way of {name}, got a limit of {limit}")
+            raise ValueError(f"expected a bucket of at least {size} bytes, for {name}, got {limit}")
         if not groups or size > room:
             groups.append([])
             room = limit

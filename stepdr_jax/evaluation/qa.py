@@ -24,6 +24,7 @@ from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import Result
 from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages, storage
@@ -116,7 +117,7 @@ async def run_tasks(
     async def score_job(job: tuple[int, int], sampled: tuple[Episode, int]) -> Result:
         (task_index, sample), (episode, attempts) = job, sampled
         task, rubric_set = tasks[task_index], rubric_sets[tasks[task_index].id]
-        scored = await runner.judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
+        scored = await judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
         identity = dict(
             index=task_index * samples + sample,
             task_index=task_index,
@@ -140,7 +141,7 @@ async def run_tasks(
     return list(rows.values())
 
 
-def _row(identity: dict, task: Task, trajectory: Trajectory, scored: runner.Scored, price: float) -> Result:
+def _row(identity: dict, task: Task, trajectory: Trajectory, scored: Scored, price: float) -> Result:
     stats, missing = trajectory.stats, None
     verdict = scored.verdict or Verdict(reward=None, judgments=[])
     if scored.masked is not None:
@@ -182,7 +183,7 @@ def trained_stages(config: ConfigDict) -> list[str]:
     return [stage for stage in stages.evaluated() if stage == stages.INIT or layout.stage(stage).done.exists()]
 
 
-def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
+def evaluation_fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     """What the rows of a stage depend on: checkpoint, tasks, budgets and sampling, as 16 hex digits."""
     layout, (name, _, step) = RunLayout.from_config(config), stage.partition("@")
     made, tokenizer = layout.stage(name), layout.tokenizer
@@ -206,10 +207,10 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
 def finished(config: ConfigDict, stage: str) -> Path | None:
     """The path of a stage's rows when all of them are there and belong to the checkpoint and settings at hand."""
     tasks, _ = load_tasks(config, stage)
-    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    path, fingerprint = result_path(config, stage), evaluation_fingerprint(config, stage, tasks)
     if not path.exists():
         return None
-    rows = [row for row in files.read_jsonl(path) if row.get("fingerprint") == mark]
+    rows = [row for row in files.read_jsonl(path) if row.get("fingerprint") == fingerprint]
     return path if len(rows) == len(tasks) * config.eval.samples else None
 
 
@@ -227,10 +228,10 @@ def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     if path := finished(config, stage):
         return path
     tasks, rubric_sets = load_tasks(config, stage)
-    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    path, fingerprint = result_path(config, stage), evaluation_fingerprint(config, stage, tasks)
     total = len(tasks) * config.eval.samples
     partial = path.with_name(f"{stage}.partial.jsonl")
-    kept = _kept(partial, mark)
+    kept = _kept(partial, fingerprint)
     files.write_jsonl(partial, (_as_row(row) for row in kept))  # drops rows of other settings and torn lines
 
     progress = Progress(f"evaluate {stage} seed {config.seed}", total, "episodes", start=len(kept))
@@ -242,7 +243,7 @@ def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
             seen.append(result.reward)
         progress.update(1, reward=sum(seen) / max(len(seen), 1), missing=progress.done + 1 - len(seen))
 
-    rows = asyncio.run(_evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result))
+    rows = asyncio.run(_evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, on_result))
     measured = [row for row in rows if row.missing is None]
     if not measured:
         raise UserError(
@@ -257,16 +258,19 @@ def _as_row(result: Result) -> dict:
     return result.model_dump(mode="json", exclude_defaults=True)
 
 
-def _kept(partial: Path, mark: str) -> list[Result]:
+def _kept(partial: Path, fingerprint: str) -> list[Result]:
     """Rows of an interrupted evaluation that still count; missing ones are tried again."""
     rows = files.read_jsonl(partial) if partial.exists() else []
-    return [Result.model_validate(row) for row in rows if row.get("fingerprint") == mark and not row.get("missing")]
+    return [
+        Result.model_validate(row) for row in rows if row.get("fingerprint") == fingerprint and not row.get("missing")
+    ]
 
 
-async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
-    from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
+async def _evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, on_result) -> list[Result]:
+    from stepdr_jax.engine.remote import RemoteEngine  # here, so that selecting and reading work without jax
+    from stepdr_jax.training import sampler
 
-    engine, tokenizer = sampler.of_stage(config, stage)
+    engine, tokenizer = sampler.engine_of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools, judge = (
         Tools.from_config(config, host),
@@ -282,7 +286,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
             Limits.from_config(config.agent),
             stage=stage,
             seed=config.seed,
-            fingerprint=mark,
+            fingerprint=fingerprint,
             samples=config.eval.samples,
             concurrency=config.sampler.max_num_seqs,
             price=config.eval.price_per_million_tokens,
@@ -294,6 +298,8 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
     finally:
         await tools.close()
         await judge.close()
+        if isinstance(engine, RemoteEngine):
+            await engine.stop()
 
 
 def entity_names(path: Path) -> list[str]:

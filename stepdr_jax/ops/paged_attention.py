@@ -1,11 +1,11 @@
 """Attention of new tokens over K/V that are kept in pages of a fixed number of tokens.
 
-A sequence's tokens are in the pages that its row of a table names, in order: token s is in page table[s // page] at
-offset s % page. Two backends keep pages differently:
+A sequence's tokens are in the pages that its row of a table names, in order: token s is in page table[s // page_size] at
+offset s % page_size. Two backends keep pages differently:
 
-`reference`, pure jnp: {"k": [P, N, K, page], "v": [P, N, page, K]}. Scores run along the contiguous axis, which makes a
+`reference`, pure jnp: {"k": [P, N, K, s], "v": [P, N, s, K]}. Scores run along the contiguous axis, which makes a
 decode step of many sequences fast on CPU. Where a page is as long as a sequence may be, nothing is gathered.
-`ragged`, the Pallas kernel of jax.experimental for TPUs: one array [P, page, 2N, K], keys in the even heads.
+`ragged`, the Pallas kernel of jax.experimental for TPUs: one array [P, s, 2N, K], keys in the even heads.
 """
 
 from typing import Any
@@ -26,21 +26,21 @@ def choose(platform: str, head_dim: int) -> str:
     return "ragged" if platform == "tpu" and head_dim % RAGGED_HEAD_DIM == 0 else "reference"
 
 
-def init_pages(backend: str, pages: int, page: int, kv_heads: int, head_dim: int, dtype) -> Any:
+def init_pages(backend: str, num_pages: int, page_size: int, kv_heads: int, head_dim: int, dtype) -> Any:
     """Zeroed pages of one layer."""
     if backend == "ragged":
-        return jnp.zeros((pages, page, 2 * kv_heads, head_dim), dtype)
+        return jnp.zeros((num_pages, page_size, 2 * kv_heads, head_dim), dtype)
     return {
-        "k": jnp.zeros((pages, kv_heads, head_dim, page), dtype),
-        "v": jnp.zeros((pages, kv_heads, page, head_dim), dtype),
+        "k": jnp.zeros((num_pages, kv_heads, head_dim, page_size), dtype),
+        "v": jnp.zeros((num_pages, kv_heads, page_size, head_dim), dtype),
     }
 
 
-def places(table_BM, positions_BT, valid_BT, *, pages: int, page: int):
+def places(table_BM, positions_BT, valid_BT, *, num_pages: int, page_size: int):
     """(page, offset) int32[B, T] of each token; for tokens that are not valid a page that does not exist."""
-    column_BT = jnp.minimum(positions_BT // page, table_BM.shape[1] - 1)
+    column_BT = jnp.minimum(positions_BT // page_size, table_BM.shape[1] - 1)
     page_BT = jnp.take_along_axis(table_BM, column_BT, axis=1)
-    return jnp.where(valid_BT, page_BT, pages), positions_BT % page
+    return jnp.where(valid_BT, page_BT, num_pages), positions_BT % page_size
 
 
 def write(pages, k_BTNK, v_BTNK, places_BT):
@@ -74,9 +74,9 @@ def attend(q_BTHK, pages, table_BM, positions_BT):
     if table_BM is not None:
         M = table_BM.shape[1]
         gathered_BMNKs, gathered_BMNsK = k_BNKS[table_BM], v_BNSK[table_BM]
-        N, page = k_BNKS.shape[1], k_BNKS.shape[3]
-        k_BNKS = gathered_BMNKs.transpose(0, 2, 3, 1, 4).reshape(B, N, K, M * page)
-        v_BNSK = gathered_BMNsK.transpose(0, 2, 1, 3, 4).reshape(B, N, M * page, K)
+        N, page_size = k_BNKS.shape[1], k_BNKS.shape[3]
+        k_BNKS = gathered_BMNKs.transpose(0, 2, 3, 1, 4).reshape(B, N, K, M * page_size)
+        v_BNSK = gathered_BMNsK.transpose(0, 2, 1, 3, 4).reshape(B, N, M * page_size, K)
     N, S = v_BNSK.shape[1:3]
     hidden_BTS = jnp.arange(S)[None, None, :] > positions_BT[:, :, None]
     q_BNGTK = (q_BTHK * K**-0.5).reshape(B, T, N, H // N, K).transpose(0, 2, 3, 1, 4)
@@ -104,11 +104,11 @@ def _ragged(q_BTHK, pages_PsCK, table_BM, positions_BT):
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     B, T, H, K = q_BTHK.shape
-    page = pages_PsCK.shape[1]
+    page_size = pages_PsCK.shape[1]
     page_bytes = pages_PsCK.size * pages_PsCK.dtype.itemsize // pages_PsCK.shape[0]
     # Every row has T queries, of which the last may be padding: its length then counts tokens that are not written,
     # which only queries without meaning see. Their pages may lie past the table's end.
-    table_BM = jnp.pad(table_BM, ((0, 0), (0, -(-T // page))))
+    table_BM = jnp.pad(table_BM, ((0, 0), (0, -(-T // page_size))))
     o_XHK = ragged_paged_attention(
         q_BTHK.reshape(B * T, H, K),
         pages_PsCK,

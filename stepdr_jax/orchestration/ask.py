@@ -72,7 +72,8 @@ def trained_policy(
     config: ConfigDict, stage: str, question: str, as_of: str, temperature: float
 ) -> policy.EnginePolicy:
     """The run's checkpoint of `stage` in the JAX sampler. Raises UserError when the question leaves it no room."""
-    from stepdr_jax.tokens import chat  # here, so that endpoint users need no jax
+    from stepdr_jax.engine import factory  # here, so that endpoint users need no jax
+    from stepdr_jax.tokens import chat
     from stepdr_jax.tokens.tokenizer import Tokenizer
     from stepdr_jax.training import sampler
 
@@ -86,7 +87,7 @@ def trained_policy(
         raise UserError(
             f"the question takes {used} tokens, this model's context has room for {room}; ask it in fewer words"
         )
-    engine, tokenizer = sampler.of_stage(sampler.with_slots(config, 1), stage)
+    engine, tokenizer = sampler.engine_of_stage(factory.with_max_num_seqs(config, 1), stage)
     return policy.EnginePolicy(engine, tokenizer, temperature, name=stage)
 
 

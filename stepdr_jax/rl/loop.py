@@ -117,7 +117,7 @@ def read_inputs(config: ConfigDict) -> PPOInputs:
 
 def train_ppo(config: ConfigDict, inputs: PPOInputs) -> dict:
     """Runs the remaining iterations and returns done.json. Raises `distributed.Preempted` when preempted before."""
-    return _finish(asyncio.run(_train(config, inputs, ppo_layout(config), config.ppo.iterations)))
+    return _require_done(asyncio.run(_train(config, inputs, ppo_layout(config), config.ppo.iterations)))
 
 
 def replay_ppo(config: ConfigDict, inputs: PPOInputs) -> dict:
@@ -128,10 +128,10 @@ def replay_ppo(config: ConfigDict, inputs: PPOInputs) -> dict:
     """
     recorded = ReplayedRollouts(inputs, ppo_layout(config).iterations)
     iterations = min(recorded.count, config.ppo.iterations)
-    return _finish(asyncio.run(_train(config, inputs, replay_layout(config), iterations, recorded)))
+    return _require_done(asyncio.run(_train(config, inputs, replay_layout(config), iterations, recorded)))
 
 
-def _finish(done: dict | None) -> dict:
+def _require_done(done: dict | None) -> dict:
     if done is None:
         raise distributed.Preempted
     return done

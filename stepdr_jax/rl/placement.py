@@ -2,7 +2,7 @@
 
     placement.sampler = colocated       the sampler uses the first devices of each process, alternating with the
                                         learner: it frees its weights and K/V before the learner starts
-                                        (`JaxEngine.release`)
+                                        (`JaxEngine.sleep`)
     placement.sampler = disaggregated   the sampler has the last devices of each process; the learner's mesh is made of
                                         the others
     placement.offload = idle            idle state rests in pinned host memory: the critic while the actor learns, the
@@ -49,7 +49,8 @@ class DevicePlacement:
     @classmethod
     def from_config(cls, config: ConfigDict) -> "DevicePlacement":
         """Raises UserError for sizes that the devices do not have, naming the fields."""
-        section, wanted = config.placement, config.sampler.replicas * config.sampler.tensor
+        section, servers = config.placement, config.sampler.engine != "jax"
+        wanted = 0 if servers else config.sampler.replicas * config.sampler.tensor
         disaggregated, local = section.sampler == "disaggregated", jax.local_devices()
         if wanted + disaggregated > len(local):
             learners = ", and one for the learner" if disaggregated else ""
@@ -62,7 +63,7 @@ class DevicePlacement:
                 f"placement.offload: {local[0].device_kind} has no pinned host memory; use placement.offload=none"
             )
         concurrent = config.ppo.staleness > 0
-        if concurrent and not disaggregated and (section.offload == "idle" or len(local) > 1):
+        if concurrent and not disaggregated and not servers and (section.offload == "idle" or len(local) > 1):
             raise UserError(
                 "ppo.staleness samples while the learner works: with more than one device, or "
                 "placement.offload=idle, the sampler needs its own devices; set placement.sampler=disaggregated"

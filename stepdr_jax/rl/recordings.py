@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from stepdr_jax import files
-from stepdr_jax.agent.runner import Scored
 from stepdr_jax.errors import UserError
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Task, Trajectory, Verdict
 from stepdr_jax.rl.learner import Details
 from stepdr_jax.rl.rollout_metrics import evenly_spaced

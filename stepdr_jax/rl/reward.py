@@ -1,22 +1,21 @@
 """From how an episode ended and what the judge said to a reward, or to none.
 
     answered, judged               the verdict's reward
-    answered, judge failed         masked as judge_failed (`runner.judge_episode`)
+    answered, judge failed         masked as judge_failed (`judge_episode`)
     truncated: turns, tokens, calls or format errors used up before an answer     by rule, without a judge
     wall clock, broken tools or engine, cancelled                                 masked
 
 A masked episode has reward None. It has weight 0 in every loss, in whitening and for the critic.
 """
 
-from stepdr_jax.agent import runner
-from stepdr_jax.agent.runner import Scored
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 
 TRUNCATED_RULES = ("worst", "zero")
 
 
-def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
+def truncated_reward(rubric_set: RubricSet, rule: str) -> float:
     """The reward of an episode without an answer; no value is bootstrapped from its truncated end.
 
     zero: 0, as in Open-Reasoner-Zero. There a wrong answer is worth 0 too; under rubrics with negative weights it is
@@ -25,7 +24,7 @@ def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
     """
     if rule not in TRUNCATED_RULES:
         raise ValueError(f"expected ppo.truncated_reward among {', '.join(TRUNCATED_RULES)}, got {rule!r}")
-    weights = [rubric.weight for rubric in rubric_set.rubrics] if rubric_set is not None else []
+    weights = [rubric.weight for rubric in rubric_set.rubrics]
     positive = sum(weight for weight in weights if weight > 0)
     if rule == "zero" or not positive:
         return 0.0
@@ -33,11 +32,11 @@ def truncated_reward(rubric_set: RubricSet | None, rule: str) -> float:
 
 
 async def score(
-    judge: Judge, task: Task, rubric_set: RubricSet | None, trajectory: Trajectory, truncated: str = "worst"
+    judge: Judge, task: Task, rubric_set: RubricSet, trajectory: Trajectory, truncated: str = "worst"
 ) -> Scored:
     """Scores one episode; `truncated` is the rule of `truncated_reward`."""
     if trajectory.finish.is_policy_outcome and trajectory.answer is None:
         correct = None if task.answer is None else False
         value = truncated_reward(rubric_set, truncated)
         return Scored(value, Verdict(reward=value, judgments=[], correct=correct, cited=False))
-    return await runner.judge_episode(judge, task, rubric_set, trajectory)
+    return await judge_episode(judge, task, rubric_set, trajectory)

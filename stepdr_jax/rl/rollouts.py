@@ -12,6 +12,7 @@ from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory
 from stepdr_jax.rl import reward
 from stepdr_jax.tokens.log import TokenLog
@@ -26,7 +27,7 @@ class Rollout:
     seed: int
     trajectory: Trajectory
     log: TokenLog | None
-    scored: runner.Scored
+    scored: Scored
 
     @property
     def masked(self) -> str | None:
@@ -126,7 +127,7 @@ async def collect_rollouts(
 
     async def score(index: int, sampled: tuple[Trajectory, TokenLog | None]) -> Rollout:
         task, (trajectory, log) = tasks[index], sampled
-        scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, truncated)
+        scored = await reward.score(judge, task, rubric_sets[task.id], trajectory, truncated)
         return Rollout(index, task, seeds[index], trajectory, log, scored)
 
     jobs = {index: index for index in range(len(tasks))}

@@ -16,7 +16,9 @@ from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.agent.tools import Tools
+from stepdr_jax.engine import factory
 from stepdr_jax.engine.engine import JaxEngine
+from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -28,7 +30,6 @@ from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from stepdr_jax.training import sampler
 from tools_env.client import ToolInfraError
 
 ROUNDS = 3  # an iteration's masked episodes are sampled at most so often, then the run stops
@@ -109,16 +110,16 @@ async def cancel_sampling(sampling: asyncio.Task[Timed]) -> None:
 
 def build_engine(
     config: ConfigDict, inputs: PPOInputs, params: Params, *, version: int, placement: DevicePlacement
-) -> JaxEngine:
+) -> JaxEngine | RemoteEngine:
     """The sampler that `config.sampler` describes, with the actor's parameters of `version`, in whatever memory."""
-    return sampler.engine_of(
+    return factory.make_engine(
         config,
         memory.copied(params, memory.DEVICE),
         inputs.model,
         inputs.tokenizer,
         version=version,
         devices=placement.sampler_devices,
-        transfer_bytes=placement.bucket_bytes,
+        weight_sync_bytes=placement.bucket_bytes,
     )
 
 
@@ -139,7 +140,7 @@ class OnlineRollouts:
         self,
         config: ConfigDict,
         inputs: PPOInputs,
-        engine: JaxEngine,
+        engine: JaxEngine | RemoteEngine,
         *,
         directory: Path,
         fingerprint: str,
@@ -186,21 +187,26 @@ class OnlineRollouts:
     async def sleep(self) -> None:
         """Frees the sampler's memory before the learner works, if they share devices."""
         if self.placement.sampler_sleeps:
-            await self.engine.release()
+            await self.engine.sleep()
 
     async def update_weights(self, params: Params, version: int) -> None:
         """Gives the sampler the weights after `version` iterations, for everything sampled from now on."""
-        if version != self.engine.version or self.engine.released:
+        if version != self.engine.version or self.engine.sleeping:
             await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
     def stats(self) -> dict[str, float]:
         held = self.engine.stats()
-        pages = {"sampler_pages_peak": held["pages_peak"] / held["pages"]} if held.get("pages") else {}
-        return {"tool_host_restarts": self.tools.restarts, "sampler_evictions": held["evictions"]} | pages
+        if isinstance(self.engine, RemoteEngine):
+            own = {"sampler_weights_sent_again": held["weights_sent_again"]}
+        else:
+            own = {"sampler_evictions": held["evictions"], "sampler_pages_peak": held["pages_peak"] / held["num_pages"]}
+        return {"tool_host_restarts": self.tools.restarts} | own
 
     async def close(self) -> None:
         await self.tools.close()
         await self.inputs.judge.close()
+        if isinstance(self.engine, RemoteEngine):
+            await self.engine.stop()
 
     async def _collect_enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Rollout]:
         """Collects an iteration; while too large a share is masked, samples masked episodes again, with their seeds.

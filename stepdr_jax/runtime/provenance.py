@@ -57,10 +57,13 @@ def ppo_settings(config: ConfigDict, model: Any, judge: dict[str, Any], origin: 
         origin: names the policy it starts from and the tasks.
     """
     ppo, agent = (json.loads(config[section].to_json_best_effort()) for section in ("ppo", "agent"))
+    # Engines differ in their random numbers and in the last bits of their logits.
+    engine = {} if config.sampler.engine == "jax" else {"sampler.engine": config.sampler.engine}
     return {
         **{f"ppo.{name}": value for name, value in ppo.items() if name not in PPO_MAY_CHANGE},
         **{f"agent.{name}": value for name, value in agent.items()},
         **judge,
+        **engine,
         **{f"model.{name}": value for name, value in dataclasses.asdict(model).items()},
         "seed": config.seed,
         "offline_web.as_of": config.offline_web.as_of,

@@ -13,6 +13,7 @@ from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
+from stepdr_jax.judge.scored import judge_episode
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.synthesis import cleaning, reflection
@@ -155,7 +156,7 @@ async def _solve(
         return teacher(job.task, job.style.retry() if attempt else job.style, seed + attempt)
 
     async def judged(trajectory: Trajectory) -> Verdict:
-        scored = await runner.judge_episode(judge, job.task, job.rubric_set, trajectory)
+        scored = await judge_episode(judge, job.task, job.rubric_set, trajectory)
         return scored.verdict or Verdict(reward=None, judgments=[])
 
     return await reflection.solve_with_reflection(

@@ -17,8 +17,8 @@ SLOTS, LENGTH, PAGE = 64, 2048, 64
 MODEL = qwen2.Qwen2Config(8192, 512, 2, 4, 2, 128, 1024, 1e6, 1e-6, False, dtype="bfloat16", param_dtype="bfloat16")
 
 chips = topologies.get_topology_desc("v5p:2x2x1", "tpu").devices[:2]
-layout = engine.layout_of(MODEL, SLOTS, LENGTH, page=PAGE, devices=chips)
-program, arguments = sampler.decode(layout, chips[0], slots=SLOTS, steps=8)
+layout = engine.layout_of(MODEL, SLOTS, LENGTH, page_size=PAGE, devices=chips)
+program, arguments = sampler.decode(layout, chips[0], max_num_seqs=SLOTS, decode_steps=8)
 memory = program.lower(*arguments).compile().memory_analysis()
 pool = arguments[1]
 print(

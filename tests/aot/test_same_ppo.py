@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax.aot import programs as planned
-from stepdr_jax.engine import programs
+from stepdr_jax.engine import factory, programs
 from stepdr_jax.engine.engine import SampleParams
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.qwen2 import Qwen2Config
@@ -15,7 +15,6 @@ from stepdr_jax.rl import learner, ppo
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.sharding import rules
 from stepdr_jax.sharding.mesh import make_mesh
-from stepdr_jax.training import sampler
 from tests.rl import toy
 
 
@@ -75,7 +74,7 @@ def test_the_sampler_runs_the_programs_that_the_planner_compiles(tmp_path):
 
     async def sample():
         params = qwen2.init_params(model, jax.random.key(0))
-        engine = sampler.engine_of(config, params, model, toy.TOKENIZER)
+        engine = factory.make_engine(config, params, model, toy.TOKENIZER)
         await engine.generate("one", list(range(20)), SampleParams(max_tokens=6, seed=1))
         await engine.close("one")
 

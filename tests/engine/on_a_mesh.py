@@ -33,15 +33,25 @@ async def turns(engine):
 
 
 def sampled(**settings):
-    engine = JaxEngine(PARAMS, CONFIG, slots=4, max_len=64, stop_ids=(3, 7), rows=2, chunk=8, steps=4, **settings)
-    devices = {d for shard in engine._shards for leaf in jax.tree.leaves(shard.pool) for d in leaf.devices()}
+    engine = JaxEngine(
+        PARAMS,
+        CONFIG,
+        max_num_seqs=4,
+        max_len=64,
+        stop_ids=(3, 7),
+        prefill_batch=2,
+        prefill_chunk=8,
+        decode_steps=4,
+        **settings,
+    )
+    devices = {d for pool in engine._pools for leaf in jax.tree.leaves(pool.kv_pages) for d in leaf.devices()}
     found = asyncio.run(turns(engine))
     return [g.ids for s in found for g in s], [p for s in found for g in s for p in g.logprobs], len(devices)
 
 
-alone, alone_logprobs, _ = sampled(page=16)
+alone, alone_logprobs, _ = sampled(page_size=16)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "tensor"))
-split, split_logprobs, devices = sampled(page=16, mesh=mesh)
+split, split_logprobs, devices = sampled(page_size=16, mesh=mesh)
 print(
     json.dumps(
         {

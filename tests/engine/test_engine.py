@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax.engine.engine import EngineError, JaxEngine, SampleParams
-from stepdr_jax.engine.pages import PagePool, Session
+from stepdr_jax.engine.pages import PageAllocator, Session
 from stepdr_jax.models import qwen2
 from stepdr_jax.ops.vocab_loss import token_stats
 
@@ -35,11 +35,14 @@ PARAMS = jax.tree.map(lambda w: 6 * w, qwen2.init_params(CONFIG, jax.random.PRNG
 OTHER = jax.tree.map(lambda w: 5 * w, qwen2.init_params(CONFIG, jax.random.PRNGKey(1)))
 
 
-PAGED = dict(page=8, pages=40)  # of 4 slots: 5 sequences of 64 tokens
+PAGED = dict(page_size=8, num_pages=40)  # room for 5 sequences of 64 tokens
 
 
 def make_engine(**overrides):
-    settings = dict(slots=4, max_len=MAX_LEN, stop_ids=STOPS, rows=2, chunk=8, steps=4) | overrides
+    settings = (
+        dict(max_num_seqs=4, max_len=MAX_LEN, stop_ids=STOPS, prefill_batch=2, prefill_chunk=8, decode_steps=4)
+        | overrides
+    )
     return JaxEngine(PARAMS, CONFIG, **settings)
 
 
@@ -112,14 +115,16 @@ def same(got: dict, wanted: dict) -> None:
         ]
 
 
-@pytest.mark.parametrize("pages", [PAGED, dict(page=16), dict(page=5, pages=21), dict(page=8, pages=8)])
+@pytest.mark.parametrize(
+    "pages", [PAGED, dict(page_size=16), dict(page_size=5, num_pages=21), dict(page_size=8, num_pages=8)]
+)
 def test_pages_do_not_change_samples(reference, pages):
     """Of any size, down to room for one sequence: sessions then take each other's pages in the middle of a turn."""
     for prefill_calls in (0, 1):
         engine = make_engine(prefill_calls=prefill_calls, **pages)
         same(together(engine, range(16)), reference)
         assert engine.stats()["pages_in_use"] == 0
-    if pages.get("pages") == 8:
+    if pages.get("num_pages") == 8:
         assert engine.stats()["preemptions"] > 0
 
 
@@ -132,7 +137,7 @@ def test_where_a_sequences_pages_lie_does_not_change_a_bit():
 
 
 def test_pages_that_were_on_the_host_come_back_exactly():
-    alone = one_by_one(make_engine(page=8), range(6))
+    alone = one_by_one(make_engine(page_size=8), range(6))
 
     async def run(engine):
         opened = {number: [] for number in range(6)}
@@ -143,7 +148,7 @@ def test_pages_that_were_on_the_host_come_back_exactly():
                 opened[number].append(await engine.generate(f"s{number}", new, params))
         return opened
 
-    engine = make_engine(page=8, pages=9)
+    engine = make_engine(page_size=8, num_pages=9)
     assert asyncio.run(run(engine)) == alone
     assert engine.stats()["evictions"] > 3
     assert engine.stats()["replayed_tokens"] == 0
@@ -152,7 +157,7 @@ def test_pages_that_were_on_the_host_come_back_exactly():
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(st.lists(st.tuples(st.sampled_from("grow release".split()), st.integers(0, 4), st.integers(0, 40))))
 def test_pages_are_never_lost_or_shared(moves):
-    pool = PagePool(7, 4)
+    pool = PageAllocator(7, 4)
     sessions = [Session(str(i)) for i in range(5)]
     for move, which, tokens in moves:
         session = sessions[which]
@@ -167,8 +172,8 @@ def test_pages_are_never_lost_or_shared(moves):
         assert sorted(held) == sorted(set(held)) and len(held) + pool.free == 7
 
 
-def test_shards_do_not_change_samples(reference):
-    assert together(make_engine(slots=4, shards=2, rows=2), range(16)) == {
+def test_pools_do_not_change_samples(reference):
+    assert together(make_engine(max_num_seqs=4, pools=2, prefill_batch=2), range(16)) == {
         number: [dataclasses.replace(g, logprobs=pytest.approx(g.logprobs, abs=1e-5)) for g in turns]
         for number, turns in reference.items()
     }
@@ -181,7 +186,7 @@ def test_the_reference_exercises_every_kind_of_turn(reference):
 
 
 def test_eviction_to_the_host_is_exact(reference):
-    """More open sessions than slots: every turn of each finds its slot taken by another."""
+    """More open sessions than max_num_seqs: every turn of each finds its place taken by another."""
 
     async def run(engine):
         opened = [[] for _ in range(6)]
@@ -192,7 +197,7 @@ def test_eviction_to_the_host_is_exact(reference):
                 opened[number].append(await engine.generate(f"s{number}", new, params))
         return opened
 
-    engine = make_engine(slots=4)
+    engine = make_engine(max_num_seqs=4)
     assert asyncio.run(run(engine)) == [reference[number] for number in range(6)]
     assert engine.stats()["evictions"] > 6
     assert engine.stats()["sessions"] == 6
@@ -312,7 +317,9 @@ def test_new_weights_invalidate_what_was_cached():
         return known, await continued(engine, [20, 21])
 
     known, got = asyncio.run(both())
-    fresh = JaxEngine(OTHER, CONFIG, slots=4, max_len=MAX_LEN, stop_ids=STOPS, rows=2, chunk=8, steps=4)
+    fresh = JaxEngine(
+        OTHER, CONFIG, max_num_seqs=4, max_len=MAX_LEN, stop_ids=STOPS, prefill_batch=2, prefill_chunk=8, decode_steps=4
+    )
     wanted = asyncio.run(continued(fresh, [*known, 20, 21]))
     assert (got.ids, got.logprobs, got.version) == (wanted.ids, wanted.logprobs, 7)
 
@@ -353,7 +360,9 @@ def test_weights_may_change_in_the_middle_of_a_turn(mode):
     assert 8 <= before < 24 and len(generation.ids) == 24
     assert generation.version == 0  # of its first token
     assert engine.stats()["version"] == 5
-    fresh = JaxEngine(OTHER, CONFIG, slots=4, max_len=MAX_LEN, stop_ids=(-5,), rows=2, chunk=8, steps=4)
+    fresh = JaxEngine(
+        OTHER, CONFIG, max_num_seqs=4, max_len=MAX_LEN, stop_ids=(-5,), prefill_batch=2, prefill_chunk=8, decode_steps=4
+    )
     known = [*prompt(1), *generation.ids[:before]]
     continued = asyncio.run(fresh.generate("a", known, SampleParams(max_tokens=24 - before, seed=1)))
     if mode == "recompute":
@@ -366,7 +375,7 @@ def test_weights_may_change_in_the_middle_of_a_turn(mode):
 
 
 def test_a_long_observation_does_not_hold_up_the_others():
-    engine = make_engine(prefill_calls=1, rows=1, stop_ids=(-5,), **PAGED)
+    engine = make_engine(prefill_calls=1, prefill_batch=1, stop_ids=(-5,), **PAGED)
 
     async def run():
         long = asyncio.create_task(engine.generate("long", list(range(10, 58)), SampleParams(max_tokens=4, seed=1)))
@@ -379,8 +388,8 @@ def test_a_long_observation_does_not_hold_up_the_others():
     assert first and len(short.ids) == 16
 
 
-def test_a_cancelled_request_frees_its_slot_and_the_name_can_be_closed():
-    engine = make_engine(slots=1, rows=1, stop_ids=(-5,))
+def test_a_cancelled_request_frees_its_place_and_the_name_can_be_closed():
+    engine = make_engine(max_num_seqs=1, prefill_batch=1, stop_ids=(-5,))
 
     async def run():
         victim = asyncio.create_task(engine.generate("a", prompt(1), SampleParams(max_tokens=40, seed=1)))
@@ -413,7 +422,7 @@ def test_closing_a_session_cancels_its_request_and_frees_its_name():
     assert (engine.stats()["sessions"], engine.stats()["pages_in_use"]) == (0, 0)
 
 
-def test_slots_do_not_leak():
+def test_sessions_do_not_leak():
     engine = make_engine()
     together(engine, range(16))
     assert (engine.stats()["sessions"], engine.stats()["pages_in_use"]) == (0, 0)
@@ -423,12 +432,12 @@ def test_weights_that_are_not_numbers_are_an_error_not_a_sample():
     engine = JaxEngine(
         jax.tree.map(lambda w: w * np.nan, PARAMS),
         CONFIG,
-        slots=4,
+        max_num_seqs=4,
         max_len=MAX_LEN,
         stop_ids=STOPS,
-        rows=2,
-        chunk=8,
-        steps=4,
+        prefill_batch=2,
+        prefill_chunk=8,
+        decode_steps=4,
     )
     with pytest.raises(EngineError, match="non-finite"):
         asyncio.run(engine.generate("s", [10, 11], SampleParams(max_tokens=2, seed=0)))
@@ -441,9 +450,9 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="max_tokens"):
         asyncio.run(engine.generate("s", [1], SampleParams(max_tokens=0, seed=0)))
     for wrong, message in (
-        (dict(slots=3, shards=2), "multiple of shards"),
-        (dict(page=8, pages=7), "at least 8 pages"),
-        (dict(pages=3), "a page for each of 4 slots"),
+        (dict(max_num_seqs=3, pools=2), "multiple of pools"),
+        (dict(page_size=8, num_pages=7), "at least 8 pages"),
+        (dict(num_pages=3), "a page for each of 4 sequences"),
     ):
         with pytest.raises(ValueError, match=message):
             make_engine(**wrong)
@@ -451,13 +460,13 @@ def test_misuse_is_named():
         asyncio.run(engine.update_weights(OTHER, 1, mode="soon"))
 
 
-def test_a_released_engine_holds_nothing_and_goes_on_with_its_sessions_when_it_has_weights_again():
+def test_a_sleeping_engine_holds_nothing_and_goes_on_with_its_sessions_when_it_has_weights_again():
     async def sampled(releases):
         engine = make_engine(**PAGED)
         first = await episode(engine, 3, turns=1, close=False)
         if releases:
-            await engine.release()
-            assert engine.released and not engine._weights and all(shard.pool is None for shard in engine._shards)
+            await engine.sleep()
+            assert engine.sleeping and not engine._weights and all(pool.kv_pages is None for pool in engine._pools)
             with pytest.raises(EngineError, match="no weights.*update_weights"):
                 await engine.generate("s3", [20], SampleParams(max_tokens=9, seed=3))
         await engine.update_weights(OTHER, 1)

@@ -12,6 +12,20 @@ from stepdr_jax.engine.remote import RemoteEngine
 STOP = 7
 
 
+class Folder:
+    """A WeightsFolder that writes nothing."""
+
+    def __init__(self):
+        self.published, self.kept = [], []
+
+    def publish(self, params, version):
+        self.published.append((params, version))
+        return f"/weights/{version}"
+
+    def keep_only(self, path):
+        self.kept.append(path)
+
+
 def vllm(ids, stopped, logprobs=None):
     logprobs = [-0.5 - i for i in range(len(ids))] if logprobs is None else logprobs
     reason = "stop" if stopped else "length"
@@ -30,19 +44,20 @@ def served(dialect, replies, use, **settings):
     requests, replies = [], list(replies)
 
     async def answer(request):
-        requests.append((request.path, await request.json(), request.headers.get("X-Session-ID")))
+        body = await request.json() if request.can_read_body else None
+        requests.append((request.path, body, request.headers.get("X-Session-ID")))
         reply = replies.pop(0)
         return web.Response(status=reply) if isinstance(reply, int) else web.json_response(reply)
 
     async def run():
         app = web.Application()
-        app.router.add_post("/{path:.*}", answer)
+        app.router.add_route("*", "/{path:.*}", answer)
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         endpoint = Endpoint(url, retries=1, backoff=0.001, timeout=5.0)
-        engine = RemoteEngine(endpoint, dialect, model="m", max_len=16, stop_ids=(STOP,), version=3, **settings)
+        engine = RemoteEngine([endpoint], dialect, model="m", max_len=16, stop_ids=(STOP,), version=3, **settings)
         try:
             return await use(engine)
         finally:
@@ -113,11 +128,7 @@ def test_replies_that_a_trainer_must_not_learn_from_are_errors(reply, message):
 
 
 def test_new_weights_are_read_from_where_they_were_published():
-    published = []
-
-    def publish(params, version):
-        published.append((params, version))
-        return f"/weights/{version}"
+    folder = Folder()
 
     async def use(engine):
         await engine.update_weights({"w": 1}, 4)
@@ -126,8 +137,8 @@ def test_new_weights_are_read_from_where_they_were_published():
         return engine.version
 
     replies = [{"success": True}, {"success": False, "message": "bad shape"}]
-    version, requests = served("sglang", replies, use, publish=publish)
-    assert version == 4 and published == [({"w": 1}, 4), ({"w": 2}, 5)]
+    version, requests = served("sglang", replies, use, folder=folder)
+    assert version == 4 and folder.published == [({"w": 1}, 4), ({"w": 2}, 5)] and folder.kept == ["/weights/4"]
     body = {"model_path": "/weights/4", "flush_cache": True, "weight_version": "4"}
     assert requests[0][:2] == ("/update_weights_from_disk", body)
 
@@ -139,7 +150,7 @@ def test_a_server_that_came_back_with_its_first_weights_is_sent_the_current_ones
         return got, engine.stats()["weights_sent_again"]
 
     replies = [{"success": True}, sglang([8, STOP], True), {"success": True}, sglang([9, STOP], True, "4")]
-    (got, again), requests = served("sglang", replies, use, publish=lambda params, version: f"/weights/{version}")
+    (got, again), requests = served("sglang", replies, use, folder=Folder())
     assert (got.ids, got.version, again) == ((9, STOP), 4, 1)  # what the first weights sampled is not used
     assert [path.split("_")[0] for path, *_ in requests] == ["/update", "/generate", "/update", "/generate"]
     assert requests[0] == requests[2] and requests[1] == requests[3]
@@ -152,14 +163,56 @@ def test_a_server_that_keeps_other_weights_is_an_error():
             await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
 
     replies = [{"success": True}, sglang([8, STOP], True)] * 2
-    served("sglang", replies, use, publish=lambda params, version: f"/weights/{version}")
+    served("sglang", replies, use, folder=Folder())
+
+
+def info(version):
+    return {"weight_version": version}
+
+
+def test_vllm_reads_new_weights_and_its_version_is_asked_for_before_and_after_every_turn():
+    async def use(engine):
+        await engine.update_weights({"w": 1}, 4)
+        return await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
+
+    replies = [{"results": [None]}, {"success": True}, info("4"), vllm([9, STOP], True), info("4")]
+    got, requests = served("vllm", replies, use, folder=Folder())
+    assert (got.ids, got.version) == ((9, STOP), 4)
+    assert [path for path, *_ in requests] == [
+        *("/collective_rpc", "/update_weight_version", "/weight_info", "/v1/completions", "/weight_info")
+    ]
+    assert requests[0][1] == {"method": "reload_weights", "kwargs": {"weights_path": "/weights/4"}}
+    assert requests[1][1] == {"new_version": "4"} and requests[3][1]["cache_salt"] == "version 4"
+
+
+def test_what_a_vllm_server_sampled_around_a_restart_is_not_used():
+    async def use(engine):
+        await engine.update_weights({"w": 1}, 4)
+        got = await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1))
+        return got, engine.stats()["weights_sent_again"]
+
+    load = [{"results": [None]}, {"success": True}]
+    turn = [info("4"), vllm([8, STOP], True), info("default")]
+    replies = [*load, *turn, *load, info("4"), vllm([9, STOP], True), info("4")]
+    (got, again), _ = served("vllm", replies, use, folder=Folder())
+    assert (got.ids, again) == ((9, STOP), 1)
+
+
+def test_weights_that_are_published_already_are_sent_before_the_first_turn():
+    async def use(engine):
+        return await engine.generate("s", [1, 2], SampleParams(max_tokens=5, seed=1)), engine.stats()
+
+    replies = [{"success": True}, sglang([9, STOP], True, "00000003-ab")]
+    (got, stats), requests = served("sglang", replies, use, published="/weights/00000003-ab")
+    assert (got.version, stats["weights_sent_again"]) == (3, 0)
+    assert requests[0][1]["model_path"] == "/weights/00000003-ab"
 
 
 def test_what_cannot_be_done_is_said():
     async def use(engine):
-        with pytest.raises(ValueError, match="expected an SGLang server"):
+        with pytest.raises(ValueError, match="expected a folder"):
             await engine.update_weights({}, 1)
 
     served("vllm", [], use)
     with pytest.raises(ValueError, match="dialect among"):
-        RemoteEngine(Endpoint("http://127.0.0.1:1"), "tgi", max_len=4, stop_ids=())
+        RemoteEngine([Endpoint("http://127.0.0.1:1")], "tgi", max_len=4, stop_ids=())

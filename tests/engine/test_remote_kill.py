@@ -45,7 +45,7 @@ def test_episodes_go_on_with_the_same_tokens_when_the_server_is_killed_and_comes
 
     async def run():
         endpoint = Endpoint(f"http://127.0.0.1:{port}", timeout=60.0, retries=10, backoff=0.2)
-        engine = RemoteEngine(endpoint, "vllm", model="script", max_len=serve_script.MAX_LEN, stop_ids=(stop,))
+        engine = RemoteEngine([endpoint], "vllm", model="script", max_len=serve_script.MAX_LEN, stop_ids=(stop,))
         try:
             return await collected(engine, tmp_path)
         finally:

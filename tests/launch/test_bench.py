@@ -20,14 +20,14 @@ def test_a_peer_that_is_absent_is_named_with_its_recipe():
         pass
     else:
         pytest.skip("Tunix is installed")
-    done = run("--what=ppo")
+    done = run("ppo")
     assert done.returncode == 2
     assert done.stderr.strip().endswith("pip install google-tunix==0.1.7")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_decode_measures_against_the_memory_it_is_told():
-    sizes = ["--what=decode", "--slots=2", "--context=40", "--rounds=1"]
+    sizes = ["decode", "--max_num_seqs=2", "--seq_len=40", "--rounds=1"]
     done = run(*sizes, "--bandwidth=1e10")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from stepdr_jax import records
-from stepdr_jax.agent.runner import Scored
 from stepdr_jax.errors import UserError
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Judgment, RubricSet
 from stepdr_jax.reporting import trajectories
 from stepdr_jax.rl import recordings, rollouts

@@ -153,7 +153,16 @@ def test_ppo_finds_the_policy_that_walks_the_chain(taught, staleness):
     """Also from walks of the weights one iteration before, weighed by what the present ones make of them."""
     state, config = jax.tree.map(jnp.copy, taught), settings(tis_cap=2.0 * staleness)
     success, waiting = [], []
-    engine = JaxEngine(state["params"], MODEL, slots=EPISODES, max_len=CONTEXT, stop_ids=(), rows=8, chunk=8, steps=1)
+    engine = JaxEngine(
+        state["params"],
+        MODEL,
+        max_num_seqs=EPISODES,
+        max_len=CONTEXT,
+        stop_ids=(),
+        prefill_batch=8,
+        prefill_chunk=8,
+        decode_steps=1,
+    )
     for iteration in range(40):
         waiting.append(asyncio.run(walks_of(engine, iteration)))
         success.append(np.mean([walk.state == GOAL for walk in waiting[-1]]))

@@ -131,15 +131,15 @@ def whole(tmp_path_factory):
 
 def breaking_steps(monkeypatch, when):
     """Makes the engine's programs fail where `when(number of the step)`, as they do when donated pages are gone."""
-    step, count = scheduler.Shard.step, [0]
+    step, count = scheduler.Pool.step, [0]
 
-    def breaks(shard, weights, version):
+    def breaks(pool, weights, version):
         count[0] += 1
         if when(count[0]):
-            jax.tree.map(lambda pages: pages.delete(), shard.pool)
-        return step(shard, weights, version)
+            jax.tree.map(lambda pages: pages.delete(), pool.kv_pages)
+        return step(pool, weights, version)
 
-    monkeypatch.setattr(scheduler.Shard, "step", breaks)
+    monkeypatch.setattr(scheduler.Pool, "step", breaks)
     return count
 
 

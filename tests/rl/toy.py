@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import miniature
 from stepdr_jax.agent.react import Episode
+from stepdr_jax.endpoint import EndpointError
 from stepdr_jax.engine.engine import EngineError
 from stepdr_jax.models import qwen2
 from stepdr_jax.records import Finish, Judgment, Message, RubricSet, Task, Trajectory, Verdict
@@ -78,7 +79,7 @@ async def run_episode(task, policy, tools, limits, *, prompt, as_of, seed):
         turns.append(await session.act(limits.max_turn_tokens))
         await session.observe([await tools.look(seed)])
         turns.append(await session.act(limits.max_turn_tokens))
-    except (ToolInfraError, EngineError) as error:
+    except (ToolInfraError, EngineError, EndpointError) as error:
         finish, metadata = Finish.INFRA_FAILED, {"cause": f"{type(error).__name__}: {error}"}
     await session.close()
     trajectory = Trajectory(
