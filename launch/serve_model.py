@@ -24,8 +24,8 @@ flags.DEFINE_integer("slots", 16, "replies sampled together", lower_bound=1)
 
 def main(config) -> None:
     from stepdr_jax.agent import server
-    from stepdr_jax.orchestration import ask
     from stepdr_jax.engine import factory
+    from stepdr_jax.orchestration import ask
     from stepdr_jax.training import sampler, state
 
     token = os.environ.get("STEPDR_MODEL_TOKEN", "")

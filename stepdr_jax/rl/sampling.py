@@ -15,12 +15,12 @@ from ml_collections import ConfigDict
 from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
+from stepdr_jax.agent.runner import Judge
 from stepdr_jax.agent.tools import Tools
 from stepdr_jax.engine import factory
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import hosts, recordings, rollouts
