@@ -21,7 +21,7 @@ def measure(config, rounds: int) -> dict:
     from stepdr_jax.rl import loop
 
     parts = loop.prepare(config)
-    with tool_host.of(config, "bench") as host, tempfile.TemporaryDirectory() as folder:
+    with tool_host.open_tool_host(config, "bench") as host, tempfile.TemporaryDirectory() as folder:
         parts = dataclasses.replace(parts, tools=lambda: Tools.of(config, host))
         for number in range(1, rounds + 2):
             for staleness in (0, 1):

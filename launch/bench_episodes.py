@@ -178,7 +178,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
 def main(config) -> None:
     texts = [turn_text(turn, "e123") for turn in range(5)]
     tokenizer = Tokenizer.train(texts, 360)
-    with tool_host.own(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
+    with tool_host.new_tool_host(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
         print(json.dumps(asyncio.run(measure(host, tokenizer, _EPISODES.value, _THINK.value)), indent=1))
 
 

@@ -25,7 +25,7 @@ def main(config) -> None:
         return _watch(config)
     stages = FLAGS.stages or qa.trained_stages(config)
     if not all(qa.finished(config, stage) for stage in stages):
-        with tool_host.of(config, f"seed{config.seed}.evaluate") as host:
+        with tool_host.open_tool_host(config, f"seed{config.seed}.evaluate") as host:
             for stage in stages:
                 qa.evaluate(config, stage, host)
     for stage in stages:
@@ -35,7 +35,7 @@ def main(config) -> None:
 def _watch(config) -> None:
     from stepdr_jax.evaluation import milestones
 
-    with tool_host.of(config, f"seed{config.seed}.watch") as host:
+    with tool_host.open_tool_host(config, f"seed{config.seed}.watch") as host:
         for row in milestones.watch(config, FLAGS.stages or milestones.TRAINED, host):
             shown = "  ".join(f"{name} {row[name]:.3f}" for name in ("reward", "correct", "answered") if name in row)
             print(f"{row['stage']}  step {row['step']}  {row['tokens']} tokens  {shown}", file=sys.stderr, flush=True)

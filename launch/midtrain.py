@@ -23,7 +23,7 @@ def main(config) -> None:
 
     for stage in stages:
         on_milestone = milestones.inline(
-            config, stage, lambda name=stage: tool_host.of(config, f"seed{config.seed}.{name}")
+            config, stage, lambda name=stage: tool_host.open_tool_host(config, f"seed{config.seed}.{name}")
         )
         done = loop.train(config, stage, on_milestone=on_milestone)
         print(f"{stage}  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)

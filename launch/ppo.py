@@ -25,7 +25,7 @@ def main(config) -> None:
         loop.replay(config, loop.prepare(config))
         print(loop.replay_home_of(config))
         return
-    loop.run(config, lambda: tool_host.of(config, f"seed{config.seed}.ppo"))
+    loop.run(config, lambda: tool_host.open_tool_host(config, f"seed{config.seed}.ppo"))
     if distributed.is_lead():
         print(loop.home_of(config))
 

@@ -72,7 +72,7 @@ def main(config) -> None:
 
         world = Path(config.run_dir) / "world"
         build_offline_web(world, seed=config.data_seed, documents=config.world.documents)
-        with tool_host.own(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
+        with tool_host.new_tool_host(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)
     paths = ask.write(trajectory, question, out)

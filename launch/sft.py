@@ -12,7 +12,7 @@ def main(config) -> None:
     from stepdr_jax.evaluation import milestones
     from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
 
-    on_milestone = milestones.inline(config, "sft", lambda: tool_host.of(config, f"seed{config.seed}.sft"))
+    on_milestone = milestones.inline(config, "sft", lambda: tool_host.open_tool_host(config, f"seed{config.seed}.sft"))
     done = loop.train(config, "sft", on_milestone=on_milestone)
     print(f"sft  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
 

@@ -20,7 +20,7 @@ def main(config) -> None:
     elif config.tools.address:
         card = pipeline.run(config, config.tools.address)
     else:
-        with tool_host.own(config, "synthesize") as host:
+        with tool_host.new_tool_host(config, "synthesize") as host:
             card = pipeline.run(config, host.address)
     kept = sum(card["episodes"]["kept"].values())
     tasks = {split: sum(table.values()) for split, table in card["tasks"].items()}

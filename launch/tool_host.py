@@ -1,4 +1,4 @@
-"""Starts the tool host that a script owns, from the `tools` section of its config."""
+"""Starts the tool host of a script, from the `tools` section of its config."""
 
 import contextlib
 from pathlib import Path
@@ -6,13 +6,16 @@ from pathlib import Path
 from tools_env.process import ToolHost
 
 
-def of(config, name: str) -> contextlib.AbstractContextManager[ToolHost | None]:
-    """A tool host of our own for a while, or None where config.tools.address names one that someone else runs."""
-    return contextlib.nullcontext() if config.tools.address else own(config, name)
+def open_tool_host(config, name: str) -> contextlib.AbstractContextManager[ToolHost | None]:
+    """Returns a new tool host as a context manager, or one of None where config.tools.address names a running host."""
+    return contextlib.nullcontext() if config.tools.address else new_tool_host(config, name)
 
 
-def own(config, name: str, **overrides) -> ToolHost:
-    """A tool host over the run's world, as a context manager; its log is run_dir/logs/<name>_tool_host.log."""
+def new_tool_host(config, name: str, **overrides) -> ToolHost:
+    """Returns a tool host over the run's offline web, as a context manager.
+
+    Its log is run_dir/logs/<name>_tool_host.log. `overrides`: settings that replace those of config.tools.
+    """
     run_dir, tools = Path(config.run_dir), config.tools
     settings = dict(
         topk=tools.topk,

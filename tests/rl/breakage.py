@@ -77,7 +77,7 @@ def with_faults(config, visible: dict | None) -> dict:
         return made[-1]
 
     judge = Faulty(parts.judge)
-    with tool_host.of(config, "breakage") as host:
+    with tool_host.open_tool_host(config, "breakage") as host:
         done = loop.train(config, dataclasses.replace(parts, judge=judge, tools=lambda: tools(host)))
     return done | {"replies_lost": made[0].faulty.replies_lost, "rubrics_without_a_verdict": judge.dropped}
 
@@ -98,7 +98,7 @@ def of_survivors(config, folder: Path) -> tuple[dict, int, int]:
 
 def faults(run_dir: Path, iterations: int, folder: Path) -> dict:
     peace = config_of(copy_of(run_dir, folder / "peace"), iterations)
-    loop.run(peace, lambda: tool_host.of(peace, "peace"))
+    loop.run(peace, lambda: tool_host.open_tool_host(peace, "peace"))
     result = {"iterations": iterations, "in peace": {"reward": reward_of(peace)}}
     for name, visible in (("machinery", None), ("machinery and tools", faulty.VISIBLE)):
         struck = config_of(copy_of(run_dir, folder / name), iterations)
