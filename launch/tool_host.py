@@ -1,4 +1,4 @@
-"""Starts the tool host that a script owns, from the `tools` section of its config."""
+"""Starts the tool host of a script, from the `tools` section of its config."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""One built world for all tests of this room, and its web."""
+"""One offline web for all tests of this package, and its server."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A world on disk: complete, the same for the same seed, whole or absent."""
+"""The offline web on disk: complete, the same for the same seed, whole or absent."""
 
 import collections
 import json
@@ -124,7 +124,7 @@ def test_records_of_the_training_side_read_every_file(offline_web_dir, documents
     assert {t.relation for t in triples} == {*entities["aut"].attributes}
 
 
-def test_equal_inputs_give_equal_bytes_and_another_seed_another_world(tmp_path, offline_web_dir):
+def test_equal_inputs_give_equal_bytes_and_another_seed_another_web(tmp_path, offline_web_dir):
     build_offline_web(tmp_path / "same", seed=0)
     build_offline_web(tmp_path / "other", seed=1)
     for name in ("documents.jsonl", "entities.jsonl", "triples.jsonl", "errors.jsonl", "sites.json"):
@@ -132,7 +132,7 @@ def test_equal_inputs_give_equal_bytes_and_another_seed_another_world(tmp_path, 
     assert (tmp_path / "other" / "documents.jsonl").read_bytes() != (offline_web_dir / "documents.jsonl").read_bytes()
 
 
-def test_a_world_of_the_same_inputs_is_left_alone(offline_web_dir, tmp_path):
+def test_an_offline_web_of_the_same_inputs_is_left_alone(offline_web_dir, tmp_path):
     shutil.copytree(offline_web_dir, tmp_path / "world")
     (tmp_path / "world" / "index").mkdir()
     before = (tmp_path / "world" / "documents.jsonl").stat().st_mtime_ns
@@ -141,7 +141,7 @@ def test_a_world_of_the_same_inputs_is_left_alone(offline_web_dir, tmp_path):
     assert (tmp_path / "world" / "index").exists()
 
 
-def test_a_build_that_fails_leaves_the_old_world_and_no_litter(offline_web_dir, tmp_path, monkeypatch):
+def test_a_build_that_fails_leaves_the_old_web_and_no_litter(offline_web_dir, tmp_path, monkeypatch):
     shutil.copytree(offline_web_dir, tmp_path / "world")
     before = (tmp_path / "world" / "sites.json").read_bytes()
     monkeypatch.setattr("tools_env.offline_web.build.pages.redirects", lambda facts: 1 / 0)

@@ -1,4 +1,4 @@
-"""What the world knows is real, complete and consistent."""
+"""What the offline web states is real, complete and consistent."""
 
 import collections
 

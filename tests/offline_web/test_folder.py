@@ -128,7 +128,7 @@ def no_other_pages(monkeypatch):
     monkeypatch.setattr("tools_env.offline_web.build.pages.all_pages", lambda facts, seed: iter(()))
 
 
-def test_a_built_world_has_the_documents_and_their_host(library, tmp_path, no_other_pages):
+def test_a_built_offline_web_has_the_documents_and_their_host(library, tmp_path, no_other_pages):
     build_offline_web(tmp_path / "world", seed=0, documents=str(library))
     lines = (tmp_path / "world" / "documents.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["url"].startswith("http://library.test/") for line in lines) == 4
@@ -136,7 +136,7 @@ def test_a_built_world_has_the_documents_and_their_host(library, tmp_path, no_ot
     assert sites["hosts"]["library.test"]["authority"] == 1
 
 
-def test_changed_documents_give_a_new_world(tmp_path, no_other_pages):
+def test_changed_documents_give_a_new_offline_web(tmp_path, no_other_pages):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("First version.")
     build_offline_web(tmp_path / "world", seed=0, documents=str(tmp_path / "docs"))

@@ -1,4 +1,4 @@
-"""The world over real HTTP: what a reader extracts is what the documents file says."""
+"""The offline web over real HTTP: what a reader extracts is what the documents file says."""
 
 import asyncio
 import random
@@ -163,7 +163,7 @@ def test_a_stopped_web_starts_again_and_frees_its_port(offline_web_dir):
     served.stop()
 
 
-def test_a_missing_or_damaged_world_is_named(tmp_path):
+def test_a_missing_or_damaged_offline_web_is_named(tmp_path):
     with pytest.raises(ToolHostError, match="sites.json does not exist; build the offline web first"):
         OfflineWebServer(tmp_path)
     (tmp_path / "sites.json").write_text('{"hosts": {}}')

@@ -1,4 +1,4 @@
-"""A three-country world on disk, its pages behind a real HTTP server, and a tool host over both."""
+"""An offline web of three countries on disk, its pages behind a real HTTP server, and a tool host over both."""
 
 import asyncio
 import contextlib
@@ -74,7 +74,7 @@ def write_offline_web(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def offline_web(tmp_path_factory) -> Path:
-    """A world directory; the index in it is built by the first test that needs it. Read only."""
+    """An offline web's directory; the index in it is built by the first test that needs it. Read only."""
     return write_offline_web(tmp_path_factory.mktemp("world"))
 
 
@@ -87,7 +87,7 @@ AUSTRIA = """<!doctype html><html><head><title>Austria</title><meta name="date" 
 
 
 class Site:
-    """The pages of all world hosts. `requests` counts what was asked; `gate`, when set, holds replies of slow.test."""
+    """The pages of all hosts. `requests` counts what was asked; `gate`, when set, holds replies of slow.test."""
 
     def __init__(self):
         self.requests: list[str] = []

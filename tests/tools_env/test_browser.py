@@ -217,7 +217,7 @@ def test_screenshots_are_kept_when_the_screen_changes_and_left_out_when_it_barel
     run(main())
 
 
-WALLS = pytest.mark.parametrize("walled", [True, False], ids=["own network", "host's network"])
+ISOLATION = pytest.mark.parametrize("walled", [True, False], ids=["own network", "host's network"])
 
 
 def without_bubblewrap(monkeypatch):
@@ -226,7 +226,7 @@ def without_bubblewrap(monkeypatch):
 
 
 @pytest.fixture
-def walls(monkeypatch):
+def isolation_settings(monkeypatch):
     """Whether the browser has a network of its own; without, its proxy and flags alone hold it."""
 
     def choose(walled: bool) -> dict:
@@ -271,8 +271,8 @@ Promise.all([
 <link rel="preconnect" href="http://127.0.0.1:%d">"""
 
 
-@WALLS
-def test_a_page_reaches_nothing_but_the_world(run, room, walls, walled):
+@ISOLATION
+def test_a_page_reaches_nothing_but_the_offline_web(run, room, isolation_settings, walled):
     """fetch, WebSocket, images, frames, workers, beacons, redirects, WebRTC: by TCP or UDP, nothing arrives."""
 
     async def main():
@@ -291,7 +291,7 @@ def test_a_page_reaches_nothing_but_the_world(run, room, walls, walled):
         port = private.sockets[0].getsockname()[1]
         transport, _ = await loop.create_datagram_endpoint(Datagrams, local_addr=("127.0.0.1", 0))
         udp = transport.get_extra_info("sockname")[1]
-        async with room(**walls(walled)) as use:
+        async with room(**isolation_settings(walled)) as use:
             use.site.extra = {"/probes": PROBES % (port, udp, port, port, port)}
             shown = await use("open", url="http://atlas.test/probes")
             for _ in range(10):
@@ -302,7 +302,7 @@ def test_a_page_reaches_nothing_but_the_world(run, room, walls, walled):
             for kind in ("fetch", "websocket", "image", "tls"):
                 assert f"{kind} failed" in shown.text
             away = await use("open", url="http://atlas.test/")
-            assert away.text.startswith("Home"), "the world is still reached"
+            assert away.text.startswith("Home"), "the offline web is still reached"
         private.close()
         transport.close()
         assert arrived == []
@@ -532,7 +532,7 @@ def test_wrong_options_are_refused(options, words):
         browser.build_tool(options, contextlib.AsyncExitStack(), EgressPolicy([], 1))
 
 
-def test_weaker_walls_are_named_and_refused(monkeypatch):
+def test_weaker_isolation_is_named_and_refused(monkeypatch):
     without_bubblewrap(monkeypatch)
     with pytest.raises(ToolHostError, match="no sandbox of namespaces .* accept_weaker_isolation"):
         browser.build_tool({}, contextlib.AsyncExitStack(), EgressPolicy([], 1))

@@ -1,4 +1,4 @@
-"""Facts about patching on generated edits of the embedded world's pages, and about what must be refused."""
+"""Facts about patching on generated edits of the offline web's pages, and about what must be refused."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Attacks on the sandbox's walls. With the option that makes a wall taken away, the same attack succeeds."""
+"""Attacks on the sandbox's isolation. Without the option that prevents it, the same attack succeeds."""
 
 import os
 import platform

@@ -289,7 +289,7 @@ def test_dump_gives_articles_as_prose(tmp_path):
         list(dump_pages(path))
 
 
-def test_index_without_a_world_is_served_and_its_pages_open(tmp_path):
+def test_index_without_an_offline_web_is_served_and_its_pages_open(tmp_path):
     chinese = "'''奥地利'''的首都是[[维也纳]]。"
     wiki = dump(tmp_path / "wiki.xml", "zh", ("奥地利", 0, "", 1, chinese))
     archive = tmp_path / "texts.tar.xz"

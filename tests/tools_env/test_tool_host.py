@@ -64,7 +64,7 @@ def test_host_serves_restarts_on_its_port_and_stops(offline_web, tmp_path):
     host.stop()
 
 
-def test_world_that_is_missing_is_named(tmp_path):
+def test_offline_web_that_is_missing_is_named(tmp_path):
     with pytest.raises(ToolHostError, match="sites.json does not exist; build the offline web first"):
         ToolHost(tmp_path / "none", web_port=9, log_path=tmp_path / "log").start()
 

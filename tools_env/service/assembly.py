@@ -75,7 +75,7 @@ async def make_service(settings: HostSettings, resources: contextlib.AsyncExitSt
     resources.callback(reaper.cancel)
     return ToolService(
         [
-            web.make_web_tool(backend, citations, fetcher, cache, sites, settings.topk),
+            web.WebSurfer(backend, citations, fetcher, cache, sites, settings.topk).tool(),
             file.make_file_tool(settings.max_file_chars, settings.max_files),
             todo.TOOL,
             *optional.build_optional_tools(settings.tools, settings.tool_options, resources, egress),

@@ -64,17 +64,11 @@ class _Item:
     cache_hit: bool
 
 
-def make_web_tool(
-    backend: SearchBackend,
-    citations: Citations,
-    fetcher: Fetcher,
-    cache: caching.RetrievalCache,
-    authority: Mapping[str, int],
-    topk: int,
-) -> Tool:
-    """Returns the tool.
+@dataclasses.dataclass(frozen=True)
+class WebSurfer:
+    """The tool `batch_web_surfer`.
 
-    Args:
+    Attributes:
       backend: answers queries.
       citations: assigns ids to opened passages.
       fetcher: opens pages.
@@ -83,14 +77,29 @@ def make_web_tool(
       topk: passages per query unless a call names a number.
     """
 
-    async def run(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
+    backend: SearchBackend
+    citations: Citations
+    fetcher: Fetcher
+    cache: caching.RetrievalCache
+    authority: Mapping[str, int]
+    topk: int
+
+    def tool(self) -> Tool:
+        return Tool(
+            name="batch_web_surfer",
+            description="Search the web (queries) or open pages (urls, or citation ids already shown), several at once.",
+            schema=SCHEMA,
+            run=self.run,
+        )
+
+    async def run(self, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
         queries, urls = arguments.get("queries", []), arguments.get("urls", [])
         if not queries and not urls:
             raise BadArguments("queries or urls is missing")
-        asked = [_asked(query, arguments.get("topk", topk)) for query in queries]
+        asked = [_asked(query, arguments.get("topk", self.topk)) for query in queries]
         items = await asyncio.gather(
-            *(search(call, *one, headed=len(queries) + len(urls) > 1) for one in asked),
-            *(open_page(call, url) for url in urls),
+            *(self._search(call, *one, headed=len(queries) + len(urls) > 1) for one in asked),
+            *(self._open_page(call, url) for url in urls),
         )
         return ToolOutput(
             text="\n".join(item.text for item in items),
@@ -100,17 +109,17 @@ def make_web_tool(
             cache_hit=all(item.cache_hit for item in items),
         )
 
-    async def search(call: CallContext, query: str, k: int, filters: Filters, headed: bool) -> _Item:
+    async def _search(self, call: CallContext, query: str, k: int, filters: Filters, headed: bool) -> _Item:
         async def found() -> list[dict[str, Any]]:
             seconds = call.seconds_left() - REPLY_MARGIN
-            return [vars(passage) for passage in await backend.search(query, k, filters, seconds)]
+            return [vars(passage) for passage in await self.backend.search(query, k, filters, seconds)]
 
         narrowed = {name: value for name, value in vars(filters).items() if value}
-        address = caching.cache_key("search", backend.fingerprint, [query, k, narrowed])
+        address = caching.cache_key("search", self.backend.fingerprint, [query, k, narrowed])
         told = "".join(f" {name}:{value}" for name, value in narrowed.items())
         head = [f"query: {query}{told}"] if headed else []
         try:
-            rows, hit = await cache.get(address, found)
+            rows, hit = await self.cache.get(address, found)
         except ToolError as error:
             return _Item("\n".join([*head, str(error)]), [], True, False)
         shown = [Passage(**row) for row in rows]
@@ -120,12 +129,12 @@ def make_web_tool(
             lines.append(_cited(passage))
         return _Item("\n".join(lines if shown else [*head, "No results."]), shown, False, hit)
 
-    async def open_page(call: CallContext, wanted: str) -> _Item:
+    async def _open_page(self, call: CallContext, wanted: str) -> _Item:
         try:
             url = _address(call, wanted)
             async with asyncio.timeout(max(call.deadline - REPLY_MARGIN - time.monotonic(), 0.0)):
-                address = caching.cache_key("open", page.VERSION + backend.fingerprint, url)
-                content, hit = await cache.get(address, lambda: read(url))
+                address = caching.cache_key("open", page.VERSION + self.backend.fingerprint, url)
+                content, hit = await self.cache.get(address, lambda: self._read(url))
         except ToolError as error:
             return _Item(f"{wanted}: {error}", [], True, False)
         except TimeoutError:
@@ -133,11 +142,11 @@ def make_web_tool(
         host = urlsplit(content["url"]).hostname or ""
         sources = [
             Passage(
-                id=citations.id(content["url"], passage),
+                id=self.citations.id(content["url"], passage),
                 url=content["url"],
                 title=content["title"],
                 text=passage,
-                authority=authority.get(host, 0),
+                authority=self.authority.get(host, 0),
                 published_at=content["published_at"],
             )
             for passage in content["passages"]
@@ -145,17 +154,10 @@ def make_web_tool(
         lines = [_head(content["title"], content["url"], content["published_at"]), *map(_cited, sources)]
         return _Item("\n".join(lines if sources else [*lines, "No text."]), sources, False, hit)
 
-    async def read(url: str) -> dict[str, Any]:
-        fetched = await fetcher.fetch(url)
+    async def _read(self, url: str) -> dict[str, Any]:
+        fetched = await self.fetcher.fetch(url)
         content = await asyncio.to_thread(page.extract_page, fetched)
         return {"url": fetched.url, **dataclasses.asdict(content)}
-
-    return Tool(
-        name="batch_web_surfer",
-        description="Search the web (queries) or open pages (urls, or citation ids already shown), several at once.",
-        schema=SCHEMA,
-        run=run,
-    )
 
 
 def _asked(query: str | dict[str, Any], topk: int) -> tuple[str, int, Filters]:

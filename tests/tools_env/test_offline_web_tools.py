@@ -1,4 +1,4 @@
-"""Facts about the tool host over the built-in world, its own web included."""
+"""Facts about the tool host over the offline web and its server."""
 
 import asyncio
 import json
