@@ -27,7 +27,7 @@ class Fixed:
 
 
 def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[jax.Device]) -> programs.Layout:
-    """The layout of one shard of `config.sampler` on the devices of a replica, as `training.sampler.engine_of` has it.
+    """The layout of one shard of `config.sampler` on the devices of a replica, as `training.sampler.make_engine` has it.
 
     Raises:
         UserError: sizes that do not fit each other; the message names the section.

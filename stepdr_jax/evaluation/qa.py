@@ -277,7 +277,7 @@ def _kept(partial: Path, mark: str) -> list[Result]:
 async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
     from stepdr_jax.training import sampler  # here, so that selecting and reading work without jax
 
-    engine, tokenizer = sampler.of_stage(config, stage)
+    engine, tokenizer = sampler.load_stage_engine(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools, judge = Tools.of(config, host), judge_of(config, entity_names(RunLayout.from_config(config).entities))
     try:

@@ -90,7 +90,7 @@ def trained_policy(
         raise UserError(
             f"the question takes {used} tokens, this model's context has room for {room}; ask it in fewer words"
         )
-    engine, tokenizer = sampler.of_stage(sampler.with_slots(config, 1), stage)
+    engine, tokenizer = sampler.load_stage_engine(sampler.with_max_num_seqs(config, 1), stage)
     return policy.EnginePolicy(engine, tokenizer, temperature, name=stage)
 
 

@@ -25,7 +25,7 @@ from stepdr_jax.rl.guards import Guard
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
-from stepdr_jax.training.program import order_of, parallel_of
+from stepdr_jax.training.program import resolve_parallel, token_order
 
 KL_EPISODES = 16  # of an iteration, on which the policy before and after an update are compared
 
@@ -60,8 +60,8 @@ class PPOConfig:
         context = config.agent.max_episode_tokens
         parallel, order = Parallel(remat=c.remat), None
         if mesh is not None and mesh.size > 1:
-            parallel = parallel_of(config, "ppo", mesh, model)
-            order = order_of(parallel, context)
+            parallel = resolve_parallel(config, "ppo", mesh, model)
+            order = token_order(parallel, context)
             order = np.arange(context) if order is None else order
         return cls(
             settings=ppo.Settings(
@@ -242,11 +242,11 @@ def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
     old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
     for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context, order=config.order):
         logprob_N, entropy_N = ppo.logprobs(actor, micro.rows, settings=config.settings)
-        micro.scatter(distributed.whole(logprob_N), old_ET)
-        micro.scatter(distributed.whole(entropy_N), entropy_ET)
+        micro.scatter(distributed.fetch_global(logprob_N), old_ET)
+        micro.scatter(distributed.fetch_global(entropy_N), entropy_ET)
         if config.settings.kl_coefficient:
             expected_N = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
-            micro.scatter(distributed.whole(expected_N), reference_ET)
+            micro.scatter(distributed.fetch_global(expected_N), reference_ET)
     return old_ET, entropy_ET, reference_ET
 
 
@@ -256,7 +256,7 @@ def _kl_after(actor, old_ET, episodes: EpisodeArrays, config: PPOConfig) -> floa
     members = kept[np.linspace(0, len(kept) - 1, min(KL_EPISODES, len(kept))).round().astype(int)]
     now_ET, read_ET = np.zeros_like(old_ET), np.zeros(old_ET.shape, bool)
     for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, order=config.order):
-        micro.scatter(distributed.whole(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
+        micro.scatter(distributed.fetch_global(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
     read_ET[members] = episodes.action_mask_ET[members]
     change_N = (now_ET - old_ET)[read_ET].astype(np.float64)
     return float(np.mean(np.exp(change_N) - 1 - change_N))
@@ -267,7 +267,7 @@ def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarra
     for micro in ppo.pack(
         episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False, order=config.order
     ):
-        micro.scatter(distributed.whole(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
+        micro.scatter(distributed.fetch_global(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
     return values_ET
 
 

@@ -33,12 +33,12 @@ from stepdr_jax.rl import guards, hosts, learner, recordings, roles, rollouts, r
 from stepdr_jax.rl.roles import Roles
 from stepdr_jax.rl.sampling import Parts
 from stepdr_jax.runtime import checkpoint, distributed, provenance, stages
-from stepdr_jax.runtime.compilation import keep_compiled
-from stepdr_jax.runtime.distributed import say as _say
+from stepdr_jax.runtime.compilation import enable_compilation_cache
+from stepdr_jax.runtime.distributed import print_once
 from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.runtime.profiling import Profiler
 from stepdr_jax.runtime.watchdog import Watchdog
-from stepdr_jax.runtime.writers import Journal
+from stepdr_jax.runtime.writers import StageWriters
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
@@ -146,11 +146,11 @@ async def _train(
             f"ppo.prompts_per_iteration: expected at most the {len(parts.tasks)} training tasks there are, got {settings.prompts_per_iteration}; "
             "lower it in the config"
         )
-    keep_compiled(RunLayout.from_config(config).compilation_cache)
+    enable_compilation_cache(RunLayout.from_config(config).compilation_cache)
     asked = provenance.ppo_settings(config, parts.model, settings_of(config), parts.origin)
     layout = RunLayout.from_config(config).stage(home.name)
     provenance.require_same_location(layout)
-    if checkpoint.steps(layout.checkpoint_dir):
+    if checkpoint.saved_steps(layout.checkpoint_dir):
         provenance.require_same_settings(layout, asked)
 
     def write_settings() -> None:
@@ -167,7 +167,7 @@ async def _train(
     start, seconds = 0, 0.0
     if restored is not None:
         start, seconds = restored.step, restored.metadata["seconds"]
-        _say(f"ppo  continuing from iteration {start}")
+        print_once(f"ppo  continuing from iteration {start}")
 
     # ---------------------------------------------------------------- where episodes come from
     mark = provenance.episodes_fingerprint(config, asked)
@@ -192,12 +192,12 @@ async def _train(
         keep = dict(keep=settings.keep_checkpoints, keep_every=config.checkpointing.keep_every)
         await asyncio.to_thread(saver.save, done, now, metadata, **keep, emergency=emergency)
 
-    journal = Journal(home, config, "ppo", start - 1, key="iteration")
-    profiler = Profiler(home, config.profile, journal.event)
-    watchdog, notice = Watchdog(home / "hangs", config.watchdog), distributed.Notice()
+    writers = StageWriters(layout, config, start - 1, key="iteration")
+    profiler = Profiler(layout, config.profile, writers.write_event)
+    watchdog, notice = Watchdog(home / "hangs", config.watchdog), distributed.Preemption()
     progress = Progress("ppo", iterations, "iterations", start=start) if distributed.is_lead() else None
     if start < iterations:
-        _say("ppo  compiling")
+        print_once("ppo  compiling")
     saved, sampling_now = start, None
     with checkpoint.Saver(layout.checkpoint_dir, background=config.checkpointing.background) as saver, notice, watchdog:
         try:
@@ -212,9 +212,9 @@ async def _train(
                     if iteration > saved:
                         await save(iteration, emergency=True)
                     await asyncio.to_thread(saver.wait)
-                    journal.event("preempted", step=iteration)
+                    writers.write_event("preempted", step=iteration)
                     distributed.barrier(f"ppo saved {iteration}")
-                    _say(f"ppo  told to end: iteration {iteration} is saved; run the same command to continue")
+                    print_once(f"ppo  told to end: iteration {iteration} is saved; run the same command to continue")
                     return None
                 (episodes, seconds_sampling), sampling_now = sampled, None
                 batch = rollouts.arrays(episodes, config.agent.max_episode_tokens)
@@ -233,13 +233,13 @@ async def _train(
                         learner.update, now, batch, learning, iteration, reference, row
                     )
                     if learnt["skipped_updates"]:
-                        journal.event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
-                        _say(
+                        writers.write_event("skipped", step=iteration + 1, updates=learnt["skipped_updates"])
+                        print_once(
                             f"ppo  iteration {iteration}: skipped {learnt['skipped_updates']:.0f} updates, gradient not finite"
                         )
                     if learnt["guarded_updates"]:
-                        journal.event("guard", step=iteration + 1, reason=learning.guard.problem(row | learnt))
-                        _say(
+                        writers.write_event("guard", step=iteration + 1, reason=learning.guard.problem(row | learnt))
+                        print_once(
                             f"ppo  iteration {iteration}: {learning.guard.problem(row | learnt)}; the actor stays as it was"
                         )
                     row |= learnt | source.stats()
@@ -255,24 +255,24 @@ async def _train(
                             **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
                             masked=sum(episode.masked is not None for episode in episodes),
                         )
-                    journal.row(row)
-                    watchdog.step(time.monotonic() - clock)
+                    writers.write_row(row)
+                    watchdog.record_step(time.monotonic() - clock)
                     profiler.after(iteration + 1)
                     if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == iterations:
                         # After its row: a restored run must find its rows up to the checkpoint.
                         await save(iteration + 1)
                         saved = iteration + 1
                     saver.check()
-            journal.event("end", step=max(start, iterations))
+            writers.write_event("end", step=max(start, iterations))
         except guards.Stop as stop:
-            journal.event("guard", step=iteration + 1, reason=str(stop))
+            writers.write_event("guard", step=iteration + 1, reason=str(stop))
             raise UserError(guards.advice(str(stop), home, iteration, saved)) from None
         finally:
             if sampling_now is not None:
                 sampling_now.cancel()
                 await asyncio.wait([sampling_now])
             profiler.close(max(start, iterations))
-            journal.close()
+            writers.close()
             await source.close()
 
     # ---------------------------------------------------------------- done

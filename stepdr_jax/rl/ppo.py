@@ -127,7 +127,7 @@ def pack(
     number of actions rounded up to half of its tokens, so that the vocabulary loss does little in vain and few
     shapes are compiled; not `tight`, it is all tokens and one shape (for the critic, whose head costs nothing).
 
-    With `order`, a permutation of every row (of `training.program.order_of`, or any for a mesh), actions are not gathered.
+    With `order`, a permutation of every row (of `training.program.token_order`, or any for a mesh), actions are not gathered.
     """
     lengths = episodes.lengths_E
     longest_first = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))

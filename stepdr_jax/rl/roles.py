@@ -107,7 +107,7 @@ def begin(
     With `offload` it is made part by part, so that no more than one is on the devices. Every process must call it.
     """
     kind = memory.HOST if roles.offload else memory.DEVICE
-    restored = checkpoint.restore(directory, abstract_state(model, learning, roles.mesh, kind=kind))
+    restored = checkpoint.restore_checkpoint(directory, abstract_state(model, learning, roles.mesh, kind=kind))
     if restored is not None:
         return restored.tree, restored
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, learning, roles.mesh))
@@ -129,4 +129,4 @@ def _zeros(shapes):
 def on_mesh(params: dict, shardings: dict) -> dict:
     """Parameters that are on the mesh, or whole in every process, on the mesh."""
     placed = all(a.sharding == s for a, s in zip(*map(jax.tree.leaves, (params, shardings)), strict=True))
-    return params if placed else distributed.place(params, shardings)
+    return params if placed else distributed.place_global(params, shardings)

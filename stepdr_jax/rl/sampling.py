@@ -78,7 +78,7 @@ def start(source: Source, iteration: int) -> asyncio.Task:
     return asyncio.create_task(timed())
 
 
-async def unless_told(sampling_now: asyncio.Task, notice: distributed.Notice):
+async def unless_told(sampling_now: asyncio.Task, notice: distributed.Preemption):
     """What the task gives; None when this process is told to end, and then an iteration in the middle is given up.
 
     Several processes look only when all have their episodes: they have to stop at the same place.
@@ -113,7 +113,7 @@ class Live:
         settings = config.ppo
         self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
         self.roles, self.devices = roles, asyncio.Lock()
-        self.engine = sampler.engine_of(
+        self.engine = sampler.make_engine(
             config,
             memory.copied(params, memory.DEVICE),
             parts.model,
@@ -187,7 +187,7 @@ class Live:
             share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
             if tried == ROUNDS:
                 break
-            distributed.say(f"ppo  {share}; sampling them again")
+            distributed.print_once(f"ppo  {share}; sampling them again")
             try:
                 await (await self.tools.client()).wait_ready(READY_SECONDS)
             except ToolInfraError as error:

@@ -1,24 +1,26 @@
-"""The sampler as the config describes it."""
+"""The sampling engine that a config describes (config.sampler)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from stepdr_jax.engine import weights
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.compilation import enable_compilation_cache
 from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
 
 
-def engine_of(
-    config,
-    params: dict,
+def make_engine(
+    config: ConfigDict,
+    params: dict[str, Any],
     model: Qwen2Config,
     tokenizer: Tokenizer,
     *,
@@ -26,18 +28,19 @@ def engine_of(
     devices: Sequence[jax.Device] | None = None,
     transfer_bytes: int = weights.LIMIT,
 ) -> JaxEngine:
-    """The engine of `config.sampler`, stopping at the end of a turn.
+    """The engine of `config.sampler`; a sequence stops at the end of a turn.
 
     Args:
         config: the run's config.
-        params: tree of `qwen2.param_shapes(model)`, wherever it is.
-        model: its shape.
+        params: tree of `qwen2.param_shapes(model)`, on any devices.
+        model: shape of the model.
         tokenizer: whose control tokens end a turn.
         version: of the weights.
-        devices: replicas * tensor of this process; default the first ones.
+        devices: replicas * tensor devices of this process; default the first ones.
         transfer_bytes: of `JaxEngine`.
 
-    Raises UserError for sizes that do not fit each other or the devices.
+    Raises:
+        UserError: sizes that do not fit each other or the devices.
     """
     section = config.sampler
     wanted = section.replicas * section.tensor
@@ -66,24 +69,25 @@ def engine_of(
             mesh=mesh,
         )
     except ValueError as error:
-        raise UserError(f"sampler: {error}; change the config's sampler or roles section") from None
+        raise UserError(f"sampler: {error}; change the sampler or placement section of the config") from None
 
 
-def of_stage(config, stage: str) -> tuple[JaxEngine, Tokenizer]:
+def load_stage_engine(config: ConfigDict, stage: str) -> tuple[JaxEngine, Tokenizer]:
     """The engine with the weights of a finished stage of a run directory, and the tokenizer.
 
-    Raises UserError when the stage has not finished or its checkpoints are damaged.
+    Raises:
+        UserError: the stage has not finished, or its checkpoints are damaged.
     """
     layout = RunLayout.from_config(config)
     tokenizer = Tokenizer.load(layout.tokenizer)
-    keep_compiled(layout.compilation_cache)
+    enable_compilation_cache(layout.compilation_cache)
     params = state.load_params(config, config.seed, stage)
     model = Qwen2Config.from_config(config.model, state.vocab_size(config))
-    return engine_of(config, params, model, tokenizer), tokenizer
+    return make_engine(config, params, model, tokenizer), tokenizer
 
 
-def with_slots(config, slots: int):
-    """A copy of the config whose sampler has so many slots in one shard."""
+def with_max_num_seqs(config: ConfigDict, max_num_seqs: int) -> ConfigDict:
+    """A copy of the config whose sampler runs `max_num_seqs` sequences at a time in one pool."""
     other = config.copy_and_resolve_references().unlock()
-    other.sampler.update(dict(max_num_seqs=slots, pools=1, num_pages=0))
+    other.sampler.update(dict(max_num_seqs=max_num_seqs, pools=1, num_pages=0))
     return other.lock()

@@ -75,7 +75,7 @@ def test_the_sampler_runs_the_programs_that_the_planner_compiles(tmp_path):
 
     async def sample():
         params = qwen2.init_params(model, jax.random.key(0))
-        engine = sampler.engine_of(config, params, model, toy.TOKENIZER)
+        engine = sampler.make_engine(config, params, model, toy.TOKENIZER)
         await engine.generate("one", list(range(20)), SampleParams(max_tokens=6, seed=1))
         await engine.close("one")
 

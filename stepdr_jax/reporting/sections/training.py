@@ -88,7 +88,7 @@ def _charts(run: Run, stage: str, panels) -> tuple[list[str], set[str]]:
 def _rewinds(run: Run, stage: str, seed: int) -> list[dict]:
     """Each return once, though a run that was killed on its way back tells it twice."""
     events = run.events.get(seed, {}).get(stage, ())
-    return list({(row["step"], row["to"]): row for row in events if row["event"] == "rewind"}.values())
+    return list({(row["step"], row["to"]): row for row in events if row["event"] == "rollback"}.values())
 
 
 def _sentence(run: Run, stage: str, seed: int) -> str:
@@ -113,7 +113,7 @@ def _sentence(run: Run, stage: str, seed: int) -> str:
         for row in _rewinds(run, stage, seed)
     ]
     happened = collections.Counter(row["event"] for row in run.events.get(seed, {}).get(stage, ()))
-    starts = happened["start"] - happened["rewind"]
+    starts = happened["start"] - happened["rollback"]
     if starts > 1:
         said.append(f"It was started {counted(starts, 'time')}.")
     goodput = [v for v in curves.values.get("goodput", ()) if math.isfinite(v)]
