@@ -1,7 +1,7 @@
 """Objects in a bucket, gs:// or s3://, with the methods of a path that checkpoints need; through tensorstore.
 
-A bucket has no directories and no rename; writing an object is atomic. Server and credentials come from the usual environment
-variables:
+A bucket has no directories and no rename; writing an object is atomic. Server and credentials come from the usual
+environment variables:
 
     s3://   AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else AWS's chain of credentials; AWS_REGION or
             AWS_DEFAULT_REGION; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
@@ -145,8 +145,8 @@ def with_retries(
             left = deadline - time.monotonic()
             if left <= 0:
                 raise UserError(
-                    f"{where}: the store has failed for {RETRY_SECONDS:.0f} seconds ({line}); when it is back, run the same "
-                    "command: it continues from the last whole checkpoint"
+                    f"{where}: the store has failed for {RETRY_SECONDS:.0f} seconds ({line}); when it is back, run the "
+                    "same command: it continues from the last whole checkpoint"
                 ) from error
             print(f"{where}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
             time.sleep(min(pause, left))

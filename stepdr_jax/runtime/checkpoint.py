@@ -3,11 +3,11 @@
     <directory>/<step, 8 digits>/arrays/          the arrays, written by orbax; in a bucket by `chunks`
     <directory>/<step, 8 digits>/manifest.json    {"step", "metadata", "files": {path: [bytes, sha256]}}
 
-In a folder a checkpoint exists once its directory has its final name; in a bucket once its manifest exists. A killed writer
-leaves a hidden directory (objects without a manifest), which the next save removes. Restoring verifies every file against
-the manifest: a damaged checkpoint is named on standard error and the one before it is used. PPO saves its trees here too. In
-every stage the policy's weights are under "params" and metadata["model"] has the fields of its `Qwen2Config`, so that
-`training.state.load_params` reads any stage.
+In a folder a checkpoint exists once its directory has its final name; in a bucket once its manifest exists. A killed
+writer leaves a hidden directory (objects without a manifest), which the next save removes. Restoring verifies every
+file against the manifest: a damaged checkpoint is named on standard error and the one before it is used. PPO saves its
+trees here too. In every stage the policy's weights are under "params" and metadata["model"] has the fields of its
+`Qwen2Config`, so that `training.state.load_params` reads any stage.
 """
 
 import dataclasses
@@ -126,7 +126,7 @@ def remove_after(directory: str | os.PathLike | storage.BucketPath, step: int) -
 def verify_checkpoint(
     path: Path | storage.BucketPath, *, part: int = 0, parts: int = 1
 ) -> tuple[str | None, dict[str, Any]]:
-    """(problem or None, manifest) of one checkpoint directory; reads in full every `parts`-th file, beginning with `part`."""
+    """(problem or None, manifest) of one checkpoint; reads every `parts`-th file in full, beginning with `part`."""
     try:
         manifest = json.loads((path / storage.MANIFEST).read_text())
         listed = manifest["files"]

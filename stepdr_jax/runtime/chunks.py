@@ -3,9 +3,9 @@
     arrays/<leaf, keys joined by dots>/zarr.json      shape, dtype, shape of a chunk
     arrays/<leaf>/c/<index>/<index>/...               chunk at that place of the grid: its bytes, little-endian, C order
 
-The chunk grid follows the sharding, so no two processes write the same object. A chunk has at most MAX_CHUNK_BYTES, which
-bounds the memory in flight. Arrays can be read with any other sharding, and by zarr's libraries and tensorstore. orbax is not
-used here: its 0.12.8 writes s3:// to a garbled path, and needs another package's file system for gs://.
+The chunk grid follows the sharding, so no two processes write the same object. A chunk has at most MAX_CHUNK_BYTES,
+which bounds the memory in flight. Arrays can be read with any other sharding, and by zarr's libraries and tensorstore.
+orbax is not used here: its 0.12.8 writes s3:// to a garbled path, and needs another package's file system for gs://.
 """
 
 import dataclasses

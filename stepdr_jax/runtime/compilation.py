@@ -14,8 +14,8 @@ def enable_compilation_cache(directory: str | os.PathLike) -> None:
     """Turns on jax's persistent compilation cache under `directory`, one subdirectory per kind of machine.
 
     A cached program is the program that was compiled, so results are the same to the bit. Programs for CPUs use all
-    instructions of their machine, so another kind of machine must not load them. A damaged entry is compiled again. A cache
-    chosen with JAX_COMPILATION_CACHE_DIR takes precedence.
+    instructions of their machine, so another kind of machine must not load them. A damaged entry is compiled again. A
+    cache chosen with JAX_COMPILATION_CACHE_DIR takes precedence.
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]  # jax defines its flags at run time
         return

@@ -8,8 +8,8 @@ How the processes find each other (`config.distributed`):
 
 On CPUs such a run uses gloo for collectives. The order in which gloo adds depends on the number of devices, not on how
 processes share them: eight devices give the same bits in one process as in two, if the single process is given a
-coordinator as well. Without one, XLA adds inside the process in another order. XLA also splits long sums by its number of
-threads, by default the number of the process's devices, so NPROC is set to the same value in all processes.
+coordinator as well. Without one, XLA adds inside the process in another order. XLA also splits long sums by its number
+of threads, by default the number of the process's devices, so NPROC is set to the same value in all processes.
 """
 
 import contextlib
@@ -135,8 +135,8 @@ def gather(values: npt.ArrayLike) -> np.ndarray:
 def gather_bytes(data: bytes, *, timeout: float = 86400.0, chunk: int = 1 << 22) -> list[bytes]:
     """The bytes of every process, in process order. Every process must call it, within `timeout` seconds.
 
-    The processes first wait at a barrier of the coordination service, which occupies no device. Device memory then holds
-    at most `chunk` bytes of each process at a time.
+    The processes first wait at a barrier of the coordination service, which occupies no device. Device memory then
+    holds at most `chunk` bytes of each process at a time.
     """
     if jax.process_count() == 1:
         return [data]

@@ -86,8 +86,8 @@ class Profiler:
 def _crash_reason() -> str:
     """Why starting jax's profiler would crash this process, or "".
 
-    With jax 0.10.2 and libtpu 0.0.51 on a machine without a TPU, libtpu's profiler is of another version and starting it
-    is a segmentation fault, unless JAX_PLATFORMS excludes TPUs.
+    With jax 0.10.2 and libtpu 0.0.51 on a machine without a TPU, libtpu's profiler is of another version and starting
+    it is a segmentation fault, unless JAX_PLATFORMS excludes TPUs.
     """
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]  # jax defines its flags at run time
     if jax.default_backend() == "cpu" and not platforms and importlib.util.find_spec("libtpu"):

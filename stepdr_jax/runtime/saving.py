@@ -1,9 +1,9 @@
 """Writing checkpoints in the background, by all processes together; atomic, whatever interrupts them.
 
-A save proceeds as follows: the arrays leave the devices (training waits for this only); every process writes its shards into a
-hidden directory and digests them; the lead process writes a manifest of all digests and renames the directory. A bucket has no
-rename: there the manifest, written last, makes the checkpoint exist (`storage.saved_steps`). orbax writes the arrays in a
-folder, `chunks` in a bucket.
+A save proceeds as follows: the arrays leave the devices (training waits for this only); every process writes its shards
+into a hidden directory and digests them; the lead process writes a manifest of all digests and renames the directory. A
+bucket has no rename: there the manifest, written last, makes the checkpoint exist (`storage.saved_steps`). orbax writes
+the arrays in a folder, `chunks` in a bucket.
 """
 
 import errno

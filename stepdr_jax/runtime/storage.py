@@ -1,8 +1,8 @@
 """Storage of checkpoints: a folder or a prefix of a bucket (gs://, s3://), under one interface.
 
-A bucket has neither directories nor rename. There a checkpoint exists when its manifest, which is written last, exists; in a
-folder it exists when its directory has its final name. A bucket mounted as a folder must rename directories atomically (on
-Google Cloud: hierarchical namespace).
+A bucket has neither directories nor rename. There a checkpoint exists when its manifest, which is written last, exists;
+in a folder it exists when its directory has its final name. A bucket mounted as a folder must rename directories
+atomically (on Google Cloud: hierarchical namespace).
 """
 
 import hashlib
@@ -105,7 +105,7 @@ def write_json(path: Path | BucketPath, value: Any) -> None:
 
 
 def remove(path: Path | BucketPath, *, quietly: bool = False) -> None:
-    """Removes a folder recursively. In a bucket manifests go first, so that an interrupted removal leaves no checkpoint."""
+    """Removes a folder recursively; in a bucket manifests first, so that an interruption leaves no checkpoint."""
     if isinstance(path, BucketPath):
         names = path.names()
         first = [name for name in names if name.rpartition("/")[2] == MANIFEST]

@@ -28,9 +28,10 @@ WINDOW = 100  # recent steps whose durations set the limit
 class Watchdog:
     """Dumps the Python stacks of all threads to standard error and to `folder` when no step has ended for too long.
 
-    Too long is settings.factor times the median of recent steps, at least settings.floor_seconds; before three steps have
-    ended, settings.first_seconds, because the first step compiles. After each dump the limit doubles. With settings.exit the
-    process exits with status 75 after the dump, so that its supervisor restarts it. A context manager.
+    Too long is settings.factor times the median of recent steps, at least settings.floor_seconds; before three steps
+    have ended, settings.first_seconds, because the first step compiles. After each dump the limit doubles. With
+    settings.exit the process exits with status 75 after the dump, so that its supervisor restarts it. A context
+    manager.
 
     Args:
         folder: receives <host>-<process>.txt.
@@ -109,8 +110,8 @@ class Watchdog:
 class Stragglers:
     """Finds the host that holds the others up.
 
-    Steps end together on all hosts, so their durations are equal. The slow host is the one that spends the least time waiting
-    for its devices, so hosts are compared by the part of a step that they did not spend waiting.
+    Steps end together on all hosts, so their durations are equal. The slow host is the one that spends the least time
+    waiting for its devices, so hosts are compared by the part of a step that they did not spend waiting.
     """
 
     def __init__(self) -> None:

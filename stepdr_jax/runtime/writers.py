@@ -1,7 +1,7 @@
 """What a stage logs while it trains: metrics.jsonl, events.jsonl, TensorBoard, Weights & Biases.
 
-metrics.jsonl has one row per log interval, the same whether or not the run was interrupted. events.jsonl is the event log: what
-happened and when, restarts included. Only the lead process writes.
+metrics.jsonl has one row per log interval, the same whether or not the run was interrupted. events.jsonl is the event
+log: what happened and when, restarts included. Only the lead process writes.
 """
 
 import hashlib

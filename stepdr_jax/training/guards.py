@@ -1,10 +1,10 @@
-"""Guards against loss spikes: a limit on gradient norms inside the step, a check of losses at each log row, and rollback.
+"""Guards against loss spikes: a limit on gradient norms in each step, a check of losses at each log row, rollback.
 
-Inside the compiled step an update whose gradient is not finite, or whose norm is many times the running mean, is skipped.
-At each log row the host checks the number of skipped steps and the loss. When either is too high, the run rolls back to the
-last good checkpoint and continues with data after the spike. Every decision is a function of the state in a checkpoint and
-of the log rows since, so a run that is killed and resumed decides the same. PaLM (arXiv 2204.02311, section 5.1) did this
-by hand.
+Inside the compiled step an update whose gradient is not finite, or whose norm is many times the running mean, is
+skipped. At each log row the host checks the number of skipped steps and the loss. When either is too high, the run
+rolls back to the last good checkpoint and continues with data after the spike. Every decision is a function of the
+state in a checkpoint and of the log rows since, so a run that is killed and resumed decides the same. PaLM (arXiv
+2204.02311, section 5.1) did this by hand.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ def norm_limit(stats: dict[str, jax.Array], limits: NormLimits) -> jax.Array:
 def update_norm_stats(stats: dict[str, jax.Array], norm: jax.Array, limits: NormLimits) -> dict[str, jax.Array]:
     """The running mean after a step of this norm.
 
-    A spike is added as the largest norm that would have passed, so that the mean follows a lasting change of scale. Norms
-    that are not finite, or 0 because a batch had no targets, are not added.
+    A spike is added as the largest norm that would have passed, so that the mean follows a lasting change of scale.
+    Norms that are not finite, or 0 because a batch had no targets, are not added.
     """
     seen = stats["seen"] + 1
     share = 1.0 / jnp.minimum(seen, limits.window).astype(jnp.float32)

@@ -1,8 +1,8 @@
 """The training loop of mid-training I, mid-training II and SFT.
 
-Data order, initialization and the state in a checkpoint are functions of (config, seed, step), so a run that is killed at any
-moment and started again ends with the same bits as an uninterrupted one. A rollback after a loss spike (`guards`) restores a
-checkpoint exactly as a restart does.
+Data order, initialization and the state in a checkpoint are functions of (config, seed, step), so a run that is killed
+at any moment and started again ends with the same bits as an uninterrupted one. A rollback after a loss spike
+(`guards`) restores a checkpoint exactly as a restart does.
 """
 
 import dataclasses
@@ -133,7 +133,8 @@ def train(
         stage: midtrain1, midtrain2 or sft.
         loader: batches by step; default the run's data on disk.
         vocab_size: default `state.vocab_size`.
-        on_eval_checkpoint: evaluates the evaluation checkpoint of a step and returns its row (`evaluation.checkpoints`);
+        on_eval_checkpoint: evaluates the evaluation checkpoint of a step and returns its row
+        (`evaluation.checkpoints`);
             None leaves that to another job.
 
     Raises:
@@ -363,7 +364,7 @@ def _take_step(run: TrainingRun, attempt: Attempt) -> None:
 
 
 def _log_row(run: TrainingRun, attempt: Attempt, *, last: bool) -> tuple[dict[str, Any], str | None]:
-    """Writes the row of the steps since the last one and clears their sums. Returns it and the reason to roll back, if any."""
+    """Writes a row for the steps since the last one and clears their sums. Returns (row, reason to roll back)."""
     settings, sources, step = run.stage_config, run.loader.sources, attempt.step
     window = jax.device_get(attempt.state.window)
     attempt.tokens += int(window["tokens"])

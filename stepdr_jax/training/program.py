@@ -1,7 +1,7 @@
 """The compiled programs of a training stage, on real devices or on a described topology.
 
-Only this module decides how a config's step is split over a mesh, so the training loop runs the programs that the planner
-compiles.
+Only this module decides how a config's step is split over a mesh, so the training loop runs the programs that the
+planner compiles.
 """
 
 import dataclasses

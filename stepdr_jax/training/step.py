@@ -1,7 +1,7 @@
 """One optimizer step on packed sequences: token-weighted loss over microbatches, with a limit on gradient norms.
 
-Loss and weight are summed over tokens, microbatches and devices and divided once, so the result does not depend on how the
-batch is split.
+Loss and weight are summed over tokens, microbatches and devices and divided once, so the result does not depend on how
+the batch is split.
 
 Shape suffixes: B sequences of a batch, T tokens of a sequence, D features, N = B * T.
 """
@@ -45,7 +45,7 @@ class TrainState:
 
 
 def empty_sums(num_sources: int) -> dict[str, jax.Array]:
-    """Zero sums over target tokens: loss and weight, float32, by source [num_sources] and capability [NUM_CAPABILITIES]."""
+    """Zero sums over target tokens: loss and weight by source [num_sources] and by capability [NUM_CAPABILITIES]."""
     sizes = {
         "loss": num_sources,
         "weight": num_sources,
@@ -58,9 +58,9 @@ def empty_sums(num_sources: int) -> dict[str, jax.Array]:
 def empty_window(num_sources: int) -> dict[str, jax.Array]:
     """Zero sums since the last log row: `empty_sums`, gradient norm, tokens, attention pairs and counts of steps.
 
-    `skipped` counts steps whose gradient was not finite, `spikes` those whose gradient was too large, `steps` those that
-    were applied. Losses, weights and gradient norm are of applied steps only. `pairs` are the (query, key) pairs inside
-    segments.
+    `skipped` counts steps whose gradient was not finite, `spikes` those whose gradient was too large, `steps` those
+    that were applied. Losses, weights and gradient norm are of applied steps only. `pairs` are the (query, key) pairs
+    inside segments.
     """
     return empty_sums(num_sources) | {
         "grad_norm": jnp.zeros((), jnp.float32),
@@ -270,7 +270,8 @@ def train_step(
 ) -> TrainState:
     """Takes one step on a batch of `arrange`; `options` as of `gradients`.
 
-    A step whose gradient is not finite, or a spike by `limits`, changes only the number of steps and the count of skips.
+    A step whose gradient is not finite, or a spike by `limits`, changes only the number of steps and the count of
+    skips.
     """
     gradient, sums = gradients(state.params, batch, config, **options)
     params, optimizer_state, norm, applied = apply_gradient(

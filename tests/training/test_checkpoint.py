@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not used; saving does not disturb what is trained meanwhile; what is kept is the policy's."""
+"""A damaged checkpoint is not used; saving does not disturb training; the right checkpoints are kept."""
 
 import json
 import os

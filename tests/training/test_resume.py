@@ -1,4 +1,4 @@
-"""A run that is killed, damaged or given another config ends as it should: same bits, or one line that names the fix."""
+"""A run that is killed, damaged or given another config ends with the same bits, or one line that names the fix."""
 
 import errno
 import json

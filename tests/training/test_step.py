@@ -1,4 +1,4 @@
-"""The step's loss counts exactly the target tokens, however the batch is cut, and survives numbers that are not finite."""
+"""The loss counts exactly the target tokens, however the batch is split, and survives numbers that are not finite."""
 
 import functools
 
