@@ -11,8 +11,10 @@ import sys
 from absl import flags
 
 from launch import entry, tool_host
+from stepdr_jax import configuration
 from stepdr_jax.evaluation import qa
 from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("stages", [], f"stages to evaluate, comma-separated: {', '.join(stages.evaluated())}")
@@ -28,6 +30,7 @@ def main(config) -> None:
         return _watch(config)
     names = FLAGS.stages or qa.trained_stages(config)
     if not all(qa.finished(config, stage) for stage in names):
+        configuration.save(config, RunLayout.from_config(config).seed_dir() / "eval")
         with tool_host.start_if_needed(config, f"seed{config.seed}.evaluate") as host:
             for stage in names:
                 qa.evaluate(config, stage, host)

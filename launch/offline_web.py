@@ -7,12 +7,12 @@ import sys
 
 from launch import entry
 from stepdr_jax.runtime.layout import RunLayout
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 
 
 def main(config) -> None:
     folder = RunLayout.from_config(config).offline_web
-    build_world(folder, seed=config.data_seed, documents=config.offline_web.documents)
+    build_offline_web(folder, seed=config.data_seed, documents=config.offline_web.documents)
     with open(folder / "documents.jsonl", "rb") as rows:
         print(f"offline web  {sum(1 for _ in rows)} pages in {folder}", file=sys.stderr)
 

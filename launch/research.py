@@ -70,9 +70,9 @@ def main(config) -> None:
         trajectory = run(config.tools.address)
     else:
         # Here: a person who asks through a running tool host needs none of its packages.
-        from tools_env.offline_web.build import build_world
+        from tools_env.offline_web.build import build_offline_web
 
-        build_world(
+        build_offline_web(
             RunLayout.from_config(config).offline_web, seed=config.data_seed, documents=config.offline_web.documents
         )
         with tool_host.start(config, "research", topk=topk, max_observation_chars=shown_chars) as host:

@@ -34,7 +34,7 @@ def main(config) -> None:
     engine, tokenizer = sampler.load_stage_engine(sampler.with_max_num_seqs(config, FLAGS.slots), stage)
     most, rows = config.agent.max_episode_tokens, engine.config.vocab_size
     app = server.make_app(engine, tokenizer, model=stage, max_len=most, token=token, vocab_size=rows)
-    server.run(app, FLAGS.host, FLAGS.port)
+    server.serve_app(app, FLAGS.host, FLAGS.port)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,13 @@ def main(config) -> None:
     if not iterations.is_dir():
         command = stages.command_of("ppo", config)
         raise UserError(f"{iterations} does not exist; run {command}, or name a folder with --iterations")
-    wanted = trajectories.iterations_of(iterations, _ONLY.value)
+    wanted = trajectories.select_iterations(iterations, _ONLY.value)
     tokenizer = Path(_TOKENIZER.value or run.tokenizer)
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} does not exist; name the tokenizer of this run with --tokenizer")
     seed = stage.directory.parent.name.removeprefix("seed")
     out = Path(_OUT.value or stage.trajectories)
-    counts = trajectories.write(
+    counts = trajectories.write_trajectories_page(
         iterations,
         out,
         iterations=wanted,
@@ -56,7 +56,7 @@ def main(config) -> None:
 
 
 def _by_task(path: Path, kind: type, field: str) -> dict:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 if __name__ == "__main__":

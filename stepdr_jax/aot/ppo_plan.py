@@ -1,6 +1,6 @@
 """The plan of PPO on a TPU slice: what each phase of an iteration holds on a chip, how many episodes run at once, how long.
 
-Memory of programs is the compiler's; what lies beside them follows from `rl.roles`: shared, the sampler's weights and pages
+Memory of programs is the compiler's; what lies beside them follows from `rl.placement`: shared, the sampler's weights and pages
 are there only while it works, and with offload idle the learner's state only while its network does.
 """
 

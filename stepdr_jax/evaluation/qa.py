@@ -1,35 +1,35 @@
 """Held-out tasks through the one episode loop: the same tasks, budgets and judge for every stage and seed.
 
-An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a killed
-evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke is tried
-once more and then reported as missing, never as 0.
+An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a
+killed evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke
+is tried once more and then reported as missing, never as 0.
 """
 
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import react
+from stepdr_jax.agent import runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy, Policy
+from stepdr_jax.agent.react import Episode
 from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import Result
-from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.progress import Progress
-from stepdr_jax.records import RubricSet, Task, Verdict
+from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 from stepdr_jax.runtime import stages, storage
 from stepdr_jax.runtime.layout import RunLayout
-from tools_env.client import ToolsClient
 
-ATTEMPTS = 2
+JUDGE_ATTEMPTS = 2
 SAMPLES_PER_TASK = 1000  # sampling seeds set aside for one task, so that more samples later keep the earlier ones
 
 
@@ -59,10 +59,10 @@ def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[st
     """The held-out tasks for a stage, or the fewer for an evaluation checkpoint, and their rubric sets by task id."""
     layout = RunLayout.from_config(config)
     count = config.eval.checkpoint_tasks if "@" in stage else config.eval.tasks
-    tasks = select_tasks(records.read(layout.tasks, Task), count)
+    tasks = select_tasks(records.read_records(layout.tasks, Task), count)
     if not tasks:
         raise UserError(f"{layout.tasks} has no held-out task; run {stages.command_of('synthesize', config)} again")
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(layout.rubrics, RubricSet)}
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(layout.rubrics, RubricSet)}
     lacking = [task.id for task in tasks if task.id not in rubric_sets]
     if lacking:
         raise UserError(
@@ -81,7 +81,7 @@ async def run_tasks(
     tasks: Sequence[Task],
     rubric_sets: dict[str, RubricSet],
     policy: Policy,
-    tools: Callable[[], Awaitable[ToolsClient]],
+    tools: runner.ToolsProvider,
     judge: Judge,
     limits: Limits,
     *,
@@ -105,59 +105,47 @@ async def run_tasks(
     Returns:
         All rows, finished ones included, in index order.
     """
-    rows = {result.index: result for result in finished}
-    jobs = [(t, s) for t in range(len(tasks)) for s in range(samples) if t * samples + s not in rows]
-    gate = asyncio.Semaphore(concurrency)
+    jobs = {t * samples + s: (t, s) for t in range(len(tasks)) for s in range(samples)}
 
-    async def one(task_index: int, sample: int) -> None:
-        task, episode_seed = tasks[task_index], sampling_seed(task_index, sample)
-        async with gate:
-            attempt = 0
-            while attempt < ATTEMPTS:
-                attempt += 1
-                episode = await react.run_episode(
-                    task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=episode_seed
-                )
-                trajectory = episode.trajectory
-                verdict = await _judge(judge, task, rubric_sets[task.id], trajectory)
-                if verdict.reward is not None or trajectory.finish == records.Finish.CANCELLED:
-                    break
-        if trajectory.finish == records.Finish.CANCELLED:
-            raise asyncio.CancelledError
+    async def run_job(job: tuple[int, int]) -> tuple[Episode, int]:
+        task_index, sample = job
+        return await runner.run_with_retries(
+            tasks[task_index], policy, tools, limits, prompt=prompt, as_of=as_of, seed=sampling_seed(task_index, sample)
+        )
+
+    async def score_job(job: tuple[int, int], sampled: tuple[Episode, int]) -> Result:
+        (task_index, sample), (episode, attempts) = job, sampled
+        task, rubric_set = tasks[task_index], rubric_sets[tasks[task_index].id]
+        scored = await runner.judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
         identity = dict(
             index=task_index * samples + sample,
             task_index=task_index,
             sample=sample,
             stage=stage,
             seed=seed,
-            sampling_seed=episode_seed,
+            sampling_seed=sampling_seed(task_index, sample),
             fingerprint=fingerprint,
-            attempts=attempt,
+            attempts=attempts,
         )
-        result = _row(identity, task, trajectory, verdict, price)
-        rows[result.index] = result
-        on_result(result)
+        return _row(identity, task, episode.trajectory, scored, price)
 
-    async with asyncio.TaskGroup() as group:
-        for job in jobs:
-            group.create_task(one(*job))
-    return [rows[index] for index in sorted(rows)]
-
-
-async def _judge(judge: Judge, task: Task, rubric_set: RubricSet, trajectory: records.Trajectory) -> Verdict:
-    try:
-        return await judge.judge(task, rubric_set, trajectory)
-    except Exception as error:  # a judge that breaks must not take the other episodes with it, nor count as a score
-        trajectory.metadata = trajectory.metadata | {"cause": f"judge: {type(error).__name__}: {error}"}
-        trajectory.finish = records.Finish.JUDGE_FAILED
-        return Verdict(reward=None, judgments=[])
+    rows = await runner.run_all(
+        jobs,
+        run_job,
+        score_job,
+        concurrency=concurrency,
+        recorded={result.index: result for result in finished},
+        on_result=lambda _, result: on_result(result),
+    )
+    return list(rows.values())
 
 
-def _row(identity: dict, task: Task, trajectory: records.Trajectory, verdict: Verdict, price: float) -> Result:
+def _row(identity: dict, task: Task, trajectory: Trajectory, scored: runner.Scored, price: float) -> Result:
     stats, missing = trajectory.stats, None
-    if verdict.reward is None:
-        cause = trajectory.metadata.get("cause", "too many rubrics could not be judged")
-        missing = f"{trajectory.finish}: {cause}"
+    verdict = scored.verdict or Verdict(reward=None, judgments=[])
+    if scored.masked is not None:
+        trajectory.finish = records.Finish(scored.masked)
+        missing = f"{scored.masked}: {trajectory.metadata.get('cause', 'no cause given')}"
     return Result(
         **identity,
         task_id=task.id,
@@ -209,7 +197,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),
         json.loads(config.tools.to_json_best_effort()),
-        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, settings_of(config)],
+        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, judge_settings(config)],
         [task.model_dump(mode="json") for task in tasks],
     ]
     return records.content_id("", *parts)
@@ -228,7 +216,8 @@ def finished(config: ConfigDict, stage: str) -> Path | None:
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own
+    tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
@@ -279,7 +268,10 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
 
     engine, tokenizer = sampler.load_stage_engine(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.of(config, host), judge_of(config, entity_names(RunLayout.from_config(config).entities))
+    tools, judge = (
+        Tools.from_config(config, host),
+        make_judge(config, entity_names(RunLayout.from_config(config).entities)),
+    )
     try:
         return await run_tasks(
             tasks,

@@ -16,10 +16,11 @@ from stepdr_jax.agent import policy, prompts, react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.errors import UserError
 from stepdr_jax.progress import clock
-from stepdr_jax.records import Finish, Lang, Message, Task, Trajectory
+from stepdr_jax.records import Finish, Message, Task, Trajectory
 from stepdr_jax.reporting import research_page
 from stepdr_jax.runtime import stages
 from stepdr_jax.runtime.layout import RunLayout
+from stepdr_jax.text.scripts import question_language
 from tools_env.client import ToolsClient
 
 # A large model behind an endpoint: the recipe's evaluation settings (30 turns, 16K tokens a turn, 128K context).
@@ -29,11 +30,6 @@ ENDPOINT_LIMITS = Limits(
 OBSERVATION_LINES = 12  # of a tool result shown in the terminal; the written pages have them all
 OUTCOMES = {"tool_error": "tool error", "bad_arguments": "bad arguments", "budget_exhausted": "no calls left"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # pages must not steer the terminal
-
-
-def language(question: str) -> Lang:
-    """The language the agent is spoken to in: Chinese when the question has Chinese characters, else English."""
-    return "zh" if re.search(r"[\u3400-\u4dbf\u4e00-\u9fff]", question) else "en"
 
 
 def clean_question(words: list[str]) -> str:
@@ -51,7 +47,7 @@ def task(question: str, as_of: str) -> Task:
     except ValueError:
         raise UserError(f"--as_of: expected a date such as 2026-06-01, got {as_of!r}") from None
     digest = hashlib.sha256(question.encode()).hexdigest()[:10]
-    return Task(id=f"ask-{digest}", kind="report", lang=language(question), query=question, as_of=as_of)
+    return Task(id=f"ask-{digest}", kind="report", lang=question_language(question), query=question, as_of=as_of)
 
 
 def choose_stage(config: ConfigDict, wanted: str = "") -> str:

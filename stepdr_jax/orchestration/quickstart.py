@@ -15,7 +15,7 @@ import rich.console
 import rich.table
 from ml_collections import ConfigDict
 
-from stepdr_jax import files
+from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import plan, process
 from stepdr_jax.orchestration.plan import PlannedStage
@@ -53,6 +53,7 @@ def run_stages(
         if fresh:
             _empty(layout.root)
         process.check_space(layout.root, NEEDED_BYTES)
+        configuration.save(config, layout.root)
         ledger = _read_ledger(layout)
         todo = plan.plan(config, reference, seeds)
         view = _View(todo)

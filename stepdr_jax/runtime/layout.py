@@ -4,9 +4,10 @@
     RUN/stages.json  report.html  report.json  judge_replies.sqlite
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
+    config.json in RUN, corpus, data, eval and each stage's folder      what that was started with (`configuration.save`)
 
-Checkpoints lie in the stage's folder, or in its like below config.checkpointing.directory, which may be a bucket. This module
-does not import jax.
+Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
+bucket. This module does not import jax.
 """
 
 import dataclasses
@@ -246,11 +247,6 @@ class RunLayout:
     def ledger(self) -> Path:
         """Which stages have finished, with which settings, and what they took."""
         return self.root / "stages.json"
-
-    @property
-    def resolved_config(self) -> Path:
-        """The config that the run was last started with."""
-        return self.root / "config.json"
 
     @property
     def report(self) -> Path:

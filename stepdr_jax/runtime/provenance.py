@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files
+from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import stages, storage
 from stepdr_jax.runtime.layout import RunLayout, StageLayout
@@ -53,7 +53,7 @@ def ppo_settings(config: ConfigDict, model: Any, judge: dict[str, Any], origin: 
     Args:
         config: the run's config.
         model: `models.qwen2.Qwen2Config`, with its vocabulary.
-        judge: `judge.choose.settings_of(config)`.
+        judge: `judge.choose.judge_settings(config)`.
         origin: names the policy it starts from and the tasks.
     """
     ppo, agent = (json.loads(config[section].to_json_best_effort()) for section in ("ppo", "agent"))
@@ -115,7 +115,7 @@ def _is_digest(name: str) -> bool:
 
 
 def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
-    """The dotted name and both values where two values of a setting differ; inside a section its first entry that does."""
+    """Dotted name and both values where two values of a setting differ; of two sections of their first entry."""
     if isinstance(old, dict) and isinstance(new, dict):
         entry = min(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
         return _difference(f"{name}.{entry}", old.get(entry), new.get(entry))
@@ -123,7 +123,7 @@ def _difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:
 
 
 def require_finished(config: ConfigDict, name: str, seed: int | None = None) -> dict[str, Any]:
-    """done.json of a stage, of the config's seed or of another. Raises UserError, naming its command, when there is none."""
+    """done.json of a stage, of the config's seed or another. Raises UserError with its command when there is none."""
     seed = config.seed if seed is None else seed
     stage = RunLayout.from_config(config).stage(name, seed)
     if not stage.done.exists():
@@ -148,8 +148,15 @@ def require_parent(config: ConfigDict, name: str) -> None:
         )
 
 
+def record_stage(config: ConfigDict, stage: StageLayout, settings: dict[str, Any]) -> None:
+    """Writes down what a stage is made from, before it begins: settings, location of its checkpoints, the whole config."""
+    record_location(stage)
+    files.write_json(stage.settings, settings)
+    configuration.save(config, stage.directory)
+
+
 def record_location(stage: StageLayout) -> None:
-    """Writes down where the stage's checkpoints lie, for `require_same_location` and for readers with another config."""
+    """Writes down where the stage's checkpoints lie, for `require_same_location` and readers with another config."""
     if stage.recorded_root() != stage.checkpoint_root:
         files.write_json(stage.location, {"checkpointing.directory": stage.checkpoint_root})
 

@@ -1,13 +1,13 @@
 """The stages of a run: one row each, in the order in which they run. Every other list of stages is derived from it.
 
-A new stage is one row here, a section of its name in the config if it trains, and the script that its command starts. This
-module does not import jax: configs, --help, the report and the terminal dashboard read it.
+A new stage is one row here, a section of its name in the config if it trains, and the script that its command starts.
+This module does not import jax: configs, --help, the report and the terminal dashboard read it.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -82,12 +82,14 @@ def _copies(config: ConfigDict) -> float:
     return _tasks(config) * (config.synthesis.document_copies + config.synthesis.trajectory_copies)
 
 
-_PPO = dict(program="ppo", parent="sft", unit="iteration", work=_episodes)
+_PPO: dict[str, Any] = dict(program="ppo", parent="sft", unit="iteration", work=_episodes)
 
 STAGES: tuple[Stage, ...] = (
     Stage("offline_web", "Offline web", "launch.offline_web", "world/sites.json", shared=True),
     Stage("synthesize", "Synthesis", "launch.synthesize", "corpus/card.json", seconds=25, work=_tasks, shared=True),
-    Stage("build_data", "Data", "launch.build_data", "data/card.json", seconds=55, work=_copies, shared=True),
+    Stage(
+        "build_data", "Data preparation", "launch.build_data", "data/card.json", seconds=55, work=_copies, shared=True
+    ),
     _training("midtrain1", "Mid-training I", "launch.midtrain --stage=midtrain1", INIT, 90),
     _training("midtrain2", "Mid-training II", "launch.midtrain --stage=midtrain2", "midtrain1", 85),
     _training("sft", "SFT", "launch.sft", "midtrain2", 45),
@@ -154,10 +156,10 @@ def parent_of(config: ConfigDict, name: str) -> str:
 
 
 def command_of(name: str, config: ConfigDict, *arguments: str, seed: int | None = None) -> str:
-    """The complete command that runs a stage of `config`'s run, of its seed or of another, to be pasted into a shell."""
+    """The complete command that runs a stage of the config's run, to be pasted into a shell; `seed`: of another."""
     stage = stage_named(name)
     flags = [] if stage.shared else [f"--config.seed={config.seed if seed is None else seed}"]
-    return command_line(stage.command, config, *arguments, *flags)
+    return command_line(shlex.join([*stage.command.split(), *arguments]), config, *flags)
 
 
 def command_line(words: str, config: ConfigDict, *flags: str) -> str:

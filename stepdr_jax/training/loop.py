@@ -213,12 +213,12 @@ def _open_data(config: ConfigDict, stage: str) -> BatchSource:
         run.data,
         stage,
         dict(settings.mixture),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        opening=(settings.warmup_data, settings.warmup_data_steps),
+        warmup_data=(settings.warmup_data, settings.warmup_data_steps),
         heldout_rows=settings.heldout_rows,
-        remix=settings.mixture_schedule,
+        mixture_schedule=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )
 
@@ -233,11 +233,7 @@ def _prepare_run(
 ) -> TrainingRun:
     """Records the settings; makes the mesh, the compiled programs and what watches and saves the run."""
 
-    def write_settings() -> None:
-        provenance.record_location(layout)
-        files.write_json(layout.settings, settings)
-
-    distributed.lead_first("settings", write_settings, lambda: None)
+    distributed.lead_first("settings", lambda: provenance.record_stage(config, layout, settings), lambda: None)
     stage, mesh = layout.name, make_mesh(**config.mesh)
     sizes = dict(vocab_size=model.vocab_size, num_sources=len(loader.sources))
     program, abstract_state, abstract_batch = train_program(config, stage, mesh, **sizes)

@@ -13,7 +13,7 @@ from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import loop, state
 from tests.reporting import synthetic_run
-from tests.tools_env.conftest import write_world
+from tests.tools_env.conftest import write_offline_web
 from tests.training import tiny
 from tools_env.process import ToolHost
 
@@ -23,23 +23,29 @@ def trained(tmp_path_factory):
     """Twelve steps of 120 tokens, an evaluation checkpoint every 500 tokens at the rows of every third step."""
     run_dir = tmp_path_factory.mktemp("evaluated")
     tasks = synthetic_run.make_tasks(12)
-    records.write(run_dir / "corpus" / "tasks.jsonl", tasks)
+    records.write_records(run_dir / "corpus" / "tasks.jsonl", tasks)
     check = Rubric(rid="a", criterion="States it.", weight=1, role="explicit", check={"kind": "states", "any": ["x"]})
     rubric_sets = [RubricSet(id=task.id, task_id=task.id, rubrics=[check]) for task in tasks]
-    records.write(run_dir / "corpus" / "rubrics.jsonl", rubric_sets)
+    records.write_records(run_dir / "corpus" / "rubrics.jsonl", rubric_sets)
     tokenizer = Tokenizer.train([task.query for task in tasks], 300)
     tokenizer.save(run_dir / "tokenizer" / "tokenizer.json")
     config = tiny.tiny_config(
         run_dir, **{"eval.every_tokens": 500, "eval.checkpoint_tasks": 4, "sampler.max_num_seqs": 4, "sampler.pools": 1}
     )
     config.agent.update(dict(max_turns=2, max_turn_tokens=8, max_episode_tokens=512))
-    world = write_world(run_dir / "world")
+    world = write_offline_web(run_dir / "world")
 
     def host():
         return ToolHost(world, web_port=9, log_path=run_dir / "log")
 
     on_eval_checkpoint = checkpoints.inline_evaluation(config, "midtrain1", host)
-    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tokenizer.vocab_size, on_eval_checkpoint=on_eval_checkpoint)
+    loop.train(
+        config,
+        "midtrain1",
+        loader=tiny.Memory(),
+        vocab_size=tokenizer.vocab_size,
+        on_eval_checkpoint=on_eval_checkpoint,
+    )
     return config, host, RunLayout.from_config(config).stage("midtrain1")
 
 

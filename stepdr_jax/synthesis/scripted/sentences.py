@@ -9,7 +9,8 @@ Questions, search queries and reports use the same words, so a small model can c
 import dataclasses
 import re
 
-from stepdr_jax.text.matching import normalise, strip_citations
+from stepdr_jax.text.citations import strip_citations
+from stepdr_jax.text.matching import normalize
 
 RELATIONS = (
     "capital",
@@ -61,22 +62,32 @@ class Statement:
     @property
     def fact(self) -> tuple[str, str, str, str]:
         """What is stated, however it is said."""
-        return self.relation, normalise(self.subject), normalise(self.value), self.lang
+        return self.relation, normalize(self.subject), normalize(self.value), self.lang
 
 
-def word(relation: str, lang: str, count: int = 1) -> str:
+def relation_name(relation: str, lang: str, count: int = 1) -> str:
     """The relation's name: "calling code", "languages" for several, "首都"."""
     if lang == "zh":
         return ZH[relation]
     return PLURAL[relation] if count > 1 and relation in PLURAL else EN[relation]
 
 
-def topic(relation: str, subject: str, lang: str) -> str:
+def relation_forms(relation: str, lang: str) -> tuple[str, ...]:
+    """Every form of the relation's name: ("neighbour", "neighbours"), ("邻国",)."""
+    return tuple(dict.fromkeys(relation_name(relation, lang, count) for count in (1, 2)))
+
+
+def relation_vocabulary(lang: str) -> tuple[str, ...]:
+    """The names of all relations in one language."""
+    return tuple(name for relation in RELATIONS for name in relation_forms(relation, lang))
+
+
+def topic_of(relation: str, subject: str, lang: str) -> str:
     """What is asked for, and what is typed into a search: "capital of Austria", "奥地利的首都"."""
     return f"{subject}的{ZH[relation]}" if lang == "zh" else f"{EN[relation]} of {subject}"
 
 
-def join(values: tuple[str, ...] | list[str], lang: str) -> str:
+def join_values(values: tuple[str, ...] | list[str], lang: str) -> str:
     """A list as prose: "German, French and Italian", "德语、法语和意大利语"."""
     if len(values) == 1:
         return values[0]
@@ -85,23 +96,23 @@ def join(values: tuple[str, ...] | list[str], lang: str) -> str:
     return ", ".join(values[:-1]) + " and " + values[-1]
 
 
-def sentence(relation: str, subject: str, values: tuple[str, ...] | list[str], lang: str) -> str:
+def state_fact(relation: str, subject: str, values: tuple[str, ...] | list[str], lang: str) -> str:
     """States a fact, as the pages of the built-in web do."""
     if relation == "currency" and lang == "en":
         values = ["the " + value for value in values]
-    value = join(values, lang) + UNITS[lang].get(relation, "")
+    value = join_values(values, lang) + UNITS[lang].get(relation, "")
     if lang == "zh":
         return f"{subject}的{ZH[relation]}是{value}。"
     verb = "are" if len(values) > 1 and relation in PLURAL else "is"
-    return f"The {word(relation, lang, len(values))} of {subject} {verb} {value}."
+    return f"The {relation_name(relation, lang, len(values))} of {subject} {verb} {value}."
 
 
-def plain(text: str) -> str:
+def strip_markup(text: str) -> str:
     """Text without Markdown links, emphasis and code marks, as search results show it."""
     return _MARKUP.sub(lambda match: match.group(1) or "", text).strip()
 
 
-def parse(text: str) -> Statement | None:
+def parse_statement(text: str) -> Statement | None:
     """Reads a sentence that states one fact; citation marks are ignored. None when it is anything else."""
     text = strip_citations(text).strip()
     if match := _SENTENCE_EN.fullmatch(text):

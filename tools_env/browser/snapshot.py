@@ -1,7 +1,7 @@
-"""What a model reads of a page: its visible text in lines, with what can be clicked or filled in numbered.
+"""Text snapshot of a page: its visible lines, with numbers for the elements that can be clicked or filled in.
 
-The script runs among the page's own scripts, which may lie to it: what comes back is checked and bounded here, and only
-ever shown.
+The script runs beside the page's own scripts, which may tamper with it. So its result is validated and bounded here,
+and it is only ever displayed.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from tools_env.errors import ToolError
 MAX_FRAMES = 8
 MAX_ELEMENTS = 3000
 _MAX_CHARS = 300_000
-_SCRIPT = Path(__file__).with_name("reading.js").read_text(encoding="utf-8")
+_SCRIPT = Path(__file__).with_name("snapshot.js").read_text(encoding="utf-8")
 
 
 @dataclasses.dataclass
@@ -25,13 +25,13 @@ class Element:
 
 
 @dataclasses.dataclass
-class Reading:
-    """One look at a page. Elements are numbered from 1, through all its frames."""
+class PageSnapshot:
+    """The state of a page. Elements are numbered from 1 across all frames."""
 
     url: str
     title: str
     lines: list[str]
-    above: int  # lines that were scrolled past
+    above: int  # lines above the viewport
     scroll: int  # pixels from the top
     elements: list[Element]
 
@@ -40,12 +40,12 @@ class Reading:
         return hashlib.sha256("\n".join(self.lines).encode(errors="replace")).hexdigest()
 
     def text(self) -> str:
-        """Returns what is in view and below, in lines."""
+        """Returns the lines in the viewport and below."""
         head = [f"... {self.above} lines above; scroll up to read them"] if self.above else []
         return "\n".join([*head, *self.lines[self.above :]]) or "No text."
 
     def find(self, target: str) -> Element:
-        """Returns the element with a number or, alone, with a text. Raises ToolError."""
+        """Returns the element with this number, or the only one with this text. Raises ToolError."""
         wanted = target.strip().strip("[]").strip()
         if wanted.isdecimal():
             if not 1 <= int(wanted) <= len(self.elements):
@@ -67,12 +67,12 @@ class Reading:
         for handle in {id(element.handle): element.handle for element in self.elements}.values():
             try:
                 await handle.dispose()
-            except Exception:  # the page has gone on, and its handles with it
+            except Exception:  # the page has navigated, and its handles are gone
                 pass
 
 
-async def read(page) -> Reading:
-    """Reads a Playwright page with its frames. Raises Playwright's errors."""
+async def take_snapshot(page) -> PageSnapshot:
+    """Returns the snapshot of a Playwright page with its frames. Raises Playwright's errors."""
     lines, elements, above, scroll = [], [], 0, 0
     for number, frame in enumerate(page.frames[:MAX_FRAMES]):
         try:
@@ -81,7 +81,7 @@ async def read(page) -> Reading:
         except Exception:
             if number == 0:
                 raise
-            continue  # a frame that went away, or that shows no page
+            continue  # a frame that was removed or shows no page
         lists = [value if isinstance(value := found.get(name), list) else [] for name in ("lines", "names")]
         rows = [row for row in lists[0] if isinstance(row, list) and len(row) == 3]
         if number and rows:
@@ -100,4 +100,4 @@ async def read(page) -> Reading:
         if size > _MAX_CHARS:
             break
         kept.append(line)
-    return Reading(page.url, (await page.title())[:200], kept, min(above, len(kept)), scroll, elements)
+    return PageSnapshot(page.url, (await page.title())[:200], kept, min(above, len(kept)), scroll, elements)

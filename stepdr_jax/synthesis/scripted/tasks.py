@@ -3,15 +3,15 @@
 Everything is drawn from (seed, entity), so one entity's tasks do not depend on another's.
 """
 
-import collections
 import dataclasses
 import random
 from collections.abc import Mapping
 
-from stepdr_jax.records import RubricSet, Task
-from stepdr_jax.synthesis import deep_search, reports, rubrics, verification
-from stepdr_jax.synthesis.knowledge import Fact, Knowledge
+from stepdr_jax.records import RubricSet, Task, Trajectory
+from stepdr_jax.synthesis import rubrics
 from stepdr_jax.synthesis.rubrics import Brief
+from stepdr_jax.synthesis.scripted import deep_search, reports, verification
+from stepdr_jax.synthesis.scripted.knowledge import Fact, Knowledge
 
 FACTS = ("capital", "currency", "language", "region", "calling_code", "population", "area", "demonym")
 MAX_TRIES = 8  # draws per wanted task; entities with few facts give fewer tasks
@@ -19,12 +19,12 @@ WALK_SHARE = 0.2  # of deep-search tasks that are walks along links, where the p
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class DrawnTask:
     task: Task
     rubric_set: RubricSet
 
 
-def draw(
+def draw_tasks(
     knowledge: Knowledge,
     *,
     tasks_per_entity: int,
@@ -34,8 +34,8 @@ def draw(
     seed: int,
     as_of: str,
     hops: Mapping[str, list[tuple[Fact, Fact]]],
-    walks: Mapping[str, list[deep_search.Walk]],
-) -> list[Drawn]:
+    walks: Mapping[str, list[deep_search.LinkWalk]],
+) -> list[DrawnTask]:
     """Draws tasks for every country; held-out countries share `heldout_tasks` evenly.
 
     Args:
@@ -48,7 +48,7 @@ def draw(
         tasks are not to be used.
     """
     held = sorted(knowledge.heldout)
-    drawn: list[Drawn] = []
+    drawn: list[DrawnTask] = []
     for country in knowledge.countries:
         if country in knowledge.heldout:
             place = held.index(country)
@@ -70,9 +70,9 @@ def draw(
     return drawn
 
 
-def _of_country(knowledge, country, count, kind_weights, chinese_share, rng, as_of, hops, walks) -> list[Drawn]:
+def _of_country(knowledge, country, count, kind_weights, chinese_share, rng, as_of, hops, walks) -> list[DrawnTask]:
     kinds, weights = zip(*sorted(kind_weights.items()), strict=True)
-    found: dict[str, Drawn] = {}
+    found: dict[str, DrawnTask] = {}
     good = 0
     for _ in range(count * MAX_TRIES):
         if good >= count:
@@ -83,9 +83,9 @@ def _of_country(knowledge, country, count, kind_weights, chinese_share, rng, as_
         if made is None or made[0].id in found:
             continue
         task, brief = made
-        rubric_set = rubrics.synthesise(task, brief)
+        rubric_set = rubrics.synthesize_rubrics(task, brief)
         task.rubric_set_id = rubric_set.id
-        found[task.id] = Drawn(task, rubric_set)
+        found[task.id] = DrawnTask(task, rubric_set)
         good += rubric_set.kept
     return list(found.values())
 
@@ -137,10 +137,10 @@ def _claim(knowledge, country, relation, lang, rng, as_of) -> tuple[Task, Brief]
     return verification.claim_task(knowledge, country, relation, value, lang, rng, as_of)
 
 
-def counts(drawn: list[Drawn]) -> dict[str, dict[str, int]]:
-    """Kept tasks by split, by kind and language."""
-    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for item in drawn:
-        if item.rubric_set.kept:
-            table[item.task.split][f"{item.task.kind} {item.task.lang}"] += 1
-    return {split: dict(sorted(row.items())) for split, row in sorted(table.items())}
+def answer_fault(task: Task, trajectory: Trajectory) -> str | None:
+    """Why a report or a verdict breaks the rules of its kind of task, or None."""
+    if task.kind == "report" and not reports.follows_plan(trajectory.answer or "", task):
+        return "report strays from its plan"
+    if task.kind == "verification" and not verification.verdict_follows(task, trajectory):
+        return "verdict does not follow from evidence"
+    return None

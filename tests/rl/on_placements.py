@@ -1,4 +1,4 @@
-"""Short PPO runs with other roles on eight simulated devices, and a transfer of weights that is watched; prints JSON."""
+"""Short PPO runs with other placements on eight simulated devices, and an observed weight sync; prints JSON."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def watched_transfer() -> dict:
     }
 
 
-def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
+def run(folder: Path, *, mesh=(), sampling=(), **placement) -> dict:
     config = (
         toy.config(folder, iterations=2, critic_warmup_iterations=0, checkpoint_every=2)
         .copy_and_resolve_references()
@@ -73,7 +73,7 @@ def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
     config.model.num_kv_heads = 2
     config.mesh.update(dict(mesh))
     config.sampler.update(dict(pools=1) | dict(sampling))
-    config.placement.update(roles)
+    config.placement.update(placement)
     at_samples, at_updates, on_host = [], [], []
     update = learner.update
 
@@ -86,12 +86,12 @@ def run(folder: Path, *, mesh=(), sampling=(), **roles) -> dict:
         return update(*arguments, **keywords)
 
     learner.update = watched
-    parts = toy.parts(config, run_episode=run_episode)
-    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.actor()))
-    done = loop.train(config, parts)
+    parts = toy.inputs(config, run_episode=run_episode)
+    mine = sum(leaf.nbytes for leaf in jax.tree.leaves(parts.read_actor()))
+    done = loop.train_ppo(config, parts)
     learner.update = update
-    rows = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    recorded = [files.read_jsonl(loop.home_of(config) / "iterations" / f"{i:04d}.jsonl") for i in range(2)]
+    rows = files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
+    recorded = [files.read_jsonl(loop.ppo_layout(config).directory / "iterations" / f"{i:04d}.jsonl") for i in range(2)]
 
     def in_actors(seen):  # of the devices, in sizes of the actor
         return {d: max(one[d] for one in seen) / mine for d in range(8)}

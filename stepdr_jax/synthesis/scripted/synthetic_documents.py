@@ -1,23 +1,35 @@
-r"""Reading material of mid-training: passages and what can be done with them, without tool calls (paper, Table 1 and 2).
+"""Synthetic documents of mid-training: passages and exercises on them, without tool calls (paper, Tables 1 and 2).
 
 Every row shows text in the shape of an observation and then works with it: quotes a passage with its citation mark,
 answers, rewrites, summarises, composes two facts, checks a claim. Names, numbers and ids are drawn anew for most rows
 (see `renaming`), so the only way to continue a row is to read it. Copying is what a small model must learn first:
 `quoting` holds it in its plainest form, a span and the same span again.
 
-Rows are JSON objects: id, component, capability, lang, loss and either text or prompt and completion; "chat": true marks
-rows that are one user turn and one assistant turn.
+Rows are JSON objects: id, component, capability, lang, loss, prompt and completion; "chat": true marks rows that are
+one user turn and one assistant turn.
 """
 
-import collections.abc
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 from stepdr_jax.records import content_id
-from stepdr_jax.synthesis import deep_search, reports, sentences, verification
-from stepdr_jax.synthesis.knowledge import Knowledge
-from stepdr_jax.synthesis.renaming import citation_id, invented_name, invented_number
+from stepdr_jax.synthesis.renaming import citation_id, invented_name
+from stepdr_jax.synthesis.scripted import deep_search, reports, sentences, verification
+from stepdr_jax.synthesis.scripted.cards import (
+    HOSTS,
+    RELIABLE,
+    Card,
+    Shown,
+    invented_value,
+    question_on,
+    real_card,
+    renamed_card,
+    render_page,
+    render_search_results,
+    shown_passage,
+)
+from stepdr_jax.synthesis.scripted.knowledge import Knowledge
 
 # Rows made of one copy of one country, by component. Their tokens then roughly follow the rates of the mixtures.
 ROWS = {
@@ -31,9 +43,6 @@ ROWS = {
     "long_summarisation": 1,
     "dialogue": 1,
 }
-HOSTS = ("atlas.test", "gazette.test", "travelnotes.test", "quickfacts.test", "mirror.test")
-RELIABLE = ("atlas.test", "gazette.test")
-BORROWED_SHARE = 0.2  # of an invented subject's values that are another real subject's
 CAPABILITY = {
     "active_reading": "deep_search",
     "quoting": "report",
@@ -45,113 +54,6 @@ CAPABILITY = {
     "long_summarisation": "report",
     "dialogue": "report",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Card:
-    """What one page says about one subject: relation -> values, real or invented."""
-
-    subject: str
-    lang: str
-    values: Mapping[str, tuple[str, ...]]
-
-    def sentence(self, relation: str) -> str:
-        return sentences.sentence(relation, self.subject, self.values[relation], self.lang)
-
-    def topic(self, relation: str) -> str:
-        return sentences.topic(relation, self.subject, self.lang)
-
-
-def real_card(knowledge: Knowledge, country: str, lang: str) -> Card:
-    """The facts of a country as its pages state them."""
-    values = {
-        relation: knowledge.facts[country, relation, lang].values for relation in knowledge.relations(country, lang)
-    }
-    return Card(knowledge.countries[country].name(lang), lang, values)
-
-
-def invented_value(relation: str, rng: random.Random, lang: str) -> str:
-    """A value that fits a relation and is in no encyclopaedia."""
-    if relation in ("population", "area", "calling_code"):
-        digits = {"population": rng.randint(4, 9), "area": rng.randint(2, 7), "calling_code": rng.randint(2, 4)}[
-            relation
-        ]
-        return invented_number(rng, "9" * digits)
-    return invented_name(rng, lang, capitalised=relation != "currency" or lang == "zh")
-
-
-class _Invented(collections.abc.Mapping):
-    """The values of an invented subject, made when they are looked at: a row shows few of them."""
-
-    def __init__(self, model: Card, rng: random.Random, swap: list[Card]) -> None:
-        self._model, self._rng, self._swap = model, rng, swap
-        self._made: dict[str, tuple[str, ...]] = {}
-
-    def __getitem__(self, relation: str) -> tuple[str, ...]:
-        if relation not in self._made:
-            self._made[relation] = self._make(relation, self._model.values[relation])
-        return self._made[relation]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._model.values)
-
-    def __len__(self) -> int:
-        return len(self._model.values)
-
-    def _make(self, relation: str, old: tuple[str, ...]) -> tuple[str, ...]:
-        if self._rng.random() < BORROWED_SHARE:
-            other = self._rng.choice(self._swap)
-            if relation in other.values:
-                return other.values[relation]
-        return tuple(invented_value(relation, self._rng, self._model.lang) for _ in old[:3])
-
-
-def renamed_card(card: Card, rng: random.Random, swap: list[Card]) -> Card:
-    """The same kind of facts about an invented subject; some values are borrowed from real cards of the language."""
-    return Card(invented_name(rng, card.lang), card.lang, _Invented(card, rng, swap))
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """One passage in an observation."""
-
-    card: Card
-    relation: str
-    host: str
-    id: str
-
-    @property
-    def quote(self) -> str:
-        return f"{self.card.sentence(self.relation)} \\cite{{{self.id}}}"
-
-
-def _date(rng: random.Random) -> str:
-    return f"{rng.randint(2018, 2026)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"
-
-
-def show(card: Card, relation: str, rng: random.Random, hosts: tuple[str, ...] = HOSTS) -> Shown:
-    host = rng.choice(hosts) if rng.random() < 0.7 else invented_name(rng, capitalised=False) + ".test"
-    return Shown(card, relation, host, citation_id(rng))
-
-
-def search_results(shown: list[Shown], rng: random.Random) -> str:
-    """Passages as a search shows them."""
-    return "\n".join(
-        f"{number}. {item.card.subject} | {item.host} | {_date(rng)}\n{item.quote}"
-        for number, item in enumerate(shown, 1)
-    )
-
-
-def page(shown: list[Shown], rng: random.Random) -> str:
-    """Passages as an opened page shows them."""
-    first = shown[0]
-    slug = "".join(letter if letter.isalnum() else "-" for letter in first.card.subject.lower())
-    header = f"{first.card.subject} | http://{first.host}/{first.card.lang}/{slug} | {_date(rng)}"
-    return "\n".join([header, *(item.quote for item in shown)])
-
-
-def question(card: Card, relation: str, rng: random.Random) -> str:
-    return rng.choice(deep_search.ASK[card.lang]).format(topic=card.topic(relation))
 
 
 def _pick(card: Card, rng: random.Random, least: int, most: int) -> list[str]:
@@ -180,17 +82,17 @@ def quoting(card: Card, others: list[Card], rng: random.Random) -> dict:
         return _table(card, rng)
     if kind < 0.85:
         cards = [card, *rng.sample(others, min(rng.randint(0, 2), len(others)))]
-        shown = [show(c, relation, rng) for c in cards for relation in _pick(c, rng, 1, 3)]
+        shown = [shown_passage(c, relation, rng) for c in cards for relation in _pick(c, rng, 1, 3)]
         rng.shuffle(shown)
         shown = shown[:4]
         asked = rng.sample(shown, min(2, len(shown)))
-        text = search_results(shown, rng) if rng.random() < 0.6 else page(shown, rng)
+        text = render_search_results(shown, rng) if rng.random() < 0.6 else render_page(shown, rng)
         first, *rest = [(item.card.topic(item.relation), item.quote) for item in asked]
         completion = first[1] + "".join(f"\n{topic}\n{quote}" for topic, quote in rest)
         return _row(f"{text}\n{first[0]}\n", completion)
     relation = rng.choice(list(card.values))
     arrow = "搜索：" if lang == "zh" else "Search: "
-    return _row(f"{question(card, relation, rng)}\n{arrow}", card.topic(relation))
+    return _row(f"{question_on(card, relation, rng)}\n{arrow}", card.topic(relation))
 
 
 def _repeat(card: Card, rng: random.Random) -> dict:
@@ -202,7 +104,7 @@ def _repeat(card: Card, rng: random.Random) -> dict:
                 "".join(rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", k=rng.randint(2, 7)))
             )
         elif kind < 0.45:
-            words.append(invented_name(rng, card.lang, capitalised=rng.random() < 0.7))
+            words.append(invented_name(rng, card.lang, capitalized=rng.random() < 0.7))
         elif kind < 0.6:
             words.append(str(rng.randint(10, 10 ** rng.randint(2, 8))))
         elif kind < 0.75:
@@ -210,7 +112,7 @@ def _repeat(card: Card, rng: random.Random) -> dict:
         elif kind < 0.9:
             words.append(card.topic(rng.choice(list(card.values))))
         else:
-            words.append(show(card, rng.choice(list(card.values)), rng).quote)
+            words.append(shown_passage(card, rng.choice(list(card.values)), rng).quote)
     span = rng.choice((" ", ", ", "\n")).join(words)
     times = 2 if len(span) < 120 else 1  # short spans come a third time: the copy is then worth more tokens
     return _row(span + "\n\n", "\n\n".join([span] * times))
@@ -224,7 +126,7 @@ def _table(card: Card, rng: random.Random) -> dict:
         if kind < 0.3
         else str(rng.randint(10, 99_999_999))
         if kind < 0.55
-        else invented_name(rng, card.lang, capitalised=kind < 0.85)
+        else invented_name(rng, card.lang, capitalized=kind < 0.85)
         for label in labels
     }
     text = "\n".join(f"{label}: {value}" for label, value in table.items())
@@ -236,62 +138,62 @@ def _table(card: Card, rng: random.Random) -> dict:
 def active_reading(card: Card, others: list[Card], rng: random.Random) -> dict:
     """A page, then questions about it answered by quotation, or the page in other words."""
     relations = _pick(card, rng, 2, 5)
-    host_shown = [dataclasses.replace(show(card, r, rng), host=HOSTS[0]) for r in relations]
-    text = page(host_shown, rng)
+    host_shown = [dataclasses.replace(shown_passage(card, r, rng), host=HOSTS[0]) for r in relations]
+    text = render_page(host_shown, rng)
     asked = rng.sample(host_shown, min(len(host_shown), rng.randint(2, 3)))
     zh = card.lang == "zh"
     if rng.random() < 0.65:
-        lines = [(question(card, item.relation, rng), item.quote) for item in asked]
+        lines = [(question_on(card, item.relation, rng), item.quote) for item in asked]
         completion = lines[0][1] + "".join(f"\n{q}\n{a}" for q, a in lines[1:])
         return _row(f"{text}\n{lines[0][0]}\n", completion)
     colon = "：" if zh else ": "
     facts = [
-        (sentences.word(item.relation, card.lang, len(card.values[item.relation])), card.values[item.relation])
+        (sentences.relation_name(item.relation, card.lang, len(card.values[item.relation])), card.values[item.relation])
         for item in host_shown
     ]
-    rewritten = "\n".join(f"{label}{colon}{sentences.join(values, card.lang)}" for label, values in facts)
+    rewritten = "\n".join(f"{label}{colon}{sentences.join_values(values, card.lang)}" for label, values in facts)
     return _row(f"{text}\n\n", f"{card.subject}\n{rewritten}")
 
 
 def synthetic_knowledge(card: Card, others: list[Card], rng: random.Random) -> dict:
     """An episode in plain words: question, search, results, quoted answer; the results hold distractors."""
     relation = rng.choice(list(card.values))
-    target = show(card, relation, rng)
+    target = shown_passage(card, relation, rng)
     shown = [target]
     for _ in range(rng.choice((0, 1, 1, 1, 2))):
         if others and rng.random() < 0.5:  # another subject, the same relation
             other = rng.choice(others)
             wanted = relation if relation in other.values else rng.choice(list(other.values))
-            shown.append(show(other, wanted, rng))
+            shown.append(shown_passage(other, wanted, rng))
         else:
             remaining = [r for r in card.values if r != relation]
             if remaining:
-                shown.append(show(card, rng.choice(remaining), rng))
+                shown.append(shown_passage(card, rng.choice(remaining), rng))
     if rng.random() < 0.3:  # the wanted passage is mostly first, as in real results
         rng.shuffle(shown)
     arrow = "搜索：" if card.lang == "zh" else "Search: "
-    prompt = f"{question(card, relation, rng)}\n{arrow}{card.topic(relation)}\n{search_results(shown, rng)}\n"
+    prompt = f"{question_on(card, relation, rng)}\n{arrow}{card.topic(relation)}\n{render_search_results(shown, rng)}\n"
     return _row(prompt, target.quote)
 
 
 def _request(card: Card, relations: list[str], rng: random.Random) -> str:
-    points = ("、" if card.lang == "zh" else ", ").join(sentences.word(r, card.lang) for r in relations)
+    points = ("、" if card.lang == "zh" else ", ").join(sentences.relation_name(r, card.lang) for r in relations)
     return rng.choice(reports.ASK[card.lang]).format(subject=card.subject, points=points)
 
 
 def _brief(card: Card, shown: list[Shown]) -> str:
-    return "\n".join([reports.title(card.subject), *(item.quote for item in shown)])
+    return "\n".join([reports.report_title(card.subject), *(item.quote for item in shown)])
 
 
 def summarisation(card: Card, others: list[Card], rng: random.Random) -> dict:
     """A page and a request; the brief quotes what was asked for, in the order asked."""
-    shown = [show(card, relation, rng) for relation in _pick(card, rng, 3, 6)]
+    shown = [shown_passage(card, relation, rng) for relation in _pick(card, rng, 3, 6)]
     wanted = rng.sample(shown, min(len(shown), rng.choice((2, 2, 3))))
     request = _request(card, [item.relation for item in wanted], rng)
     if rng.random() < 0.5:  # as in an episode: the request, then one block per query
-        blocks = [f"query: {card.topic(item.relation)}\n{search_results([item], rng)}" for item in wanted]
+        blocks = [f"query: {card.topic(item.relation)}\n{render_search_results([item], rng)}" for item in wanted]
         return _row("\n".join([request, *blocks]) + "\n", _brief(card, wanted))
-    return _row(f"{page(shown, rng)}\n{request}\n", _brief(card, wanted))
+    return _row(f"{render_page(shown, rng)}\n{request}\n", _brief(card, wanted))
 
 
 def reasoning(card: Card, others: list[Card], rng: random.Random) -> dict:
@@ -301,22 +203,22 @@ def reasoning(card: Card, others: list[Card], rng: random.Random) -> dict:
     if not clues or not asked:
         return synthetic_knowledge(card, others, rng)
     clue_relation, relation = rng.choice(clues), rng.choice(asked)
-    clue = deep_search.clue(clue_relation, card.values[clue_relation][0], card.lang)
-    first, second = show(card, clue_relation, rng), show(card, relation, rng)
-    distractors = [show(c, rng.choice(list(c.values)), rng) for c in rng.sample(others, min(1, len(others)))]
+    clue = deep_search.clue_phrase(clue_relation, card.values[clue_relation][0], card.lang)
+    first, second = shown_passage(card, clue_relation, rng), shown_passage(card, relation, rng)
+    distractors = [shown_passage(c, rng.choice(list(c.values)), rng) for c in rng.sample(others, min(1, len(others)))]
     shown = [first, *distractors]
     subject = clue if card.lang == "zh" else "the " + clue
-    topic = sentences.topic(relation, subject, card.lang)
+    topic = sentences.topic_of(relation, subject, card.lang)
     asked_text = rng.choice(deep_search.ASK[card.lang]).format(topic=topic)
     if card.lang == "zh":
-        prompt = f"{asked_text}\n搜索：{clue}\n{search_results(shown, rng)}\n"
+        prompt = f"{asked_text}\n搜索：{clue}\n{render_search_results(shown, rng)}\n"
         step = f"是{card.subject}。搜索：{card.topic(relation)}"
     else:
-        prompt = f"{asked_text}\nSearch: {clue}\n{search_results(shown, rng)}\n"
+        prompt = f"{asked_text}\nSearch: {clue}\n{render_search_results(shown, rng)}\n"
         step = f"It is {card.subject}. Search: {card.topic(relation)}"
     if rng.random() < 0.5:
         return _row(prompt, step)
-    return _row(f"{prompt}{step}\n{search_results([second], rng)}\n", second.quote)
+    return _row(f"{prompt}{step}\n{render_search_results([second], rng)}\n", second.quote)
 
 
 def reflection(card: Card, others: list[Card], rng: random.Random) -> dict:
@@ -325,7 +227,7 @@ def reflection(card: Card, others: list[Card], rng: random.Random) -> dict:
     if not single:
         return synthetic_knowledge(card, others, rng)
     relation = rng.choice(single)
-    right = dataclasses.replace(show(card, relation, rng), host=rng.choice(RELIABLE))
+    right = dataclasses.replace(shown_passage(card, relation, rng), host=rng.choice(RELIABLE))
     false_value = invented_value(relation, rng, card.lang)
     false_card = Card(card.subject, card.lang, {relation: (false_value,)})
     if rng.random() < 0.6:
@@ -335,33 +237,33 @@ def reflection(card: Card, others: list[Card], rng: random.Random) -> dict:
         asked = rng.choice(verification.ASK[card.lang]).format(claim=claim)
         verdict = verification.VERDICT[card.lang]["supported" if holds else "refuted"]
         separator = "" if card.lang == "zh" else " "
-        return _row(f"{asked}\n{search_results([right], rng)}\n", f"{verdict}{separator}{right.quote}")
+        return _row(f"{asked}\n{render_search_results([right], rng)}\n", f"{verdict}{separator}{right.quote}")
     wrong = Shown(false_card, relation, "quickfacts.test", citation_id(rng))
     shown = [right, wrong] if rng.random() < 0.5 else [wrong, right]
-    asked = question(card, relation, rng)
+    asked = question_on(card, relation, rng)
     if rng.random() < 0.5:  # a draft is corrected
         label = "草稿：" if card.lang == "zh" else "Draft: "
         check = "更正：" if card.lang == "zh" else "Corrected: "
-        return _row(f"{asked}\n{label}{wrong.quote}\n{search_results(shown, rng)}\n{check}", right.quote)
-    return _row(f"{asked}\n{search_results(shown, rng)}\n", right.quote)
+        return _row(f"{asked}\n{label}{wrong.quote}\n{render_search_results(shown, rng)}\n{check}", right.quote)
+    return _row(f"{asked}\n{render_search_results(shown, rng)}\n", right.quote)
 
 
 def url_qa(card: Card, others: list[Card], rng: random.Random) -> dict:
     """A page with its address and a question about it, as one chat turn."""
-    shown = [show(card, relation, rng) for relation in _pick(card, rng, 2, 6)]
+    shown = [shown_passage(card, relation, rng) for relation in _pick(card, rng, 2, 6)]
     shown = [dataclasses.replace(item, host=shown[0].host) for item in shown]
     target = rng.choice(shown)
-    return _row(f"{page(shown, rng)}\n{question(card, target.relation, rng)}", target.quote, chat=True)
+    return _row(f"{render_page(shown, rng)}\n{question_on(card, target.relation, rng)}", target.quote, chat=True)
 
 
 def long_summarisation(card: Card, others: list[Card], rng: random.Random) -> dict:
     """Whole pages of two or three subjects, one of which is to be summarised."""
     cards = [card, *rng.sample(others, min(rng.randint(1, 2), len(others)))]
-    pages = {id(c): [show(c, relation, rng) for relation in _pick(c, rng, 3, 4)] for c in cards}
+    pages = {id(c): [shown_passage(c, relation, rng) for relation in _pick(c, rng, 3, 4)] for c in cards}
     wanted = rng.sample(pages[id(card)], min(len(pages[id(card)]), rng.choice((2, 3))))
     request = _request(card, [item.relation for item in wanted], rng)
     rng.shuffle(cards)
-    text = "\n".join(page(pages[id(c)], rng) for c in cards)
+    text = "\n".join(render_page(pages[id(c)], rng) for c in cards)
     return _row(f"{text}\n{request}", _brief(card, wanted), chat=True)
 
 
@@ -418,8 +320,8 @@ MAKERS: dict[str, Maker] = {
 }
 
 
-def rows(knowledge: Knowledge, *, copies: int, chinese_share: float, seed: int) -> Iterator[dict]:
-    """Yields all reading rows: for every training country the real facts once, and `copies` renamed ones.
+def document_rows(knowledge: Knowledge, *, copies: int, chinese_share: float, seed: int) -> Iterator[dict]:
+    """Yields all rows: of every training country the real facts, and `copies` renamed ones.
 
     Held-out countries give no card, and no card mentions a name that only they have.
     """

@@ -1,4 +1,4 @@
-"""What an iteration's episodes were, before any learning: the first part of a row of PPO's metrics.jsonl (docs/ppo.md)."""
+"""Metrics of an iteration's rollouts: the first part of a row of PPO's metrics.jsonl (docs/ppo.md)."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from stepdr_jax.records import Finish
-from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.text import repetition
 
-# All that may differ between a run that was interrupted and one that was not: times, and totals of one process.
+# Only these may differ between an interrupted run and an uninterrupted one: times, and totals of one process.
 TIMINGS = (
     "seconds",
     "seconds_sampling",
@@ -19,15 +19,15 @@ TIMINGS = (
     "sampler_evictions",
     "sampler_pages_peak",
 )
-READ_FOR_REPETITION = 256  # episodes of an iteration, evenly spaced: Python reads about 10 a second at 100K tokens
+REPETITION_EPISODES = 256  # checked in an iteration, evenly spaced: about 10 a second at 100K tokens
 
 
-def of(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
-    """The row. Means are over unmasked episodes; None when there is none."""
+def rollout_metrics(iteration: int, episodes: Sequence[Rollout]) -> dict[str, Any]:
+    """Metric name -> value. Means are over unmasked episodes; None when there is none."""
     kept = [episode for episode in episodes if episode.masked is None]
-    rewards = [episode.scored.reward for episode in kept]
+    rewards = [episode.scored.reward for episode in kept if episode.scored.reward is not None]
 
-    def stat(name: str, among=kept) -> float | None:
+    def stat(name: str, among: Sequence[Rollout] = kept) -> float | None:
         return _mean(episode.trajectory.stats[name] for episode in among if name in episode.trajectory.stats)
 
     verdicts = [episode.scored.verdict for episode in kept if episode.scored.verdict is not None]
@@ -40,7 +40,7 @@ def of(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
         "cited": _mean(float(verdict.cited) for verdict in verdicts if verdict.cited is not None),
     }
     for kind in sorted({episode.task.kind for episode in kept}):
-        row[f"reward/{kind}"] = _mean(episode.scored.reward for episode in kept if episode.task.kind == kind)
+        row[f"reward/{kind}"] = _mean(r for r, episode in zip(rewards, kept, strict=True) if episode.task.kind == kind)
     finishes = Counter(str(episode.trajectory.finish) for episode in episodes)
     for finish in Finish:
         if finish.is_policy_outcome:
@@ -53,15 +53,15 @@ def of(iteration: int, episodes: Sequence[Episode]) -> dict[str, Any]:
     for cause in [*causes, *sorted(set(masked) - set(causes))]:
         row[f"masked/{cause}"] = masked[cause]
     row["masked_share"] = sum(masked.values()) / len(episodes)
-    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "given_tokens"):
+    for name in ("turns", "tool_calls", "tool_errors", "format_errors", "sampled_tokens", "observed_tokens"):
         row[name] = stat(name)
-    read = [kept[place] for place in spaced(len(kept), READ_FOR_REPETITION)]
+    read = [kept[place] for place in evenly_spaced(len(kept), REPETITION_EPISODES)]
     row["repetition"] = _mean(map(_repeats, read))
-    return row | _ages(iteration, kept)
+    return row | _staleness(iteration, kept)
 
 
-def spaced(count: int, most: int) -> list[int]:
-    """At most so many of the places 0..count-1, evenly spaced."""
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0..count-1, evenly spaced."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
 
 
@@ -70,13 +70,16 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _repeats(episode: Episode) -> bool:
+def _repeats(episode: Rollout) -> bool:
     written = (message.content for message in episode.trajectory.messages if message.role == "assistant")
-    return any(repetition.degenerate(text) for text in written)
+    return any(repetition.degenerate_reason(text) for text in written)
 
 
-def _ages(iteration: int, kept: Sequence[Episode]) -> dict[str, float | None]:
-    """How many iterations older than the ones that learn the weights were that sampled, over sampled tokens."""
-    logs = [episode.log.arrays() for episode in kept]
-    ages_N = iteration - np.concatenate([np.zeros(0, np.int32), *(log["version"][log["sampled"]] for log in logs)])
-    return {"age/mean": _mean(ages_N), "age/max": int(ages_N.max()) if len(ages_N) else None}
+def _staleness(iteration: int, kept: Sequence[Rollout]) -> dict[str, float | None]:
+    """Iterations between the weights that sampled a token and those that learn from it, over sampled tokens."""
+    logs = [episode.log.arrays() for episode in kept if episode.log is not None]
+    staleness_A = iteration - np.concatenate([np.zeros(0, np.int32), *(log["version"][log["sampled"]] for log in logs)])
+    return {
+        "staleness/mean": _mean(staleness_A),
+        "staleness/max": int(staleness_A.max()) if len(staleness_A) else None,
+    }

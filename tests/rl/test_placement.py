@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl.roles import Roles
+from stepdr_jax.rl.placement import DevicePlacement
 from tests.rl import toy
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    script = Path(__file__).with_name("on_roles.py")
+    script = Path(__file__).with_name("on_placements.py")
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("roles"))]
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("placements"))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -74,4 +74,4 @@ def test_roles_that_the_devices_cannot_have_are_named(tmp_path, fields, message)
     config = toy.config(tmp_path).copy_and_resolve_references().unlock()
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        Roles.of(config)
+        DevicePlacement.from_config(config)

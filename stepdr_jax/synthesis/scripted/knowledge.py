@@ -12,9 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import corpora, sentences
+from stepdr_jax.synthesis import corpora
 from stepdr_jax.synthesis.renaming import Renamer
-from stepdr_jax.text.matching import normalise
+from stepdr_jax.synthesis.scripted import sentences
+from stepdr_jax.text.matching import normalize
+from stepdr_jax.text.scripts import has_chinese
 
 LANGS = ("en", "zh")
 MAX_VALUES = 4  # elements of a list that is asked for; an answer must fit into one turn of a small model
@@ -46,7 +48,7 @@ class Fact:
 
 @dataclasses.dataclass(frozen=True)
 class Knowledge:
-    """Everything synthesis knows about the world.
+    """The facts of the offline web, the split, and all names.
 
     Attributes:
         countries: id -> Country, in a fixed order.
@@ -83,7 +85,7 @@ class Knowledge:
         index = collections.defaultdict(list)
         for (country, relation, lang), fact in self.facts.items():
             for value in fact.values:
-                index[relation, lang, normalise(value)].append(country)
+                index[relation, lang, normalize(value)].append(country)
         return {key: tuple(found) for key, found in index.items()}
 
     def renamer(self) -> Renamer:
@@ -91,12 +93,8 @@ class Knowledge:
         swap = collections.defaultdict(list)
         for name, kind in self.kinds.items():
             if name not in self.private:
-                swap[kind, "zh" if not name.isascii() and _han(name) else "en"].append(name)
+                swap[kind, "zh" if has_chinese(name) else "en"].append(name)
         return Renamer(self.kinds, swap)
-
-
-def _han(name: str) -> bool:
-    return any("\u3400" <= letter <= "\u9fff" for letter in name)
 
 
 def split_entities(ids: Iterable[str], share: float, seed: int) -> frozenset[str]:
@@ -106,10 +104,13 @@ def split_entities(ids: Iterable[str], share: float, seed: int) -> frozenset[str
     return frozenset(random.Random(f"split {seed}").sample(ids, count))
 
 
-def load(world_dir: str | Path, *, heldout_share: float, seed: int) -> Knowledge:
-    """Reads `documents.jsonl` and `entities.jsonl` of a built world. Raises UserError when one is absent or broken."""
+def load_knowledge(world_dir: str | Path, *, heldout_share: float, seed: int) -> Knowledge:
+    """Reads documents and entities of the offline web. Raises UserError when one is absent or broken."""
     return from_pages(
-        corpora.documents(world_dir), corpora.entities(world_dir).values(), heldout_share=heldout_share, seed=seed
+        corpora.read_documents(world_dir),
+        corpora.read_entities(world_dir).values(),
+        heldout_share=heldout_share,
+        seed=seed,
     )
 
 
@@ -128,7 +129,7 @@ def from_pages(
         for entity in entities
         if entity.kind == "country" and entity.en and entity.zh
     }
-    ids = {normalise(country.name(lang)): country.id for country in countries.values() for lang in LANGS}
+    ids = {normalize(country.name(lang)): country.id for country in countries.values() for lang in LANGS}
     facts: dict[tuple[str, str, str], Fact] = {}
     believed: dict[tuple[str, str, str], str] = {}
     claims = collections.defaultdict(list)
@@ -136,9 +137,9 @@ def from_pages(
     for document in documents:
         subjects = collections.Counter()
         for line in document.text.splitlines():
-            line = sentences.plain(line)
-            statement = sentences.parse(line)
-            country = ids.get(normalise(statement.subject)) if statement else None
+            line = sentences.strip_markup(line)
+            statement = sentences.parse_statement(line)
+            country = ids.get(normalize(statement.subject)) if statement else None
             if country is None or statement.inverse or statement.lang != document.lang:
                 continue
             subjects[country] += 1
@@ -147,7 +148,7 @@ def from_pages(
             if document.authority < 2:
                 claims[key].append(fact)
             elif key not in facts or (document.published_at or "") > believed[key]:
-                if key in facts and normalise(facts[key].value) == normalise(fact.value):
+                if key in facts and normalize(facts[key].value) == normalize(fact.value):
                     continue
                 facts[key], believed[key] = fact, document.published_at or ""
         if subjects and document.authority == 2:
@@ -156,9 +157,9 @@ def from_pages(
     wrong = {}
     for key, said in claims.items():
         different = {
-            normalise(fact.value): fact
+            normalize(fact.value): fact
             for fact in said
-            if key in facts and normalise(fact.value) != normalise(facts[key].value)
+            if key in facts and normalize(fact.value) != normalize(facts[key].value)
         }
         if different:
             wrong[key] = tuple(different.values())

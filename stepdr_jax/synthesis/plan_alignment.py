@@ -1,57 +1,17 @@
-"""Planning by reverse engineering (paper section 3.1): a finished page hides the plan that could have produced it.
+"""How far an episode follows the plan of its task (paper section 3.1).
 
-From a page's headings and sentences the project task and its plan are inferred in hindsight: what was asked, and the
-steps that gather it. Results (the values) are stripped from both. Trajectories are then kept only when their tool calls
-follow the plan; the paper prints neither measure nor threshold, so three measures are computed and stored, and the
-thresholds are ours.
+Trajectories are kept only when their tool calls follow the plan. The paper prints neither measure nor threshold: three
+measures are computed, and the thresholds are ours.
 """
 
 import dataclasses
-import random
 
-from stepdr_jax.records import Document, PlanStep, Trajectory
-from stepdr_jax.synthesis import sentences
-from stepdr_jax.text.matching import contains, normalise
+from stepdr_jax.records import PlanStep, Trajectory
+from stepdr_jax.text.matching import states_value
 
 MIN_COVERAGE = 0.8
 MIN_ORDER = 0.6
 MAX_OFF_PLAN = 0.3
-
-
-@dataclasses.dataclass(frozen=True)
-class Project:
-    """A task in hindsight: the subject, what was to be found out, and the steps."""
-
-    subject: str
-    relations: tuple[str, ...]
-    plan: tuple[PlanStep, ...]
-
-
-def reverse_engineer(
-    document: Document, rng: random.Random, *, subject: str, relations: list[str], size: int
-) -> Project:
-    """Infers a project from a page: `size` of the points that it covers, in the page's order.
-
-    Args:
-        document: a finished page with one-fact sentences.
-        subject: whom the page is about.
-        relations: relations that may be asked for.
-        size: number of points; fewer when the page covers fewer.
-    """
-    statements = [
-        statement for line in document.text.splitlines() if (statement := sentences.parse(sentences.plain(line)))
-    ]
-    covered = list(
-        dict.fromkeys(
-            statement.relation
-            for statement in statements
-            if normalise(statement.subject) == normalise(subject) and statement.relation in relations
-        )
-    )
-    chosen = set(rng.sample(covered, min(size, len(covered))))
-    ordered = tuple(relation for relation in covered if relation in chosen)
-    topics = [sentences.topic(relation, subject, document.lang) for relation in ordered]
-    return Project(subject, ordered, tuple(PlanStep(goal=topic, query=topic) for topic in topics))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +36,7 @@ def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
 
     A query serves a step when it holds the words of the step's query. A query that names several steps serves the first
     that is still open. Opening pages, files and the todo list are not counted as actions: they serve the step at hand.
-    Slips that are kept out of the loss are not counted either.
+    Turns that are kept out of the loss (injected errors) are not counted either.
     """
     queries = [
         query
@@ -97,7 +57,7 @@ def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
             off += 1
             continue
         open_steps = [index for index in serving if index not in taken]
-        if open_steps:  # a step searched for again is no stray
+        if open_steps:  # repeating a step's search is not off plan
             taken.append(open_steps[0])
     return Alignment(
         coverage=len(set(taken)) / len(plan),
@@ -108,7 +68,7 @@ def alignment(plan: list[PlanStep], trajectory: Trajectory) -> Alignment:
 
 def _serves(query: str, wanted: str) -> bool:
     parts = [part for part in wanted.replace("{0}", " ").split() if part]
-    return all(contains(query, part) for part in parts)
+    return all(states_value(query, part) for part in parts)
 
 
 def _longest_increasing(sequence: list[int]) -> int:

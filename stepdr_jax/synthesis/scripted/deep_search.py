@@ -12,10 +12,11 @@ import random
 import numpy as np
 
 from stepdr_jax.records import Answer, Document, PlanStep, Task, Triple, content_id
-from stepdr_jax.synthesis import graph, sentences
-from stepdr_jax.synthesis.knowledge import Fact, Knowledge
+from stepdr_jax.synthesis import graph
 from stepdr_jax.synthesis.rubrics import Brief, Point
-from stepdr_jax.text.matching import contains, normalise
+from stepdr_jax.synthesis.scripted import sentences
+from stepdr_jax.synthesis.scripted.knowledge import Fact, Knowledge
+from stepdr_jax.text.matching import normalize, states_value
 
 ASK = {
     "en": (
@@ -44,14 +45,14 @@ CLUES = {"en": ("capital", "calling_code", "demonym"), "zh": ("capital", "callin
 ASKED = ("capital", "currency", "language", "region", "calling_code", "area", "population")
 
 
-def clue(relation: str, value: str, lang: str) -> str:
+def clue_phrase(relation: str, value: str, lang: str) -> str:
     """Describes a country without naming it: "country whose capital is Vienna", "首都是维也纳的国家"."""
     if lang == "zh":
         return f"{sentences.ZH[relation]}是{value}的国家"
     return f"country whose {sentences.EN[relation]} is {value}"
 
 
-def answer(knowledge: Knowledge, fact: Fact) -> Answer:
+def gold_answer(knowledge: Knowledge, fact: Fact) -> Answer:
     """The gold value with its aliases (the other language's wording)."""
     if len(fact.values) > 1:
         return Answer(value="; ".join(fact.values), type="list")
@@ -61,17 +62,21 @@ def answer(knowledge: Knowledge, fact: Fact) -> Answer:
     return Answer(value=fact.value, aliases=aliases, type="number" if number else "entity")
 
 
-def point(knowledge: Knowledge, fact: Fact) -> Point:
+def rubric_point(knowledge: Knowledge, fact: Fact) -> Point:
     """The fact as a rubric point."""
-    gold = answer(knowledge, fact)
+    gold = gold_answer(knowledge, fact)
     wrong = tuple(other.value for other in knowledge.wrong.get((fact.country, fact.relation, fact.lang), ()))
     subject = knowledge.countries[fact.country].name(fact.lang)
+    topic, words = (
+        sentences.topic_of(fact.relation, subject, fact.lang),
+        sentences.relation_forms(fact.relation, fact.lang),
+    )
     if gold.type == "list":
-        return Point(fact.relation, subject, required=fact.values, wrong=())
-    return Point(fact.relation, subject, accepted=(gold.value, *gold.aliases), wrong=wrong)
+        return Point(topic, words, subject, required=fact.values)
+    return Point(topic, words, subject, accepted=(gold.value, *gold.aliases), wrong=wrong)
 
 
-def triple(fact: Fact) -> Triple:
+def fact_triple(fact: Fact) -> Triple:
     return Triple(head=fact.country, relation=fact.relation, tail=fact.value)
 
 
@@ -80,9 +85,9 @@ def fact_task(
 ) -> tuple[Task, Brief] | None:
     """A question that one search settles; None when it holds its own answer ("the capital of Djibouti")."""
     fact = knowledge.facts[country, relation, lang]
-    topic = sentences.topic(relation, knowledge.countries[country].name(lang), lang)
-    gold = answer(knowledge, fact)
-    if any(contains(topic, value) for value in (*fact.values, *gold.aliases)):
+    topic = sentences.topic_of(relation, knowledge.countries[country].name(lang), lang)
+    gold = gold_answer(knowledge, fact)
+    if any(states_value(topic, value) for value in (*fact.values, *gold.aliases)):
         return None
     asks = rng.random() < ASK_SOURCES_SHARE
     query = rng.choice(ASK[lang]).format(topic=topic) + (CITE[lang] if asks else "")
@@ -103,19 +108,19 @@ def two_hop_task(
         raise ValueError(f"expected two facts of one country in one language, got {first} and {second}")
     name = knowledge.countries[country].name(lang)
     # Latin letters are compared without case: "demonym ... is Austrian" holds the stem of the name and is still fuzzed
-    if knowledge.by_value.get((first.relation, lang, normalise(first.value)), ()) != (country,):
+    if knowledge.by_value.get((first.relation, lang, normalize(first.value)), ()) != (country,):
         return None
-    described = clue(first.relation, first.value, lang)
+    described = clue_phrase(first.relation, first.value, lang)
     subject = described if lang == "zh" else "the " + described
-    topic = sentences.topic(second.relation, subject, lang)
+    topic = sentences.topic_of(second.relation, subject, lang)
     asks = rng.random() < ASK_SOURCES_SHARE
     query = rng.choice(ASK[lang]).format(topic=topic) + (CITE[lang] if asks else "")
-    gold = answer(knowledge, second)
-    if any(contains(query, value) for value in (name, *second.values, *gold.aliases)):
+    gold = gold_answer(knowledge, second)
+    if any(states_value(query, value) for value in (name, *second.values, *gold.aliases)):
         return None
     plan = [
         PlanStep(goal=described, query=described),
-        PlanStep(goal=topic, query=sentences.topic(second.relation, "{0}", lang), depends_on=[0]),
+        PlanStep(goal=topic, query=sentences.topic_of(second.relation, "{0}", lang), depends_on=[0]),
     ]
     return _task(knowledge, "deep_search", lang, query, [first, second], asks, as_of, plan, hidden=name)
 
@@ -138,9 +143,9 @@ def _task(
         kind=kind,
         lang=lang,
         query=query,
-        answer=answer(knowledge, last),
+        answer=gold_answer(knowledge, last),
         plan=plan,
-        facts=[triple(fact) for fact in facts],
+        facts=[fact_triple(fact) for fact in facts],
         split=knowledge.split(last.country),
         as_of=as_of,
         entity=last.country,
@@ -149,8 +154,9 @@ def _task(
     brief = Brief(
         kind=kind,
         lang=lang,
-        points=(point(knowledge, last),),
-        summary=f"{sentences.topic(last.relation, name, lang)}: {last.value}",
+        points=(rubric_point(knowledge, last),),
+        summary=f"{sentences.topic_of(last.relation, name, lang)}: {last.value}",
+        vocabulary=sentences.relation_vocabulary(lang),
         hidden_entity=hidden,
         asks_sources=asks_sources,
     )
@@ -159,7 +165,7 @@ def _task(
 
 def search_query(fact: Fact, knowledge: Knowledge) -> str:
     """What is typed to find a fact of a known subject."""
-    return sentences.topic(fact.relation, knowledge.countries[fact.country].name(fact.lang), fact.lang)
+    return sentences.topic_of(fact.relation, knowledge.countries[fact.country].name(fact.lang), fact.lang)
 
 
 def subgraph_relations(
@@ -179,7 +185,7 @@ def subgraph_relations(
     rng = np.random.default_rng([seed, 0x5EED])
     found: dict[str, set[str]] = collections.defaultdict(set)
     for start in whole.seeds(seed_degree):
-        sampled = graph.sample(whole, int(start), rng, nodes=nodes, super_node_degree=super_node_degree)
+        sampled = graph.sample_subgraph(whole, int(start), rng, nodes=nodes, super_node_degree=super_node_degree)
         if sampled is None:
             continue
         for inside in graph.triples_within(whole, sampled, triples):
@@ -192,7 +198,7 @@ def subgraph_relations(
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class LinkWalk:
     """A path along links from page to page, and a fact of the last page (paper section 3.2.2)."""
 
     lang: str
@@ -201,9 +207,9 @@ class Walk:
     fact: Fact
 
 
-def walks(
+def link_walks(
     knowledge: Knowledge, documents: list[Document], *, max_chars: int, page_chars: int, seed: int
-) -> dict[str, list[Walk]]:
+) -> dict[str, list[LinkWalk]]:
     """Walks the links between authoritative pages without a goal; returns last country -> walks that end at its page.
 
     Walks stay within one language and one split, and are kept when an episode can hold the pages on the way; the
@@ -227,24 +233,24 @@ def walks(
 
     links = {
         url: [target for target in targets if target in home and group(target) == group(url)]
-        for url, targets in graph.hyperlinks(list(pages.values())).items()
+        for url, targets in graph.page_links(list(pages.values())).items()
     }
     rng = np.random.default_rng([seed, 0x3A1C])
-    found: dict[str, list[Walk]] = collections.defaultdict(list)
+    found: dict[str, list[LinkWalk]] = collections.defaultdict(list)
     for start in sorted(links):
-        path = graph.walk(links, start, rng, max_hops=int(rng.integers(0, 3)), min_pages=1)
+        path = graph.random_walk(links, start, rng, max_hops=int(rng.integers(0, 3)), min_pages=1)
         if path is None or path[-1] not in home or sum(map(shown, path)) > max_chars:
             continue
         country, lang = home[path[-1]]
         visible = {
             statement.relation
             for line in _shown_part(pages[path[-1]].text, page_chars)
-            if (statement := sentences.parse(sentences.plain(line)))
+            if (statement := sentences.parse_statement(sentences.strip_markup(line)))
         }
         relations = [r for r in knowledge.relations(country, lang) if r in ASKED and r in visible]
         if relations:
             fact = knowledge.facts[country, relations[int(rng.integers(len(relations)))], lang]
-            found[country].append(Walk(lang, tuple(path), tuple(pages[url].title for url in path), fact))
+            found[country].append(LinkWalk(lang, tuple(path), tuple(pages[url].title for url in path), fact))
     return dict(found)
 
 
@@ -259,17 +265,17 @@ def _shown_part(text: str, chars: int) -> list[str]:
     return lines
 
 
-def walk_task(knowledge: Knowledge, walk: Walk, rng: random.Random, as_of: str) -> tuple[Task, Brief] | None:
+def walk_task(knowledge: Knowledge, walk: LinkWalk, rng: random.Random, as_of: str) -> tuple[Task, Brief] | None:
     """The question at the end of a walk: where to start, which links to follow, what to read there."""
     lang, fact = walk.lang, walk.fact
-    topic = sentences.topic(fact.relation, knowledge.countries[fact.country].name(lang), lang)
+    topic = sentences.topic_of(fact.relation, knowledge.countries[fact.country].name(lang), lang)
     if lang == "zh":
         steps = f"，沿链接到{'，再到'.join(walk.names[1:])}" if walk.names[1:] else ""
         query = f"打开{walk.urls[0]}{steps}。{topic}是什么？"
     else:
         steps = f" and follow the links to {', then to '.join(walk.names[1:])}" if walk.names[1:] else ""
         query = f"Open {walk.urls[0]}{steps}. What is the {topic}?"
-    if any(contains(topic, value) for value in fact.values):
+    if any(states_value(topic, value) for value in fact.values):
         return None
     plan = [PlanStep(goal=name, query=url) for name, url in zip(walk.names, walk.urls, strict=True)]
     task, brief = _task(knowledge, "doc_walk", lang, query, [fact], False, as_of, plan)

@@ -1,18 +1,19 @@
-"""Facts about reading material: it can be read, it is copying, and it says nothing about held-out countries."""
+"""Facts about synthetic documents: it can be read, it is copying, and it says nothing about held-out countries."""
 
 import re
 
-from stepdr_jax.synthesis import reading
-from stepdr_jax.text.matching import cited_ids, contains
+from stepdr_jax.synthesis.scripted import synthetic_documents
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import states_value
 from tests.synthesis import small_world
 
 KNOWN = small_world.known(0.2)
-ROWS = list(reading.rows(KNOWN, copies=3, chinese_share=0.25, seed=0))
+ROWS = list(synthetic_documents.document_rows(KNOWN, copies=3, chinese_share=0.25, seed=0))
 
 
 def test_every_component_is_there_in_its_proportion():
     countries = len(KNOWN.countries) - len(KNOWN.heldout)
-    for component, count in reading.ROWS.items():
+    for component, count in synthetic_documents.ROWS.items():
         assert sum(row["component"] == component for row in ROWS) == countries * 4 * count
     assert len({row["id"] for row in ROWS}) == len(ROWS)
     share = sum(row["lang"] == "zh" for row in ROWS) / len(ROWS)
@@ -20,16 +21,16 @@ def test_every_component_is_there_in_its_proportion():
 
 
 def test_rows_are_reproducible():
-    assert list(reading.rows(KNOWN, copies=1, chinese_share=0.25, seed=0)) == list(
-        reading.rows(KNOWN, copies=1, chinese_share=0.25, seed=0)
+    assert list(synthetic_documents.document_rows(KNOWN, copies=1, chinese_share=0.25, seed=0)) == list(
+        synthetic_documents.document_rows(KNOWN, copies=1, chinese_share=0.25, seed=0)
     )
-    assert ROWS[0] != next(reading.rows(KNOWN, copies=1, chinese_share=0.25, seed=1))
+    assert ROWS[0] != next(synthetic_documents.document_rows(KNOWN, copies=1, chinese_share=0.25, seed=1))
 
 
 def test_nothing_private_to_held_out_countries_is_read():
     for row in ROWS:
         text = row["prompt"] + row["completion"]
-        assert not any(contains(text, name) for name in KNOWN.private), row
+        assert not any(states_value(text, name) for name in KNOWN.private), row
 
 
 def test_citations_and_figures_of_a_completion_stand_in_its_prompt():

@@ -9,7 +9,10 @@ from configs.miniature import get_config
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import Message
-from stepdr_jax.synthesis import deep_search, reports, teacher, verification
+from stepdr_jax.synthesis.scripted import deep_search, reports, verification
+from stepdr_jax.synthesis.scripted.expert import ScriptedExpert
+from stepdr_jax.synthesis.scripted.style import Style
+from stepdr_jax.synthesis.teacher import Teacher
 from stepdr_jax.tokens import chat
 from tests.synthesis import small_world
 
@@ -25,7 +28,7 @@ def fact():
 
 def play(task, observations, **style):
     """Runs an expert against given observations; returns the expert and what it wrote, parsed."""
-    expert = teacher.Expert(task, AUTHORITY, teacher.Style(**style), bad_urls={"dead_link": "http://atlas.test/none"})
+    expert = ScriptedExpert(task, AUTHORITY, Style(**style), bad_urls={"dead_link": "http://atlas.test/none"})
     turns = []
 
     async def run():
@@ -59,23 +62,24 @@ def test_nothing_found_is_said_and_not_made_up():
     assert len(turns) == 4 and turns[-1].answer == "I could not find it."
 
 
-@pytest.mark.parametrize("slip", ["misspelt", "empty_query", "dead_link"])
-def test_a_slip_is_marked_and_recovered_from(slip):
-    expert, turns = play(fact(), ["No results.", ATLAS], slip=slip)
-    assert expert.mistakes == {0} and turns[1].tool_calls[0].arguments == {"queries": ["capital of Austria"]}
+@pytest.mark.parametrize("error", ["misspelt", "empty_query", "dead_link"])
+def test_an_injected_error_is_marked_and_recovered_from(error):
+    expert, turns = play(fact(), ["No results.", ATLAS], injected_error=error)
+    assert expert.injected_turns == {0} and turns[1].tool_calls[0].arguments == {"queries": ["capital of Austria"]}
     assert turns[2].answer.startswith("The capital of Austria is Graz.")
-    if slip == "misspelt":
+    if error == "misspelt":
         ((wrong, right),) = expert.misspelt.items()
         assert right == "Austria" and turns[0].tool_calls[0].arguments == {"queries": [f"capital of {wrong}"]}
 
 
 def test_a_hasty_answer_believes_the_unreliable_page():
-    _, turns = play(fact(), [f"{ATLAS}\n{QUICK}"], slip="hasty")
+    _, turns = play(fact(), [f"{ATLAS}\n{QUICK}"], injected_error="hasty")
     assert turns[1].answer == "The capital of Austria is Linz. \\cite{web_dufalomi}"
 
 
 def test_a_long_page_is_read_to_its_stored_end():
-    page = "Austria | http://atlas.test/en/austria | 2025-03-01\nNothing. \\cite{web_lomidufa}\n... 900 characters stored in results/p1.md; read with file"
+    head = "Austria | http://atlas.test/en/austria | 2025-03-01\nNothing. \\cite{web_lomidufa}\n"
+    page = head + "... 900 characters stored in results/p1.md; read with file"
     expert, turns = play(fact(), [ATLAS, page, "The capital of Austria is Graz. \\cite{web_bakotefi}"], open_page=True)
     assert turns[1].tool_calls[0].arguments == {"urls": ["web_bakotefi"]}
     assert turns[2].tool_calls[0].name == "file" and turns[2].tool_calls[0].arguments["path"] == "results/p1.md"
@@ -119,11 +123,15 @@ def test_a_report_searches_its_points_at_once_and_quotes_them_in_order():
 
 def test_an_endpoint_takes_the_experts_place_and_needs_a_model():
     config = get_config()
-    assert isinstance(teacher.Teacher(config, {}, lambda task: {})(fact(), teacher.Style(), 0), teacher.Expert)
+
+    def scripted(task, style, seed):
+        return ScriptedExpert(task, {}, style, seed=seed)
+
+    assert isinstance(Teacher(config, scripted)(fact(), Style(), 0), ScriptedExpert)
     with config.unlocked():
         config.teacher.endpoint = "http://127.0.0.1:1/v1"
     with pytest.raises(UserError, match="teacher.model"):
-        teacher.Teacher(config, {}, lambda task: {})
+        Teacher(config, scripted)
     with config.unlocked():
         config.teacher.model = "m"
-    assert isinstance(teacher.Teacher(config, {}, lambda task: {})(fact(), teacher.Style(), 0), EndpointPolicy)
+    assert isinstance(Teacher(config, scripted)(fact(), Style(), 0), EndpointPolicy)

@@ -11,11 +11,12 @@ import random
 import re
 
 from stepdr_jax.judge.judges import stated_verdict
-from stepdr_jax.records import Answer, Document, PlanStep, Source, Task, Trajectory, content_id
-from stepdr_jax.synthesis import deep_search, sentences
-from stepdr_jax.synthesis.knowledge import Knowledge
+from stepdr_jax.records import Answer, Document, ObservedSource, PlanStep, Task, Trajectory, content_id
 from stepdr_jax.synthesis.rubrics import Brief
-from stepdr_jax.text.matching import cited_ids, contains, normalise
+from stepdr_jax.synthesis.scripted import deep_search, sentences
+from stepdr_jax.synthesis.scripted.knowledge import Knowledge
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import normalize, states_value
 
 POINT_TYPES = {
     "capital": "place",
@@ -54,13 +55,15 @@ class VerificationPoint:
     required_authority: int  # of the source that may settle it
 
 
-def extract(document: Document) -> list[VerificationPoint]:
+def extract_points(document: Document) -> list[VerificationPoint]:
     """Splits a page into verification points; sentences that state nothing checkable are left out."""
     points = []
     for line in document.text.splitlines():
-        statement = sentences.parse(sentences.plain(line))
+        statement = sentences.parse_statement(sentences.strip_markup(line))
         if statement:
-            points.append(VerificationPoint(POINT_TYPES[statement.relation], sentences.plain(line), statement, 2))
+            points.append(
+                VerificationPoint(POINT_TYPES[statement.relation], sentences.strip_markup(line), statement, 2)
+            )
         elif _CAUSAL.search(line):
             points.append(VerificationPoint("causal", line.strip(), None, 1))
         elif _TIME.search(line) and not line.startswith("#"):
@@ -68,11 +71,11 @@ def extract(document: Document) -> list[VerificationPoint]:
     return points
 
 
-def plan(points: list[VerificationPoint], authority: int) -> list[VerificationPoint]:
+def points_to_check(points: list[VerificationPoint], authority: int) -> list[VerificationPoint]:
     """Points worth checking: those whose page is less reliable than what should settle them, one per statement."""
     seen, chosen = set(), []
     for point in points:
-        key = normalise(point.text)
+        key = normalize(point.text)
         if point.statement and authority < point.required_authority and key not in seen:
             seen.add(key)
             chosen.append(point)
@@ -94,12 +97,12 @@ def claim_task(
     if len(fact.values) > 1:
         return None
     subject = knowledge.countries[country].name(lang)
-    gold = deep_search.answer(knowledge, fact)
-    verdict = "supported" if normalise(value) in map(normalise, (gold.value, *gold.aliases)) else "refuted"
-    said = sentences.sentence(relation, subject, (value,), lang).rstrip(".。")
+    gold = deep_search.gold_answer(knowledge, fact)
+    verdict = "supported" if normalize(value) in map(normalize, (gold.value, *gold.aliases)) else "refuted"
+    said = sentences.state_fact(relation, subject, (value,), lang).rstrip(".。")
     claim = said if lang == "zh" else said[0].lower() + said[1:]
     query = rng.choice(ASK[lang]).format(claim=claim)
-    topic = sentences.topic(relation, subject, lang)
+    topic = sentences.topic_of(relation, subject, lang)
     task = Task(
         id=content_id("task_", "verification", lang, query),
         kind="verification",
@@ -107,7 +110,7 @@ def claim_task(
         query=query,
         answer=Answer(value=verdict, type="none"),
         plan=[PlanStep(goal=topic, query=topic)],
-        facts=[deep_search.triple(fact)],
+        facts=[deep_search.fact_triple(fact)],
         split=knowledge.split(country),
         as_of=as_of,
         entity=country,
@@ -121,27 +124,28 @@ def claim_task(
     brief = Brief(
         kind="verification",
         lang=lang,
-        points=(deep_search.point(knowledge, fact),),
+        points=(deep_search.rubric_point(knowledge, fact),),
         summary=f"{claim}: {verdict}",
+        vocabulary=sentences.relation_vocabulary(lang),
         verdict=verdict,
     )
     return task, brief
 
 
-def consistent(task: Task, trajectory: Trajectory) -> bool:
+def verdict_follows(task: Task, trajectory: Trajectory) -> bool:
     """Whether (point, conclusion, evidence) fit together: the verdict must follow from a cited, observed passage."""
     conclusion = stated_verdict(trajectory.answer or "")
     sources = trajectory.sources()
-    evidence: list[Source] = [sources[id_] for id_ in cited_ids(trajectory.answer or "") if id_ in sources]
+    evidence: list[ObservedSource] = [sources[id_] for id_ in cited_ids(trajectory.answer or "") if id_ in sources]
     if conclusion is None or not evidence:
         return False
     relation, subject, claimed = task.metadata["relations"][0], task.metadata["subject"], task.metadata["claimed"]
     for source in evidence:
-        statement = sentences.parse(source.text)
-        if statement and statement.relation == relation and normalise(statement.subject) == normalise(subject):
-            agrees = normalise(statement.value) == normalise(claimed)
+        statement = sentences.parse_statement(source.text)
+        if statement and statement.relation == relation and normalize(statement.subject) == normalize(subject):
+            agrees = normalize(statement.value) == normalize(claimed)
         else:
-            agrees = contains(source.text, claimed) and contains(source.text, subject)
+            agrees = states_value(source.text, claimed) and states_value(source.text, subject)
         if agrees != (conclusion == "supported"):
             return False
     return True
