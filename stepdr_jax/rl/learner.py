@@ -28,7 +28,7 @@ from stepdr_jax.rl.rollout_metrics import evenly_spaced
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
-from stepdr_jax.training.program import token_order, resolve_parallel
+from stepdr_jax.training.program import resolve_parallel, token_order
 
 Params = dict[str, Any]  # a tree of arrays, as of `qwen2.param_shapes`
 LearnerState = dict[str, Params]  # of `init_state`

@@ -149,7 +149,7 @@ def require_parent(config: ConfigDict, name: str) -> None:
 
 
 def record_stage(config: ConfigDict, stage: StageLayout, settings: dict[str, Any]) -> None:
-    """Writes down what a stage is made from, before it begins: settings, location of its checkpoints, the whole config."""
+    """Writes what a stage is made from, before it begins: settings, location of checkpoints, the whole config."""
     record_location(stage)
     files.write_json(stage.settings, settings)
     configuration.save(config, stage.directory)

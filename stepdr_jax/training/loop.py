@@ -232,7 +232,6 @@ def _prepare_run(
     on_eval_checkpoint: Callable[[int], dict[str, Any]] | None,
 ) -> TrainingRun:
     """Records the settings; makes the mesh, the compiled programs and what watches and saves the run."""
-
     distributed.lead_first("settings", lambda: provenance.record_stage(config, layout, settings), lambda: None)
     stage, mesh = layout.name, make_mesh(**config.mesh)
     sizes = dict(vocab_size=model.vocab_size, num_sources=len(loader.sources))

@@ -1,7 +1,7 @@
 """Parameters that a stage starts from, parameters that a stage has left, and the state of training.
 
-config.first_stage starts from config.initial_checkpoint where there is one (Qwen2.5, converted), else from random parameters of
-(config.model, seed); every other stage from the end of its parent (`runtime.stages`) of the same seed.
+config.first_stage starts from config.initial_checkpoint where there is one (Qwen2.5, converted), else from random
+parameters of (config.model, seed); every other stage from the end of its parent (`runtime.stages`) of the same seed.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ def vocab_size(config) -> int:
     rows = checkpoint.latest_metadata(config.initial_checkpoint)["model"]["vocab_size"]
     if rows < ids:
         raise UserError(
-            f"initial_checkpoint: {config.initial_checkpoint} has {rows} tokens, {path} has {ids}; set tokenizer.path to "
-            "the tokenizer.json beside the checkpoint"
+            f"initial_checkpoint: {config.initial_checkpoint} has {rows} tokens, {path} has {ids}; set tokenizer.path "
+            "to the tokenizer.json beside the checkpoint"
         )
     return rows
 
