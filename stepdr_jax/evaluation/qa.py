@@ -18,12 +18,12 @@ from stepdr_jax.agent import runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy, Policy
 from stepdr_jax.agent.react import Episode
-from stepdr_jax.agent.runner import Judge
 from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
 from stepdr_jax.evaluation.results import Result
 from stepdr_jax.judge.choose import judge_settings, make_judge
+from stepdr_jax.judge.judges import Judge
 from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
@@ -270,7 +270,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, 
     from stepdr_jax.engine.remote import RemoteEngine  # here, so that selecting and reading work without jax
     from stepdr_jax.training import sampler
 
-    engine, tokenizer = sampler.engine_of_stage(config, stage)
+    engine, tokenizer = sampler.load_stage_engine(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools, judge = (
         Tools.from_config(config, host),

@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterable
 
 from stepdr_jax.agent.policy import EndpointPolicy
-from stepdr_jax.agent.runner import Judge
 from stepdr_jax.errors import UserError
-from stepdr_jax.judge.judges import ProgrammaticJudge
+from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
 from stepdr_jax.judge.model_judge import ModelJudge
 from stepdr_jax.runtime.layout import RunLayout
 

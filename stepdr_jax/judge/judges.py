@@ -17,6 +17,7 @@ A rubric without a check needs a language model: its verdict here is `error`, wi
 """
 
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from stepdr_jax.judge import verdicts
 from stepdr_jax.records import Judgment, ObservedSource, Rubric, RubricSet, Task, Trajectory, Verdict
@@ -27,6 +28,18 @@ VERDICT_WORDS = {
     "refuted": ("refuted", "错误"),
 }
 MAX_ANSWER_UNITS = 400  # far above any brief answer; a longer one is padding
+
+
+class Judge(Protocol):
+    """Anything that can judge an episode."""
+
+    async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
+        """Returns verdicts and their reward; reward None means the judge failed, which is never a score of 0."""
+        ...
+
+    async def close(self) -> None:
+        """Closes connections; a later judgment opens new ones."""
+        ...
 
 
 class ProgrammaticJudge:

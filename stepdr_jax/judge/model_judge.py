@@ -18,7 +18,7 @@ from stepdr_jax.records import Judgment, Message, Rubric, RubricSet, Task, Traje
 
 
 class ModelJudge:
-    """A `agent.runner.Judge` over a policy.
+    """A `judges.Judge` over a policy.
 
     Args:
         policy: an `agent.policy.Policy`; its temperature should be 0. Its name is part of the cache key of replies.
@@ -51,7 +51,7 @@ class ModelJudge:
         self._names = itertools.count()  # of sessions: equal requests may run at once
 
     async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
-        """See `agent.runner.Judge`; a model that fails or replies nonsense makes failed judgments, never an exception."""
+        """See `judges.Judge`; a model that fails or replies nonsense makes failed judgments, never an exception."""
         if not trajectory.finish.is_policy_outcome:
             return judges.infrastructure_verdict(rubric_set, trajectory)
         view = self._programmatic.view(trajectory)

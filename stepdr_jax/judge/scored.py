@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from stepdr_jax.agent.runner import Judge
+from stepdr_jax.judge.judges import Judge
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory, Verdict
 
 

@@ -8,7 +8,7 @@
 A masked episode has reward None. It has weight 0 in every loss, in whitening and for the critic.
 """
 
-from stepdr_jax.agent.runner import Judge
+from stepdr_jax.judge.judges import Judge
 from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
 

@@ -11,7 +11,7 @@ import numpy as np
 from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
-from stepdr_jax.agent.runner import Judge
+from stepdr_jax.judge.judges import Judge
 from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory
 from stepdr_jax.rl import reward

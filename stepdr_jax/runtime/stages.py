@@ -7,7 +7,7 @@ This module does not import jax: configs, --help, the report and the terminal da
 import dataclasses
 import shlex
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -82,7 +82,7 @@ def _copies(config: ConfigDict) -> float:
     return _tasks(config) * (config.synthesis.document_copies + config.synthesis.trajectory_copies)
 
 
-_PPO = dict(program="ppo", parent="sft", unit="iteration", work=_episodes)
+_PPO: dict[str, Any] = dict(program="ppo", parent="sft", unit="iteration", work=_episodes)
 
 STAGES: tuple[Stage, ...] = (
     Stage("offline_web", "Offline web", "launch.offline_web", "world/sites.json", shared=True),
