@@ -4,7 +4,8 @@
     curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
       -d '{"messages": [{"role": "user", "content": "What is the capital of Austria?"}], "max_tokens": 100}'
 
-Prints its address when it answers. A bearer token is read from $STEPDR_MODEL_TOKEN; without one it listens on loopback only.
+Prints its address when it answers. A bearer token is read from $STEPDR_MODEL_TOKEN; without one it listens on loopback
+only.
 """
 
 import os
@@ -23,8 +24,8 @@ flags.DEFINE_integer("slots", 16, "replies sampled together", lower_bound=1)
 
 def main(config) -> None:
     from stepdr_jax.agent import server
-    from stepdr_jax.orchestration import ask
     from stepdr_jax.engine import factory
+    from stepdr_jax.orchestration import ask
     from stepdr_jax.training import sampler, state
 
     token = os.environ.get("STEPDR_MODEL_TOKEN", "")

@@ -39,7 +39,8 @@ _PPO = (("agent", "sampler", "placement"), ("engine", "rl"))  # sections and sou
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: a program of aot.programs, of one stage of a config, for a topology as `topology.parse` reads it.
+    """What to compile: a program of aot.programs, of one stage of a config, for a topology as `topology.parse` reads
+    it.
 
     save: file for the serialized executable; "" for none. quick: stop before code is generated.
     """

@@ -1,4 +1,5 @@
-"""What a compiled program holds on a device: by kind, its largest buffers, and what the compiler says when it is too much."""
+"""What a compiled program holds on a device: by kind, its largest buffers, and what the compiler says when it is too
+much."""
 
 import math
 import re

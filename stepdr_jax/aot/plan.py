@@ -172,7 +172,8 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
 
 
 def _largest(config, stage, slices, name, field, step, needed, limit, settings) -> int:
-    """A size of `field` that compiles, the largest by a formula fitted to what the compiler said, else by halving; or 0."""
+    """A size of `field` that compiles, the largest by a formula fitted to what the compiler said, else by halving; or
+    0."""
     section = config[stage]
     whole = formula(config, stage)
     scale = (needed - whole["state"]) / (whole["total"] - whole["state"])

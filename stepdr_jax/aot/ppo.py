@@ -1,4 +1,5 @@
-"""PPO's programs with abstract arguments: the learner's on its mesh, the sampler's on one replica, the weights' way between.
+"""PPO's programs with abstract arguments: the learner's on its mesh, the sampler's on one replica, the weights' way
+between.
 
 They are the functions that `rl.learner` and `engine.scheduler` call, with the static arguments that these give them.
 """
@@ -38,9 +39,11 @@ _ACTIONS = ("weight", "share", "advantage", "old_logprob", "old_value", "return_
 
 
 def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[jax.Device]]:
-    """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.roles.Roles.of` has them there.
+    """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.roles.Roles.of` has them
+    there.
 
-    The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler: its last ones.
+    The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler:
+    its last ones.
 
     Raises:
         UserError: the sizes of config.mesh or config.sampler are not those of the slice.

@@ -1,7 +1,8 @@
-"""The plan of PPO on a TPU slice: what each phase of an iteration holds on a chip, how many episodes run at once, how long.
+"""The plan of PPO on a TPU slice: what each phase of an iteration holds on a chip, how many episodes run at once, how
+long.
 
-Memory of programs is the compiler's; what lies beside them follows from `rl.roles`: shared, the sampler's weights and pages
-are there only while it works, and with offload idle the learner's state only while its network does.
+Memory of programs is the compiler's; what lies beside them follows from `rl.roles`: shared, the sampler's weights and
+pages are there only while it works, and with offload idle the learner's state only while its network does.
 """
 
 import copy
@@ -32,14 +33,16 @@ OFFLOADS = ("none", "idle")
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What an episode is taken to be in the mean: tokens in all, and of these sampled ones; the others are prefilled."""
+    """What an episode is taken to be in the mean: tokens in all, and of these sampled ones; the others are
+    prefilled."""
 
     tokens: int
     sampled: int
 
     @classmethod
     def of(cls, config: ConfigDict, tokens: int = 0, sampled: int = 0) -> "Load":
-        """By default a quarter of the longest episode, and a quarter of it sampled. Raises UserError for more than there is."""
+        """By default a quarter of the longest episode, and a quarter of it sampled. Raises UserError for more than
+        there is."""
         longest = config.agent.max_episode_tokens
         tokens = tokens or longest // 4
         sampled = sampled or tokens // 4
@@ -54,7 +57,8 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
     """Compiles PPO's programs and returns the plan, plain data; docs/plans.md explains its fields.
 
     Raises:
-        UserError: the mesh or the sampler is not that of the slice, a size does not divide, libtpu is missing, time ran out.
+        UserError: the mesh or the sampler is not that of the slice, a size does not divide, libtpu is missing, time ran
+            out.
     """
     held = {name: _compiled(config, slices, name, settings) for name in PROGRAMS}
     hosts = slices.devices // held["decode"]["host_devices"]
@@ -110,7 +114,8 @@ def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
 
 
 def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
-    """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by role, "total"}."""
+    """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by role,
+    "total"}."""
     state, shared = state_bytes(config, held), config.placement.sampler == "colocated"
     sampler = {role: held["decode"]["roles"][role] for role in ("sampler weights", "pages")}
 

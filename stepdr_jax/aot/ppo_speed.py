@@ -1,4 +1,5 @@
-"""How fast PPO could be: bounds of the sampler from its memory traffic and arithmetic, and of an iteration from its tokens.
+"""How fast PPO could be: bounds of the sampler from its memory traffic and arithmetic, and of an iteration from its
+tokens.
 
 Estimates from formulas, published speeds and the compiled programs' transfers; nothing is a measurement.
 """
@@ -39,8 +40,8 @@ def decode(model: Qwen2Config, *, rows: int, length: float, tensor: int, slices:
         transfers: of a step, as `collectives.summarise` has them.
 
     Returns:
-        {"bytes_weights", "bytes_kv", "flops"} of one device, {"seconds"} by cause and of the step, "tokens_per_second" of the
-        replica, "tokens_per_second_hbm" if nothing but its memory's speed bound it, "bound".
+        {"bytes_weights", "bytes_kv", "flops"} of one device, {"seconds"} by cause and of the step, "tokens_per_second"
+        of the replica, "tokens_per_second_hbm" if nothing but its memory's speed bound it, "bound".
     """
     speeds, width = slices.generation.speeds, 2 if model.dtype == "bfloat16" else 4
     kernels = model.num_layers * layer_parameters(model) + model.hidden_size * model.vocab_size
@@ -66,7 +67,8 @@ def decode(model: Qwen2Config, *, rows: int, length: float, tensor: int, slices:
 def prefill(
     model: Qwen2Config, *, rows: int, chunk: int, length: float, tensor: int, slices: Topology, transfers=()
 ) -> dict:
-    """Bounds of one prefill call of `rows` chunks at a mean position of `length`: seconds by cause, tokens_per_second."""
+    """Bounds of one prefill call of `rows` chunks at a mean position of `length`: seconds by cause,
+    tokens_per_second."""
     speeds, width, tokens = slices.generation.speeds, 2 if model.dtype == "bfloat16" else 4, rows * chunk
     kernels = model.num_layers * layer_parameters(model)
     products = 2 * kernels * tokens / tensor / (speeds.flops * roofline.PRODUCTS)

@@ -1,4 +1,5 @@
-"""Which mesh, recomputation, strategy and batch to take: formulas leave out what cannot win, the compiler judges the rest.
+"""Which mesh, recomputation, strategy and batch to take: formulas leave out what cannot win, the compiler judges the
+rest.
 
 Finished results are kept (`plan.Settings.cache`), so that an interrupted search continues where it stopped.
 """

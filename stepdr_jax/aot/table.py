@@ -58,7 +58,8 @@ def make(settings: planning.Settings) -> list[dict]:
 
 
 def make_ppo(settings: planning.Settings, tokens: int = 0, sampled: int = 0) -> list[dict]:
-    """Plans of PPO, code left out: on 128 and on 256 chips of v5p, the sampler shared and separate, each with both offloads.
+    """Plans of PPO, code left out: on 128 and on 256 chips of v5p, the sampler shared and separate, each with both
+    offloads.
 
     Args:
         settings: limit and cache.

@@ -1,11 +1,12 @@
-"""One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results back.
+"""One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results
+back.
 
 `Pool.step` is a plain synchronous function that runs in the pool's own thread; requests reach it (`collect`), and
 results leave it, on the event loop's thread between steps. So there is no lock, and tool calls proceed meanwhile.
 
 What a sequence samples does not depend on when or beside whom it runs: chunks are cut from the session's own token
-count, rows are independent, and a session that loses its pages gets their content back bit for bit from the host. One that
-is prefilled again, for want of host memory, gets it back up to rounding.
+count, rows are independent, and a session that loses its pages gets their content back bit for bit from the host. One
+that is prefilled again, for want of host memory, gets it back up to rounding.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ class Pool:
         max_len: tokens of a sequence.
         prefill_batch, prefill_chunk: sequences and tokens of one prefill call.
         decode_steps: tokens of one decode call; a finished sequence waits for at most so many.
-        prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others; 0
-            prefills all there is.
+        prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others;
+            0 prefills all there is.
         stop_ids: ids that end a generation.
         host_bytes: K/V of evicted sessions kept on the host; beyond it they are prefilled again.
         device: where the pool lives when the layout has no mesh.

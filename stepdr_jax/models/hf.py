@@ -1,8 +1,8 @@
 """Hugging Face Qwen2 checkpoints in and out: one map of names, streamed to sharded arrays and from them.
 
 A kernel is stored [out, in] there and [in, out] here; layers are separate tensors there and one stacked array here.
-Neither direction holds the model in host memory: reading holds what this host's devices need of about CHUNK bytes of one
-parameter (at least of one layer of it), writing one tensor.
+Neither direction holds the model in host memory: reading holds what this host's devices need of about CHUNK bytes of
+one parameter (at least of one layer of it), writing one tensor.
 """
 
 import collections
@@ -279,8 +279,8 @@ def save(
 ) -> None:
     """Writes a directory that `transformers` loads: config.json and safetensors, more than one with an index if large.
 
-    A checkpoint that is already there is replaced; other files stay. A killed writer leaves either the old checkpoint or
-    one without config.json, which nothing loads. Every process must call this; the first one writes.
+    A checkpoint that is already there is replaced; other files stay. A killed writer leaves either the old checkpoint
+    or one without config.json, which nothing loads. Every process must call this; the first one writes.
 
     Args:
         config: model shape.
@@ -388,7 +388,8 @@ def _reported(arrays: Iterator[np.ndarray], total: int, report: Report) -> Itera
 
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """A hidden folder whose files replace the checkpoint in `directory` at the end; config.json goes first and comes last."""
+    """A hidden folder whose files replace the checkpoint in `directory` at the end; config.json goes first and comes
+    last."""
     hidden = directory / ".writing"
     try:
         shutil.rmtree(hidden, ignore_errors=True)

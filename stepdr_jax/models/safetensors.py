@@ -100,7 +100,8 @@ def header(path: Path) -> tuple[dict[str, Stored], list[str]]:
 def write(
     path: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray | None]
 ) -> None:
-    """Writes a file whose `tensors` (name, dtype, shape) come from `arrays` in the same order, one in memory at a time."""
+    """Writes a file whose `tensors` (name, dtype, shape) come from `arrays` in the same order, one in memory at a
+    time."""
     entries, end = {"__metadata__": {"format": "pt"}}, 0
     for name, dtype, shape in tensors:
         first, end = end, end + math.prod(shape) * dtype.itemsize

@@ -37,7 +37,8 @@ def values(
     placement: Placement = WHOLE,
     remat: str = "none",
 ) -> jax.Array:
-    """v_BT float32: the value after reading tokens 0..t of the segment; `placement` and `remat` as in `hidden_states`."""
+    """v_BT float32: the value after reading tokens 0..t of the segment; `placement` and `remat` as in
+    `hidden_states`."""
     x_BTD = qwen2.hidden_states(
         params["decoder"], tokens_BT, positions_BT, segment_ids_BT, config, placement=placement, remat=remat
     )

@@ -9,8 +9,8 @@ def dense(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     """x[..., D] @ kernel_DF in x's dtype.
 
     The gradient of the kernel is accumulated in float32 and computed as [D, F]. The derived rule computes it
-    as [F, D] and transposes, for which XLA on a CPU lays out every cotangent a second time: a quarter of a small model's
-    step.
+    as [F, D] and transposes, for which XLA on a CPU lays out every cotangent a second time: a quarter of a small
+    model's step.
     """
     return x @ kernel_DF.astype(x.dtype)
 

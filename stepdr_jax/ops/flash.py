@@ -28,7 +28,8 @@ class Rows(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Causal order of tokens that lie anyhow: a query sees keys whose position is not after its own; int32[B, T or S]."""
+    """Causal order of tokens that lie anyhow: a query sees keys whose position is not after its own; int32[B, T or
+    S]."""
 
     queries: jax.Array
     keys: jax.Array

@@ -51,8 +51,8 @@ def _in(array: jax.Array, kind: str) -> jax.Array:
 def land(array: jax.Array, sharding: Sharding) -> jax.Array:
     """`array` placed by `sharding`, all of whose devices are of this process.
 
-    Each device takes its part from itself if it holds it (nothing is copied then: the result shares memory with `array`),
-    else from a device of this process that does. Raises ValueError when none holds all of a part.
+    Each device takes its part from itself if it holds it (nothing is copied then: the result shares memory with
+    `array`), else from a device of this process that does. Raises ValueError when none holds all of a part.
     """
     held = [(part.device, _bounds(part.index, array.shape), part.data) for part in array.addressable_shards]
     parts = []

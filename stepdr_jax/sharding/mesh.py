@@ -16,8 +16,9 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh over axes data (batch), fsdp (batch and parameters), context (sequence), tensor (heads, ffn, vocabulary).
 
-    On TPUs axes lie on rings of links where they can, and only data crosses slices. Elsewhere, and where the devices are
-    no cuboid, neighbours on the last axis are neighbours in the device list: the chattiest axis (tensor) stays closest.
+    On TPUs axes lie on rings of links where they can, and only data crosses slices. Elsewhere, and where the devices
+    are no cuboid, neighbours on the last axis are neighbours in the device list: the chattiest axis (tensor) stays
+    closest.
 
     Args:
         data, fsdp, context, tensor: sizes of the axes.

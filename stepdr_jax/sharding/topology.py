@@ -1,7 +1,7 @@
 """TPU slices as they are sold: names, shapes, memory and speeds; a mesh over one that nobody has to own.
 
-`parse` reads the names that people use, `mesh_of` makes the mesh that `training.program` takes. libtpu must be installed
-for the latter (pip install -e .[tpu]); no TPU is needed.
+`parse` reads the names that people use, `mesh_of` makes the mesh that `training.program` takes. libtpu must be
+installed for the latter (pip install -e .[tpu]); no TPU is needed.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ class Generation:
 _GIB = 2**30
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-# Shapes, host memory and DCN: docs.cloud.google.com/tpu/docs/{v5p,v5e,v6e,tpu7x} (DCN is quoted there in Gbit/s per chip
-# or per pod). Memory: measured by compiling. FLOP/s, HBM and links are in SPEEDS with their sources.
+# Shapes, host memory and DCN: docs.cloud.google.com/tpu/docs/{v5p,v5e,v6e,tpu7x} (DCN is quoted there in Gbit/s per
+# chip or per pod). Memory: measured by compiling. FLOP/s, HBM and links are in SPEEDS with their sources.
 GENERATIONS = (
     Generation(
         name="v5p",
@@ -257,7 +257,8 @@ def mesh_of(topology: Topology, sizes: Mapping[str, int]) -> jax.sharding.Mesh:
 
 
 def splits(topology: Topology, *, tensor: tuple[int, ...] = (1,), fixed_data: int | None = None):
-    """Yields every mesh (sizes by axis) of powers of two over `topology`, data being the number of slices by default."""
+    """Yields every mesh (sizes by axis) of powers of two over `topology`, data being the number of slices by
+    default."""
     data = topology.slices if fixed_data is None else fixed_data
     left = topology.devices // data
     powers = [2**power for power in range(left.bit_length())]

@@ -1,4 +1,5 @@
-"""The plan of PPO: what each phase holds, how many episodes fit, bounds of the sampler, what a person gets wrong, the presets."""
+"""The plan of PPO: what each phase holds, how many episodes fit, bounds of the sampler, what a person gets wrong, the
+presets."""
 
 import copy
 import importlib.util

@@ -1,4 +1,5 @@
-"""Names of TPU slices, their shapes and meshes. Counts and shapes: docs.cloud.google.com/tpu/docs, one page for each TPU."""
+"""Names of TPU slices, their shapes and meshes. Counts and shapes: docs.cloud.google.com/tpu/docs, one page for each
+TPU."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Every context strategy equals dense attention on simulated devices, does equal work, and refuses what it cannot do."""
+"""Every context strategy equals dense attention on simulated devices, does equal work, and refuses what it cannot
+do."""
 
 import json
 import os
