@@ -80,7 +80,8 @@ def main(config) -> None:
     }
     if len(words) != 1 or words[0] not in benches:
         raise UserError(
-            f"expected one of {', '.join(benches)}, got {' '.join(words) or 'nothing'}; for example python -m launch.bench train"
+            f"expected one of {', '.join(benches)}, got {' '.join(words) or 'nothing'}; for example "
+            "python -m launch.bench train"
         )
     if "GLIBC_TUNABLES" not in os.environ:  # read by the C library when a process starts; the quickstart sets it too
         os.execve(sys.executable, [*sys.orig_argv], os.environ | {"GLIBC_TUNABLES": process.MALLOC})

@@ -290,13 +290,6 @@ class TunixEpisodes:
 # ------------------------------------------------------------------------------------------------------------- decode
 
 
-BANDWIDTH = {  # bytes a second, from the makers' data sheets; TPUs are in ops.context_layout.SPEEDS
-    "NVIDIA A100-SXM4-80GB": 2039e9,
-    "NVIDIA H100 80GB HBM3": 3352e9,
-    "NVIDIA H200": 4800e9,
-}
-
-
 def decode(config, name: str, rounds: int, *, max_num_seqs: int, seq_len: int, bandwidth: float) -> dict:
     """Decode steps of a published shape on one accelerator: sampled tokens a second and the share of the memory
     roofline.
@@ -309,13 +302,13 @@ def decode(config, name: str, rounds: int, *, max_num_seqs: int, seq_len: int, b
     from stepdr_jax.engine import programs, weights
     from stepdr_jax.engine.engine import layout_of
     from stepdr_jax.models import qwen2, sizes
-    from stepdr_jax.ops.context_layout import SPEEDS
+    from stepdr_jax.sharding import hardware
 
     device, steps = jax.devices()[0], 32
     B = max_num_seqs
     model = dataclasses.replace(sizes.size(name), param_dtype="bfloat16") if name else _model(config)
     kind = device.device_kind
-    speed = bandwidth or (SPEEDS[kind].hbm if kind in SPEEDS else BANDWIDTH.get(kind, 0))
+    speed = bandwidth or hardware.memory_bandwidth(kind)
     if not speed:
         raise UserError(f"no memory bandwidth is known for {kind!r}; give it, in bytes a second, as --bandwidth=...")
     page = 128 if device.platform == "tpu" else 0

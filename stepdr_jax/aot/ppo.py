@@ -51,10 +51,12 @@ def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[ja
     s, hosts, separate = config.sampler, _hosts(slices), config.placement.sampler == "disaggregated"
     wanted, local = s.replicas * s.tensor, len(hosts[0])
     if wanted + separate > local:
-        most = f"fewer than the {local} devices of a host of {slices}, as with placement.sampler=disaggregated the learner has the others"
-        most = (
-            most if separate else f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
-        )
+        most = f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
+        if separate:
+            most = (
+                f"fewer than the {local} devices of a host of {slices}, as with placement.sampler=disaggregated the "
+                "learner has the others"
+            )
         raise UserError(f"sampler.replicas * sampler.tensor: expected {most}, got {wanted}; change config.sampler")
     taken = wanted if separate else 0
     left = [device for host in hosts for device in host[: local - taken]]

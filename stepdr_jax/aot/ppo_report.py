@@ -17,10 +17,12 @@ def text(plan: dict, width: int = 120) -> str:
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     s, roles, load = plan["sampler"], plan["roles"], plan["load"]
     console.print(
-        f"{plan['config']}  ppo  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, {plan['hosts']} hosts"
+        f"{plan['config']}  ppo  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, "
+        f"{plan['hosts']} hosts"
     )
     console.print(
-        f"learner {mesh}, {plan['microbatch_sequences']} rows of {plan['context']:,} tokens a call, remat {plan['parallel']['remat']}; "
+        f"learner {mesh}, {plan['microbatch_sequences']} rows of {plan['context']:,} tokens a call, "
+        f"remat {plan['parallel']['remat']}; "
         f"sampler {s['replicas']} x {s['tensor']} devices on each host, {roles['sampler']}, offload {roles['offload']}",
     )
     console.print()
@@ -117,9 +119,10 @@ def _episodes(placement: dict, plan: dict, load: dict) -> list[str]:
     now, most = placement["episodes"], placement["episodes_that_fit"]
     page = plan["sampler"]["page_size"] or plan["context"]
     said = [
-        f"pages of {page} tokens, {placement['page_bytes'] / 2**20:.1f} MiB a device: {placement['pages']:,} are asked for, "
-        f"{placement['pages_that_fit']:,} fit",
-        f"episodes at once: {now['full_length_per_host']} a host of {plan['context']:,} tokens, {now['full_length']:,} in all; "
+        f"pages of {page} tokens, {placement['page_bytes'] / 2**20:.1f} MiB a device: {placement['pages']:,} are "
+        f"asked for, {placement['pages_that_fit']:,} fit",
+        f"episodes at once: {now['full_length_per_host']} a host of {plan['context']:,} tokens, "
+        f"{now['full_length']:,} in all; "
         f"{now['mean_length_per_host']} a host of {load['tokens']:,}, {now['mean_length']:,} in all",
         f"  with all pages that fit: {most['full_length_per_host']} and {most['full_length']:,}; "
         f"{most['mean_length_per_host']} and {most['mean_length']:,}",
@@ -151,8 +154,8 @@ def _speed(plan: dict) -> list[str]:
         f"  all {plan['hosts']} hosts: at most {sampler['tokens_per_second']:,.0f} sampled tokens/s "
         f"({sampler['tokens_per_second_hbm']:,.0f} by memory traffic alone), "
         f"{sampler['prefill_tokens_per_second']:,.0f} prefilled tokens/s",
-        f"  an iteration of {iteration['episodes']:,} episodes, {iteration['sampled_tokens'] / 1e6:,.1f}M tokens sampled and "
-        f"{iteration['given_tokens'] / 1e6:,.1f}M given: at least {_clock(iteration['seconds_total'])}",
+        f"  an iteration of {iteration['episodes']:,} episodes, {iteration['sampled_tokens'] / 1e6:,.1f}M tokens "
+        f"sampled and {iteration['given_tokens'] / 1e6:,.1f}M given: at least {_clock(iteration['seconds_total'])}",
         f"    sampling {_clock(iteration['seconds_sampling'])} (decode {_clock(seconds['decode'])}, prefill "
         f"{_clock(seconds['prefill'])}), learning {_clock(iteration['seconds_learning'])}, weights to the sampler "
         f"{seconds['weights']:.1f} s",
@@ -197,7 +200,8 @@ def markdown_rows(plan: dict) -> list[str]:
             f"| {plan['topology']}, {mesh} | {placement['sampler']}, {placement['offload']} | "
             f"{gib(a['actor'])} + {gib(a['critic'])} + {gib(a['gradient'])} + {gib(a['temporaries'])} = "
             f"**{gib(learning['total'])}** | "
-            f"{gib(b['actor'] + b['critic'])} + {gib(b['sampler weights'])} + {gib(b['pages'])} + {gib(b['temporaries'])} = "
+            f"{gib(b['actor'] + b['critic'])} + {gib(b['sampler weights'])} + {gib(b['pages'])} + "
+            f"{gib(b['temporaries'])} = "
             f"**{gib(sampling['total'])}** | {placement['pages_that_fit']:,} | "
             f"{most['full_length_per_host']}, {most['full_length']:,} | {most['mean_length_per_host']}, "
             f"{most['mean_length']:,} | {'fits' if placement['fits'] else 'does not fit'} |"

@@ -17,9 +17,11 @@ from stepdr_jax.sharding.topology import Topology
 ASSUMPTIONS = (
     "a host's episodes of mean length are at all stages of their growth at once: K/V of half that length each",
     "none waits for a tool, and the last ones of an iteration run in as large a company as the first",
-    "K/V is read once a step, weights once; their traffic and the arithmetic overlap, transfers within a replica do not",
+    "K/V is read once a step, weights once; their traffic and the arithmetic overlap, transfers within a replica do "
+    "not",
     "rows of the learner hold whole episodes of mean length",
-    "the links' latency is not counted, nor time for tools, judges, checkpoints, the host's memory (placement.offload) or the network between hosts",
+    "the links' latency is not counted, nor time for tools, judges, checkpoints, the host's memory "
+    "(placement.offload) or the network between hosts",
 )
 
 

@@ -53,7 +53,8 @@ def _fitting(console: Console, name: str, program: dict, plan: dict) -> None:
     seconds = {cause: s for cause, s in estimate["seconds"].items() if cause != "step"}
     listed = ", ".join(f"{cause.replace('_', ' ')} {s:.3g}" for cause, s in seconds.items())
     console.print(
-        f"  ESTIMATE, not measured: {estimate['seconds']['step']:.3g} s a step, bound by {estimate['bound']} (s: {listed})"
+        f"  ESTIMATE, not measured: {estimate['seconds']['step']:.3g} s a step, bound by {estimate['bound']} "
+        f"(s: {listed})"
     )
     line = (
         f"  {estimate['tokens_per_second']:,.0f} tokens/s, {estimate['tokens_per_second_per_chip']:,.0f} a chip, "

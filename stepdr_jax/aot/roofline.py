@@ -1,7 +1,7 @@
 """How long a step would take: an estimate from formulas and the compiled schedule, never a measurement.
 
 XLA's own cost analysis is not used: it counts the body of a loop once and a Pallas kernel as nothing. FLOPs come from
-the model's shape, transfers from the HLO (bytes x executions), speeds from `ops.context_layout.SPEEDS`.
+the model's shape, transfers from the HLO (bytes x executions), speeds from `sharding.hardware`.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ KERNEL = 0.5  # share that the attention kernel is taken to reach
 ASSUMPTIONS = (
     f"matrix products run at {PRODUCTS:.0%} and attention at {KERNEL:.0%} of peak bfloat16 FLOP/s",
     "an axis is one ring of links used both ways (half as fast where the slice does not wrap); links do not share load",
-    "synchronous transfers and those with no kernel or product beside them add to the step; the others are hidden up to "
+    "synchronous transfers and those with no kernel or product beside them add to the step; the others are hidden "
+    "up to "
     "the time of the arithmetic",
     "HBM traffic is a formula: optimizer state, gathered weights, inputs and outputs of each product",
     "with remat=offload, traffic to the host's memory is hidden",

@@ -295,7 +295,7 @@ class JaxEngine:
             load = dict.fromkeys(range(len(self._pools)), 0)
             for _, pool in self._sessions.values():
                 load[self._pools.index(pool)] += 1
-            lightest = min(load, key=load.get)
+            lightest = min(load, key=lambda number: load[number])
             self._sessions[name] = (Session(name), self._pools[lightest])
         return self._sessions[name]
 
@@ -328,7 +328,7 @@ class JaxEngine:
         self._sweep(pool)
 
     def _finish(self, session: Session, pool: Pool) -> None:
-        request, session.request, session.busy = session.request, None, False
+        request, session.request, session.busy = session.active, None, False
         if request.future.done():  # the caller was cancelled
             return
         if not all(map(math.isfinite, request.logprobs)):
@@ -346,7 +346,7 @@ class JaxEngine:
             pool.drop(session)
         self._closing = [found for found in self._closing if found[1] is not pool]
         for session in [*pool.running, *pool.waiting]:
-            if session.request.future.cancelled():
+            if session.active.future.cancelled():
                 session.request, session.busy = None, False
         pool.waiting = [session for session in pool.waiting if session.request is not None]
         pool.running = [session for session in pool.running if session.request is not None]
@@ -356,7 +356,7 @@ class JaxEngine:
         pool.forget()
         pool.allocate()
         for session in [*pool.running, *pool.waiting]:
-            request, session.request, session.busy = session.request, None, False
+            request, session.request, session.busy = session.active, None, False
             if not request.future.done():
                 request.future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
         pool.waiting.clear()

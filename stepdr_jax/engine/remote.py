@@ -239,8 +239,9 @@ class RemoteEngine:
             if left:
                 await self._send_again(server, loads)
         raise EndpointError(
-            f"{server.endpoint.base_url} sampled with weights of version {stated}, expected {self._stated_version}; check "
-            "that nobody else sends it weights, that every replica behind it takes new ones, and that it states its version"
+            f"{server.endpoint.base_url} sampled with weights of version {stated}, expected {self._stated_version}; "
+            "check that nobody else sends it weights, that every replica behind it takes them, and that it states "
+            "its version"
         )
 
     async def _stated(self, server: _Server, reply: dict) -> str | None:

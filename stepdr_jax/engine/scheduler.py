@@ -83,7 +83,7 @@ class Pool:
 
     def allocate(self) -> None:
         """Starts with empty pages."""
-        self.kv_pages = programs.init_pool(self.layout, self.device)
+        self.kv_pages: list | None = programs.init_pool(self.layout, self.device)
 
     def sleep(self) -> None:
         """Gives the pages' memory back and forgets all K/V. Only while nothing runs."""
@@ -164,7 +164,7 @@ class Pool:
 
     def _tokens_after(self, session: Session) -> int:
         """Tokens of the session after the next decode call."""
-        request = session.request
+        request = session.active
         return len(session.ids) + min(self.decode_steps, request.limit - len(request.ids))
 
     def _make_room(self, session: Session, tokens: int) -> bool:
@@ -183,7 +183,7 @@ class Pool:
         for session in list(ready):
             while session in ready and not self._make_room(session, self._tokens_after(session)):
                 # The others' pages, prefilling ones included: one sequence alone has room by construction.
-                victim = min((s for s in self.running if s is not session), key=lambda s: len(s.request.ids))
+                victim = min((s for s in self.running if s is not session), key=lambda s: len(s.active.ids))
                 self._evict(victim)
                 self.counts.preemptions += 1
                 self.running.remove(victim)
@@ -255,7 +255,7 @@ class Pool:
         rows = {}
         for place, session in enumerate(sessions):
             row = session.pages[0] if self.layout.columns == 1 else place
-            request, rows[session] = session.request, row
+            request, rows[session] = session.active, row
             table_BM[row] = self._row(session)
             state["token"][row] = session.ids[-1]
             state["position"][row] = len(session.ids) - 1
@@ -269,7 +269,7 @@ class Pool:
         self.counts.decode_calls += 1
         ended = []
         for session, row in rows.items():
-            request = session.request
+            request = session.active
             count = int(np.sum(ids_Bs[row] >= 0))
             ids = ids_Bs[row, :count].tolist()
             if not request.ids:

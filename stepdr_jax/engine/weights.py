@@ -55,7 +55,7 @@ def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limi
         ValueError: one array alone is larger than the limit.
     """
     config = targets[0][0].config
-    placed = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
+    placed: list[dict] = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
     for bucket, program, arguments in buckets(params, targets[0][0], limit):
         arrived = land(program(*arguments), targets)
         for weights, pieces in zip(placed, jax.block_until_ready(arrived), strict=True):

@@ -50,7 +50,7 @@ def _cut(block, q_BHTK, k_BNSK, v_BNSK, query_segments_BT, key_segments_BS, orde
 
     key_tiles = -(-S // s)
     if isinstance(order, Rows):
-        rows = jnp.asarray(order.table)[order.index][None]
+        rows = jnp.asarray(order.table)[order.device][None]
         query_order, key_order = _tiles(rows, t, 1), _tiles(jnp.arange(S, dtype=jnp.int32)[None], s, 1)
         needed = jnp.max(query_order, axis=(1, 2)) // s + 1
     elif order is None:

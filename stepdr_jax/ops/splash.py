@@ -38,7 +38,7 @@ def _sees(query_row, key_row):
 
 
 def _causal(order: Rows, keys: int, block_q: int, block_k: int, *, for_keys: bool) -> MaskInfo:
-    """Which blocks run, for all devices of order.table, and those of order.index taken.
+    """Which blocks run, for all devices of order.table, and those of order.device taken.
 
     data_next says which block to have in VMEM at a grid step that runs nothing: the next one that will run.
     for_keys: the grid of the dkv pass, which walks over the queries of each key block.
@@ -53,7 +53,7 @@ def _causal(order: Rows, keys: int, block_q: int, block_k: int, *, for_keys: boo
     small = np.int8 if following.max() < 128 else np.int16
 
     def mine(x):
-        return jnp.asarray(x)[order.index]
+        return jnp.asarray(x)[order.device]
 
     return MaskInfo(
         data_next=mine(following.astype(small))[None],

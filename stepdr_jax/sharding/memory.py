@@ -57,6 +57,7 @@ def land(array: jax.Array, sharding: Sharding) -> jax.Array:
     held = [(part.device, _bounds(part.index, array.shape), part.data) for part in array.addressable_shards]
     parts = []
     for place, (device, index) in enumerate(sharding.addressable_devices_indices_map(array.shape).items()):
+        assert index is not None  # of an array with a shape
         wanted = _bounds(index, array.shape)
         turned = held[place % len(held) :] + held[: place % len(held)]  # not all from one device
         own_first = sorted(turned, key=lambda found: found[0] != device)

@@ -16,7 +16,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.ops import context_layout
-from stepdr_jax.sharding import rules
+from stepdr_jax.sharding import hardware, rules
 from stepdr_jax.training import guards, state
 from stepdr_jax.training.optimizer import optimizer_of
 from stepdr_jax.training.step import evaluate, train_step
@@ -69,6 +69,7 @@ def parallel_of(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, model: 
                 length,
                 *heads,
                 model.head_dim,
+                speeds=hardware.SPEEDS.get(device.device_kind),
                 device_kind=device.device_kind,
                 rows=batch // rows,
                 **layout,

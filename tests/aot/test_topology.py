@@ -4,8 +4,8 @@ TPU."""
 import pytest
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.ops.context_layout import SPEEDS
 from stepdr_jax.sharding import topology
+from stepdr_jax.sharding.hardware import SPEEDS
 
 ONES = dict(data=1, fsdp=1, context=1, tensor=1)
 
