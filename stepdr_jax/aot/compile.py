@@ -79,7 +79,7 @@ def run(request: Request, *, limit: float = 900.0, cache: Path | None = None, la
     Returns:
         status ("fits" or "does not fit"), memory (bytes by kind, with quick only total), shortage (needed and limit),
         buffers, collectives, lower_seconds, compile_seconds, rss_bytes, hlo_sha256, versions, saved; of PPO's programs
-        roles (bytes of each argument on a device).
+        buffers (bytes of each argument on a device).
 
     Raises:
         UserError: libtpu is missing, the config does not suit the topology, or the limit was reached.

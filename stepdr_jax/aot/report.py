@@ -24,7 +24,8 @@ def text(plan: dict, width: int = 120) -> str:
         f"{plan['config']}  {plan['stage']}  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices"
     )
     console.print(
-        f"mesh {mesh}; {plan['batch']} rows of {plan['context']:,} tokens a step; remat {plan['parallel']['remat']}"
+        f"mesh {mesh}; {plan['batch_size']} sequences of {plan['seq_len']:,} tokens a step; "
+        f"remat {plan['parallel']['remat']}"
     )
     for name, program in plan["programs"].items():
         console.print()
@@ -130,7 +131,7 @@ def _clip(line: str, width: int) -> str:
 def markdown_header() -> str:
     """Head of the table of markdown_row."""
     return (
-        "| slice | mesh d,f,c,t | tokens x rows | strategy, remat | arguments | temporaries | total GiB | limit | "
+        "| slice | mesh d,f,c,t | tokens x sequences | strategy, remat | arguments | temporaries | total GiB | limit | "
         "step s* | tokens/s/chip* | MFU* | result |\n|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|"
     )
 
@@ -143,7 +144,7 @@ def markdown_row(plan: dict) -> str:
     cells = [
         plan["topology"],
         mesh,
-        f"{plan['context'] // 1024}K x {plan['batch']}",
+        f"{plan['seq_len'] // 1024}K x {plan['batch_size']}",
         f"{strategy}, {plan['parallel']['remat']}",
     ]
     if program["status"] == "fits":

@@ -16,11 +16,6 @@ def has_host_memory(device: jax.Device) -> bool:
     return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
-def kind_of(tree: Any) -> str:
-    """The memory that the arrays of a tree are in, that of the first."""
-    return jax.tree.leaves(tree)[0].sharding.memory_kind
-
-
 def copied(tree: Any, kind: str) -> Any:
     """The tree in memory of `kind`, one array after the other; arrays that are there already are the same objects."""
     return jax.tree.map(lambda a: _in(a, kind), tree)
