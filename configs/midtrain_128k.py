@@ -1,6 +1,6 @@
-"""Qwen2.5-32B at 128K tokens on 128 chips of v5p (4x4x8, sold as v5p-256): mid-training II of the recipe, and what follows.
+"""Qwen2.5-32B at 128K tokens on 128 chips of v5p (4x4x8, sold as v5p-256): mid-training II and what follows.
 
-Made from the miniature, so that every field is there; only what a pod changes is said here. The paper is arXiv 2512.20491.
+The miniature with what a pod changes. The paper is arXiv 2512.20491.
 `python -m launch.plan --config=configs/midtrain_128k.py --topology=v5p:4x4x8` shows what it takes.
 """
 
@@ -16,7 +16,7 @@ SIZE = "32B"  # paper: Qwen2.5-32B-Base
 def get_config() -> ConfigDict:
     from stepdr_jax.models import sizes  # here: a config is listed without jax
 
-    config = miniature.get_config().unlock()
+    config = miniature.get_config()
     config.name = "midtrain_128k"
     config.run_dir = "runs/midtrain_128k"
     shape = dataclasses.asdict(sizes.size(SIZE))
@@ -34,16 +34,15 @@ def get_config() -> ConfigDict:
     )
     config.agent.update(dict(prompt="full", max_turns=30, max_turn_tokens=16384, max_episode_tokens=131072))  # paper
 
-    # Sources are named here when they lie on disk; each needs the licence under which you may use it, for example
-    #   config.data.sources = ConfigDict(dict(
-    #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*-pages-articles*.xml*.bz2", component="general_knowledge"),
+    # Name the sources that you have on disk here, each with the license under which you may use it, for example
+    #   config.data.sources.update(dict(
+    #       wikipedia=dict(format="wikipedia", path="<dumps>/enwiki-*.xml*.bz2", component="general_knowledge"),
     #       synth=dict(format="synth", path="<synth>/*.parquet", component="synthetic_knowledge"),
-    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", licence="<of the data set>")))
+    #       adp=dict(format="adp", path="<adp>/*.jsonl", component="web_browsing", license="<of the data set>")))
     # and what must not be trained on:
-    #   config.data.evaluation_sets = ConfigDict(dict(simpleqa="<evals>/simple_qa_test_set.csv", frames="<evals>/frames.tsv"))
-    config.data.update(
-        dict(on_bad_row="skip", exact_duplicates="drop")
-    )  # dumps have bad rows: counted and named in the card
+    #   config.data.evaluation_sets.update(dict(simpleqa="<evals>/simple_qa_test_set.csv", frames="<evals>/frames.tsv"))
+    # Dumps have bad rows; they are counted and named in the data card.
+    config.data.update(dict(on_bad_row="skip", exact_duplicates="drop"))
 
     config.eval.update(dict(every_tokens=5_000_000_000, inline=False))  # paper: every 5B tokens
     config.log.tensorboard = True
@@ -90,4 +89,4 @@ def get_config() -> ConfigDict:
         )
         # ours: a large batch is steadier than the miniature's, so less is a spike
         stage.guard.update(dict(norm_factor=5.0, loss_rise=0.5))
-    return config.lock()
+    return config

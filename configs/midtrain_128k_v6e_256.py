@@ -1,6 +1,7 @@
 """Qwen2.5-32B at 128K tokens on 256 chips of v6e (16x16): configs/midtrain_128k.py on another slice.
 
-`python -m launch.plan --config=configs/midtrain_128k_v6e_256.py --topology=v6e-256` shows what it takes (docs/plans.md: 10.4 GiB a chip).
+It takes 10.4 GiB a chip (docs/plans.md):
+`python -m launch.plan --config=configs/midtrain_128k_v6e_256.py --topology=v6e-256`.
 """
 
 from ml_collections import ConfigDict
@@ -9,7 +10,7 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_128k_v6e_256"
     config.run_dir = "runs/midtrain_128k_v6e_256"
     config.mesh.update(dict(data=1, fsdp=16, context=16, tensor=1))  # 8,192 tokens a chip
@@ -18,4 +19,4 @@ def get_config() -> ConfigDict:
     config.midtrain2.steps //= 2  # the same tokens
     config.midtrain2.checkpoint_every //= 2
     config.sft.steps //= 2
-    return config.lock()
+    return config

@@ -10,7 +10,7 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "midtrain_32k"
     config.run_dir = "runs/midtrain_32k"
     config.mesh.update(
@@ -22,4 +22,4 @@ def get_config() -> ConfigDict:
         config.sft,
     ):  # 128K rows need midtrain_128k's mesh; here they would be 4 times the batch
         stage.batch_size = 32
-    return config.lock()
+    return config

@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config = miniature.get_config().unlock()
     config.name = "own_data"
     config.run_dir = "runs/own"
-    articles = dict(format="jsonl", path=f"{DATA}/articles*.jsonl", component="articles", licence="mine")
-    chats = dict(format="jsonl", path=f"{DATA}/chats*.jsonl", component="chats", licence="mine", family="chats")
+    articles = dict(format="jsonl", path=f"{DATA}/articles*.jsonl", component="articles", license="mine")
+    chats = dict(format="jsonl", path=f"{DATA}/chats*.jsonl", component="chats", license="mine", family="chats")
     config.data.sources = ConfigDict(dict(articles=articles, chats=chats))
     config.data.update(dict(on_bad_row="skip", exact_duplicates="drop", near_duplicates="drop"))
     if HF:

@@ -1,6 +1,6 @@
 """PPO of Qwen2.5-32B on episodes of up to 128K tokens, on 128 chips of v5p (4x4x8): the recipe's last stage.
 
-As sft_128k, whose end it starts from when both have the same run_dir. Learner and samplers take turns on the same chips.
+As sft_128k, from whose end it starts when both have the same run_dir. Learner and samplers share the chips in turn.
 `python -m launch.plan --config=configs/ppo_128k.py --stage=ppo --topology=v5p:4x4x8` shows what it takes.
 """
 
@@ -10,7 +10,7 @@ from configs import ppo_presets, sft_128k
 
 
 def get_config() -> ConfigDict:
-    config = ppo_presets.stepdr(sft_128k.get_config().unlock())
+    config = ppo_presets.stepdr(sft_128k.get_config())
     config.name = "ppo_128k"
     config.ppo.update(
         dict(
@@ -46,4 +46,4 @@ def get_config() -> ConfigDict:
             weight_sync_bucket_gb=2.0,  # the embedding alone is 1.45 GiB
         )
     )
-    return config.lock()
+    return config

@@ -9,13 +9,12 @@ from configs import ppo_128k
 
 
 def get_config() -> ConfigDict:
-    return separate(ppo_128k.get_config())
+    return disaggregated(ppo_128k.get_config())
 
 
-def separate(config: ConfigDict) -> ConfigDict:
-    """`config` for half of each v5p host's four chips as sampler, and half the learner."""
-    config = config.unlock()
-    config.name += "_separate"
+def disaggregated(config: ConfigDict) -> ConfigDict:
+    """`config` with two of each v5p host's four chips for the sampler and two for the learner."""
+    config.name += "_disaggregated"
     config.mesh.fsdp //= 2
     config.ppo.microbatch_sequences //= 2  # a row for each fsdp group
     config.placement.update(dict(sampler="disaggregated", offload="none"))
@@ -26,4 +25,4 @@ def separate(config: ConfigDict) -> ConfigDict:
             num_pages=3840,  # 60 GiB a chip: pages are of 16 MiB with two chips
         )
     )
-    return config.lock()
+    return config

@@ -9,7 +9,7 @@ from configs import ppo_128k
 
 
 def get_config() -> ConfigDict:
-    config = ppo_128k.get_config().unlock()
+    config = ppo_128k.get_config()
     config.name = "ppo_128k_v5p_256"
     config.mesh.update(dict(data=1, fsdp=16, context=16, tensor=1))  # 8,192 tokens a chip
     config.ppo.microbatch_sequences = 16  # a row for each fsdp group
@@ -17,4 +17,4 @@ def get_config() -> ConfigDict:
     for stage in (config.midtrain2, config.sft):  # not run with this config, but its batch must divide
         stage.batch_size = 16
     config.midtrain1.microbatches = 2
-    return config.lock()
+    return config

@@ -1,4 +1,4 @@
-"""The miniature with Open-Reasoner-Zero's published PPO values: to see what they do at this size (they are for large models).
+"""The miniature with Open-Reasoner-Zero's published PPO values, which are for large models.
 
 `python -m launch.ppo --config=configs/ppo_orz_paper.py --config.run_dir=DIR` after `launch.sft` in the same DIR.
 """
@@ -9,6 +9,6 @@ from configs import miniature, ppo_presets
 
 
 def get_config() -> ConfigDict:
-    config = ppo_presets.orz_paper(miniature.get_config().unlock())
+    config = ppo_presets.orz_paper(miniature.get_config())
     config.name = "ppo_orz_paper"
-    return config.lock()
+    return config

@@ -1,8 +1,9 @@
-"""Published and chosen values of PPO, to be written over a config's `ppo` section (of any size); a field's source is on its line.
+"""PPO values to write over a config's `ppo` section, as configs/ppo_orz_paper.py and configs/ppo_128k.py do.
 
-Open-Reasoner-Zero: arXiv 2503.24290 section 3.1 and its playground/orz_32b_ppo.py; one set of values for 0.5B to 32B. Step-DeepResearch:
-arXiv 2512.20491 section 4.3.3, which says "consistent with the engineering practice in Open-Reasoner-Zero", on policy,
-clipped, a learned critic, gamma = lambda = 1, and prints no other value.
+They suit any size; each line ends with its source. Open-Reasoner-Zero (arXiv 2503.24290 section 3.1 and its
+playground/orz_32b_ppo.py) has one set of values for 0.5B to 32B. Step-DeepResearch (arXiv 2512.20491 section 4.3.3)
+says "consistent with the engineering practice in Open-Reasoner-Zero", on policy, clipped, a learned critic,
+gamma = lambda = 1, and gives no other value.
 """
 
 from ml_collections import ConfigDict
@@ -28,27 +29,24 @@ ORZ = dict(
     entropy_coefficient=0.0,  # Open-Reasoner-Zero
     loss_aggregation="token_mean",  # Open-Reasoner-Zero: all tokens of the buffer alike
     whiten=True,  # Open-Reasoner-Zero: mean and deviation over all action tokens
-    temperature=1.0,  # Open-Reasoner-Zero; top_p 1 and top_k off, which the sampler has no other of
+    temperature=1.0,  # Open-Reasoner-Zero; the sampler has no top_p and top_k
     truncated_reward="zero",  # Open-Reasoner-Zero: 0 unless the episode stopped by itself
     tis_cap=0.0,  # Open-Reasoner-Zero: no correction
 )
-STEPDR = (
-    ORZ
-    | dict(
-        prompts_per_iteration=64,  # ours: the paper is silent, and an episode is of up to 128K tokens where Open-Reasoner-Zero's is of 8K
-        samples_per_prompt=8,  # ours; deep-research recipes take 8 to 16
-        gamma=1.0,  # paper
-        gae_lambda=1.0,  # paper
-        staleness=0,  # paper: on policy
-        critic_warmup_iterations=5,  # ours: first values are 0, and the actor should not learn from them
-        truncated_reward="worst",  # ours: rubrics may have negative weights, so that 0 would reward giving up
-        tis_cap=2.0,  # ours: sampler and trainer round differently in bfloat16; 2 is Tunix's and SkyRL's cap
-    )
+STEPDR = ORZ | dict(
+    prompts_per_iteration=64,  # ours: episodes have up to 128K tokens, Open-Reasoner-Zero's 8K
+    samples_per_prompt=8,  # ours; deep-research recipes take 8 to 16
+    gamma=1.0,  # paper
+    gae_lambda=1.0,  # paper
+    staleness=0,  # paper: on policy
+    critic_warmup_iterations=5,  # ours: first values are 0, and the actor should not learn from them
+    truncated_reward="worst",  # ours: rubrics may have negative weights, so that 0 would reward giving up
+    tis_cap=2.0,  # ours: sampler and trainer round differently in bfloat16; 2 is Tunix's and SkyRL's cap
 )
 
 
 def orz_paper(config: ConfigDict) -> ConfigDict:
-    """Open-Reasoner-Zero's published values; `config` itself, unlocked fields changed in place."""
+    """Open-Reasoner-Zero's published values; changes and returns `config`."""
     config.ppo.update(ORZ)
     return config
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning of Qwen2.5-32B on agent trajectories of up to 128K tokens (arXiv 2512.20491) on v5p:4x4x8.
 
-As midtrain_128k, whose end it starts from when both have the same run_dir; only the assistant's tokens carry loss.
+As midtrain_128k, from whose end it starts when both have the same run_dir; only the assistant's tokens carry loss.
 `python -m launch.plan --config=configs/sft_128k.py --stage=sft --topology=v5p:4x4x8` shows what it takes.
 """
 
@@ -10,7 +10,7 @@ from configs import midtrain_128k
 
 
 def get_config() -> ConfigDict:
-    config = midtrain_128k.get_config().unlock()
+    config = midtrain_128k.get_config()
     config.name = "sft_128k"
     config.sft.update(
         dict(
@@ -20,4 +20,4 @@ def get_config() -> ConfigDict:
             trajectory_loss="assistant",  # paper: next token on model turns
         )
     )
-    return config.lock()
+    return config

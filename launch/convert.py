@@ -115,10 +115,10 @@ def _mesh(config):
 def _find(source: str | Path):
     """What holds the checkpoints of a stage's folder, which may keep them elsewhere, or of itself."""
     from stepdr_jax.runtime import checkpoint, storage
-    from stepdr_jax.training import state
+    from stepdr_jax.runtime.layout import StageLayout
 
     source = storage.location(source)
-    elsewhere = [state.noted_place(source) / "checkpoints"] if isinstance(source, Path) else []
+    elsewhere = [StageLayout(source).recorded().checkpoint_dir] if isinstance(source, Path) else []
     for folder in (source, source / "checkpoints", *elsewhere):
         if checkpoint.steps(folder):
             return folder

@@ -1,8 +1,8 @@
-"""How every script starts: flags, config, and errors as one line that names the fix.
+"""Start of every command: flags, config, and errors as one line that names the fix.
 
 A script defines `main(config)` and ends with `entry.run(main, __doc__)`. Its own flags are absl flags. Exit codes:
-0 done, 1 a bug (with its stack trace), 2 something the person can fix, 75 saved or lost a peer: run the same command
-again, 130 interrupted, 143 terminated.
+0 done, 1 a bug (with its stack trace), 2 something the user can fix, 75 preempted or another process lost: run the same
+command again, 130 interrupted, 143 terminated.
 """
 
 import contextlib
@@ -22,12 +22,15 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict
 
+from configs import base
 from stepdr_jax import configuration
+from stepdr_jax.configuration import FILE
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration.process import DIE_WITH_PARENT
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "miniature.py"
 
+KEPT = "finished work is kept"
 
 _arguments: list[str] = []
 _config_arguments: list[str] = []
@@ -42,7 +45,7 @@ def run(
         main: the script's work; its return value is the exit status if it is an int.
         doc: the script's docstring, shown by --help.
         positional: what the words after the flags mean, for --help and errors; "" means there may be none.
-        many_processes: the script may be one of several processes, those of config.distributed.
+        many_processes: the script may be one of the processes of config.distributed.
     """
     _die_with_parent()
     signal.signal(signal.SIGTERM, _terminate)
@@ -52,11 +55,11 @@ def run(
 
 
 def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDict], Any]) -> int:
-    """`guarded`, with config.distributed joined first; a process that fails lets the others notice at once."""
+    """`guarded`, after joining config.distributed; a process that fails tells the others at once."""
 
     def work():
         config = parse_line()
-        from stepdr_jax.runtime import distributed  # after the flags: a mistyped one should not wait for jax
+        from stepdr_jax.runtime import distributed  # after the flags: a mistyped flag need not wait for jax
 
         distributed.initialize(config)
         with distributed.failing_together():
@@ -73,14 +76,14 @@ def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDic
 
 
 def guarded(work: Callable[[], Any]) -> int:
-    """Runs `work` and returns the exit status; what a person can fix is printed as one line on standard error."""
+    """Runs `work` and returns the exit status; an error that the user can fix is one line on standard error."""
     try:
         status = work()
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         _say("interrupted; run the same command to continue")
         return 130
-    except BrokenPipeError:  # the reader of our output has gone; nobody is left to be told
+    except BrokenPipeError:  # the reader of the output is gone
         _silence_stdout()
         return 0
     except Exception as error:
@@ -92,7 +95,7 @@ def guarded(work: Callable[[], Any]) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """Returns the one line that names the fix, or None when the error is a bug whose stack trace is needed."""
+    """Returns one line that names the fix, or None for a bug, which needs its stack trace."""
     seen = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:
@@ -101,7 +104,7 @@ def explain(error: BaseException) -> str | None:
             return " ".join(str(cause).split())
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" while writing {cause.filename}" if cause.filename else ""
-            return f"disk full{where}; free space and run the same command: finished work is kept"
+            return f"disk full{where}; free space and run the same command: {KEPT}"
         if isinstance(cause, PermissionError) and cause.filename:
             return (
                 f"{cause.filename}: permission denied; make it readable and writable for this user, or change run_dir"
@@ -110,21 +113,21 @@ def explain(error: BaseException) -> str | None:
             return f"{cause.filename}: {cause.strerror}; check this path, or change --config.run_dir"
         if isinstance(cause, OSError) and cause.errno in _STORAGE_GONE:
             where = f" of {cause.filename}" if cause.filename else ""
-            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: finished work is kept"
+            return f"the storage{where} failed ({cause.strerror}); when it is back, run the same command: {KEPT}"
         cause = cause.__cause__ or cause.__context__
-    # Writers in C++ (array_record, tensorstore, orbax) report a full disk as text.
+    # array_record, tensorstore and orbax write in C++ and report a full disk only as text.
     if "No space left on device" in str(error):
-        return "disk full; free space and run the same command: finished work is kept"
+        return f"disk full; free space and run the same command: {KEPT}"
     return None
 
 
 def arguments() -> list[str]:
-    """The words on the command line that are not flags."""
+    """The words of the command line that are not flags."""
     return list(_arguments)
 
 
 def config_arguments() -> list[str]:
-    """The --config flags as given, for starting another script with the same config."""
+    """The --config flags as given, to start another script with the same config."""
     return list(_config_arguments)
 
 
@@ -137,84 +140,62 @@ def parse(argv: list[str], doc: str | None = None, *, positional: str = "") -> C
     _arguments[:] = _parse_script_flags([argv[0], *others])
     if _arguments and not positional:
         raise UserError(f"expected only flags, got {_arguments[0]!r}; flags are written --name=value")
-    path = DEFAULT_CONFIG
-    overrides: dict[str, str] = {}
+    path, overrides = "", {}
     for word in config_words:
         name, equals, value = word.partition("=")
         if not equals:
             raise UserError(f"{name}: expected {name}=VALUE")
         if name == "--config":
-            path = Path(value)
+            path = value
         else:
             overrides[name.removeprefix("--config.")] = value
-    config = load(path)
+    config = load(path or DEFAULT_CONFIG)
     for name, value in overrides.items():
-        override(config, name, value)
-    configuration.check_values(config)
+        configuration.override(config, name, value)
+    config.config_file = path
+    configuration.check_values(config, base.FIELDS)
     _config_arguments[:] = config_words
     return config.lock()
 
 
 def load(path: str | os.PathLike) -> ConfigDict:
-    """Loads the config that a Python file's `get_config()` returns and checks that it has the fields of the miniature."""
-    config = _load(Path(path))
-    if Path(path).resolve() != DEFAULT_CONFIG:
-        configuration.check_shape(config, _load(DEFAULT_CONFIG))
+    """Loads a config: what a Python file's `get_config()` returns, or the config.json that a run has written.
+
+    Raises:
+        UserError: there is no such file, or it does not give exactly the fields of configs/base.py.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(_no_file(path))
+    if path.suffix == ".json":
+        return configuration.load(path, base.FIELDS)
+    config = _call_get_config(path)
+    configuration.check_shape(config, base.FIELDS, f"config file {path}")
     return config
 
 
-def override(config: ConfigDict, name: str, value: str) -> None:
-    """Sets the dotted field `name` from text, by the type the field has. Raises UserError for names and values."""
-    problem = configuration.unknown_field(config, name)
-    if problem:
-        raise UserError(f"--config.{name}: {problem}")
-    section = config
-    *parents, leaf = name.split(".")
-    for parent in parents:
-        section = section[parent]
-    current = section[leaf]
-    try:
-        section[leaf] = _typed(value, current)
-    except (ValueError, TypeError, KeyError):
-        kind = "one of its fields" if isinstance(current, ConfigDict) else _KINDS.get(type(current), "a value")
-        raise UserError(f"--config.{name}: expected {kind} (now {_shown(current)}), got {value!r}") from None
-
-
 def usage(program: str, doc: str | None, positional: str = "") -> str:
-    """The text of --help: the script's docstring, its flags and how to change a config field."""
+    """The text of --help: docstring, flags, and how to change a config field."""
     module = _module_name(program)
     lines = [(doc or "").strip(), "", f"usage: python -m {module} [flags]{' ' + positional if positional else ''}", ""]
-    lines += ["flags:", f"  --config=FILE  Python file with get_config() (default: {_short(DEFAULT_CONFIG)})"]
-    lines += ["  --config.FIELD=VALUE  change one field, for example --config.run_dir=runs/mine --config.seed=1"]
+    lines += ["flags:", f"  --config=FILE  Python file, or a run's config.json (default: {_short(DEFAULT_CONFIG)})"]
+    lines += ["  --config.FIELD=VALUE  change one field (docs/configuration.md lists them all)"]
     for flag in _script_flags():
         default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
         lines.append(f"  --{flag.name}{'' if flag.boolean else '=VALUE'}  {flag.help}{default}")
+    lines += [
+        "",
+        f"example: python -m {module} --config=configs/miniature.py --config.run_dir=runs/mine --config.seed=1",
+    ]
     return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------------- details
 
-# Errors of rooms that a script may not have loaded; their messages name the fix as UserError's do.
+# Errors of modules that a script may not import; their messages name the fix, as those of UserError do.
 _NAMED = ("ToolHostError", "ToolInfraError", "EndpointError")
 _ABOUT_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 _STORAGE_GONE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENXIO, errno.ENODEV)
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple: "a tuple such as (3,10)"}
-
-
-def _typed(text: str, current: Any) -> Any:
-    """Reads `text` as the type of the field's current value. ml_collections' own flags read sys.argv and print traces."""
-    if isinstance(current, ConfigDict):
-        raise TypeError("a section has no value")
-    if isinstance(current, bool):
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if isinstance(current, tuple | list):
-        element = type(current[0]) if current else str
-        return tuple(element(word) for word in re.split(r"[,\s()\[\]]+", text) if word)
-    return type(current)(text)
-
-
-def _shown(value: Any) -> str:
-    return "a section" if isinstance(value, ConfigDict) else repr(value)
 
 
 def _split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -235,7 +216,7 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _parse_script_flags(argv: list[str]) -> list[str]:
-    # Scripts may be run by tests in one process, so the order of modules must not matter: absl is parsed afresh.
+    # Tests run several scripts in one process, so parse again for each.
     flags.FLAGS.unparse_flags()
     try:
         return flags.FLAGS(argv)[1:]
@@ -250,7 +231,7 @@ def _parse_script_flags(argv: list[str]) -> list[str]:
 
 
 def _script_flags() -> list[flags.Flag]:
-    """Flags that a script of ours defines; libraries' own are left out."""
+    """Flags that our scripts define, without those of libraries."""
     found = []
     for module, its_flags in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("launch.") or _module_name(module) != Path(module).stem:
@@ -258,23 +239,36 @@ def _script_flags() -> list[flags.Flag]:
     return found
 
 
-def _load(path: Path) -> ConfigDict:
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else DEFAULT_CONFIG.parent
-        names = [str(other) for other in sorted(folder.glob("*.py")) if other.stem != "__init__"]
-        close = difflib.get_close_matches(str(path), names, 1, 0.4)
-        hint = f"did you mean {close[0]}?" if close else f"for example --config={_short(DEFAULT_CONFIG)}"
-        raise UserError(f"config file {path} does not exist; {hint}")
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        written = sorted(path.glob("*.py")) or sorted([*path.glob(FILE), *path.glob(f"*/*/{FILE}")])
+        hint = f"; for example --config={written[0]}" if written else ""
+        return f"config file {path} is a folder; give a Python file, or the {FILE} of a run{hint}"
+    folder = path.parent if path.parent.is_dir() else DEFAULT_CONFIG.parent
+    names = [str(other) for other in sorted(folder.glob("*.*")) if other.suffix in (".py", ".json")]
+    close = difflib.get_close_matches(str(path), names, 1, 0.4)
+    hint = f"did you mean {close[0]}?" if close else f"for example --config={_short(DEFAULT_CONFIG)}"
+    return f"config file {path} does not exist; {hint}"
+
+
+def _call_get_config(path: Path) -> ConfigDict:
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec) if spec and spec.loader else None
-    if module is None:
-        raise UserError(f"config file {path}: expected a Python file (.py)")
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path}: expected a Python file (.py) or a run's {FILE}")
+    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            about = (module.__doc__ or "").strip().partition("\n")[0]
+            raise UserError(f"config file {path} has no get_config(), so that it is no config. {about}")
         config = module.get_config()
     except UserError:
         raise
     except Exception as error:
+        unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', str(error))
+        if unknown:  # assigned, or given to update(), in a file that did not unlock the config
+            problem = configuration.misnamed(unknown[1], base.FIELDS)
+            raise UserError(f"config file {path}: {problem}") from error
         raise UserError(
             f"config file {path} does not load: {type(error).__name__}: {error}; correct the file"
         ) from error
@@ -292,7 +286,7 @@ def _short(path: Path) -> str:
 
 
 def _module_name(program: str) -> str:
-    """launch.research of .../launch/research.py, launch.bench of .../launch/bench/__main__.py; another file's own name."""
+    """launch.research for .../launch/research.py, launch.bench for .../launch/bench/__main__.py; else the file name."""
     path, folder = Path(program).resolve(), Path(__file__).resolve().parent
     if not path.is_relative_to(folder):
         return path.stem
@@ -316,14 +310,14 @@ def _terminate(signum: int, frame: Any) -> NoReturn:
 
 
 def _die_with_parent() -> None:
-    """Asks Linux to kill this process when its parent dies, so that a killed quickstart leaves no stage that writes.
+    """Asks Linux to kill this process when its parent dies, so that a killed quickstart leaves no stage running.
 
-    SIGKILL, because a handler would wait for the end of a compilation; every stage survives it (and so do its files).
+    By SIGKILL: the handler of another signal waits for a running compilation. Files of a stage survive it.
     """
     parent = os.environ.pop(DIE_WITH_PARENT, "")
     if not parent or not sys.platform.startswith("linux"):
         return
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the request took effect
+    if os.getppid() != int(parent):  # the parent died before the request took effect
         sys.exit(128 + signal.SIGTERM)

@@ -1,32 +1,23 @@
-"""Mid-trains the model on packed reading and agentic data, in two stages of growing context.
+"""Mid-trains the model on packed documents and agentic data, in two stages of growing context.
 
 Continues where it stopped; a finished stage returns at once. Writes run_dir/seed<k>/<stage>/.
 """
 
-import sys
-
 from absl import flags
 
-from launch import entry, tool_host
+from launch import entry, sft
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
-STAGES = ("midtrain1", "midtrain2")
-_STAGE = flags.DEFINE_string("stage", "", "midtrain1 or midtrain2; empty = both, in order")
+NAMES = stages.run_by("launch.midtrain")
+_STAGE = flags.DEFINE_string("stage", "", f"{' or '.join(NAMES)}; empty = both, in order")
 
 
 def main(config) -> None:
-    stages = STAGES if not _STAGE.value else (_STAGE.value,)
-    if not set(stages) <= set(STAGES):
-        raise UserError(f"expected --stage=midtrain1 or --stage=midtrain2, got --stage={_STAGE.value}")
-    from stepdr_jax.evaluation import milestones
-    from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
-
-    for stage in stages:
-        on_milestone = milestones.inline(
-            config, stage, lambda name=stage: tool_host.of(config, f"seed{config.seed}.{name}")
-        )
-        done = loop.train(config, stage, on_milestone=on_milestone)
-        print(f"{stage}  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
+    if _STAGE.value and _STAGE.value not in NAMES:
+        raise UserError(f"--stage: expected one of {', '.join(NAMES)}, got {_STAGE.value!r}")
+    for stage in [_STAGE.value] if _STAGE.value else NAMES:
+        sft.train_stage(config, stage)
 
 
 if __name__ == "__main__":

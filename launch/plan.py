@@ -11,13 +11,15 @@ from pathlib import Path
 from absl import flags
 
 from launch import entry
-from stepdr_jax import configuration, files
+from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
+STAGES = (*stages.trained(), "ppo")
 _TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice: v5p:4x4x8, v5p-256, 2xv5p:8x8x8, v6e-64, tpu7x:4x4x4 ...")
 _SLICES = flags.DEFINE_integer("slices", 1, "equal slices joined by the data-centre network; axis data crosses it")
 _STAGE = flags.DEFINE_string(
-    "stage", "", "midtrain1, midtrain2, sft or ppo; empty = the training stage with most tokens in a row"
+    "stage", "", f"one of {', '.join(STAGES)}; empty = the training stage with the longest sequences"
 )
 _PROGRAMS = flags.DEFINE_string(
     "programs", "train,eval", "of a training stage: programs to compile, separated by commas"
@@ -35,9 +37,9 @@ _CACHE = flags.DEFINE_string("cache", "runs/plans", "folder of finished results;
 
 
 def main(config) -> int:
-    stage = _STAGE.value or max(("midtrain2", "sft", "midtrain1"), key=lambda name: config[name].seq_len)
-    if stage not in (*configuration.STAGES, "ppo"):
-        raise UserError(f"--stage: expected one of {', '.join((*configuration.STAGES, 'ppo'))}, got {stage!r}")
+    stage = _STAGE.value or max(stages.trained(), key=lambda name: config[name].seq_len)
+    if stage not in STAGES:
+        raise UserError(f"--stage: expected one of {', '.join(STAGES)}, got {stage!r}")
     if not _TOPOLOGY.value and not _TABLE.value:
         raise UserError("--topology: expected a TPU slice, for example --topology=v5p:4x4x8")
     from stepdr_jax.aot import (

@@ -1,4 +1,4 @@
-"""Runs the whole recipe: world, synthesis, data, two mid-training stages, SFT, PPO, evaluation, report.
+"""Runs the whole recipe: offline web, synthesis, data, two mid-training stages, SFT, PPO, evaluation, report.
 
 Finished stages are skipped and an interrupted one continues, so the same command is always safe to run again.
 
@@ -11,7 +11,7 @@ from absl import flags
 
 from launch import entry
 from stepdr_jax.errors import UserError
-from stepdr_jax.orchestration import run
+from stepdr_jax.orchestration import quickstart
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("seeds", 1, "training seeds, from config.seed on; data is made once")
@@ -22,7 +22,7 @@ def main(config) -> None:
     if FLAGS.seeds < 1:
         raise UserError(f"--seeds: expected 1 or more, got {FLAGS.seeds}")
     reference = entry.load(entry.DEFAULT_CONFIG)
-    report = run.run(config, reference, entry.config_arguments(), seeds=FLAGS.seeds, fresh=FLAGS.fresh)
+    report = quickstart.run_stages(config, reference, entry.config_arguments(), seeds=FLAGS.seeds, fresh=FLAGS.fresh)
     print(f"report: {report.resolve()}", flush=True)
 
 

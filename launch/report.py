@@ -10,7 +10,7 @@ from stepdr_jax.reporting import report
 
 
 def main(config) -> None:
-    print(report.write(config, shlex.join(entry.config_arguments())))
+    print(report.write_report(config, shlex.join(entry.config_arguments())))
 
 
 if __name__ == "__main__":

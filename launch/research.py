@@ -19,9 +19,11 @@ from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
 from stepdr_jax.orchestration import ask
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("stage", "", "checkpoint that answers: midtrain1, midtrain2, sft or ppo; default the last finished")
+flags.DEFINE_string("stage", "", f"checkpoint that answers: {', '.join(stages.policies())}; default the last finished")
 flags.DEFINE_string("endpoint", "", "OpenAI-compatible base URL of a model that answers instead")
 flags.DEFINE_string("model", "", "model name at the endpoint")
 flags.DEFINE_integer("seed", 0, "sampling seed; another seed gives another attempt")
@@ -68,11 +70,12 @@ def main(config) -> None:
         trajectory = run(config.tools.address)
     else:
         # Here: a person who asks through a running tool host needs none of its packages.
-        from tools_env.offline_web.build import build_world
+        from tools_env.offline_web.build import build_offline_web
 
-        world = Path(config.run_dir) / "world"
-        build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
-        with tool_host.own(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
+        build_offline_web(
+            RunLayout.from_config(config).offline_web, seed=config.data_seed, documents=config.offline_web.documents
+        )
+        with tool_host.start(config, "research", topk=topk, max_observation_chars=shown_chars) as host:
             trajectory = run(host.address)
     out = Path(FLAGS.out) if FLAGS.out else ask.folder(config, asked, answerer.name, FLAGS.seed)
     paths = ask.write(trajectory, question, out)

@@ -14,9 +14,10 @@ from absl import flags
 
 from launch import entry
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("stage", "", "checkpoint to serve: midtrain1, midtrain2, sft or ppo; default the last finished")
+flags.DEFINE_string("stage", "", f"checkpoint to serve: {', '.join(stages.policies())}; default the last finished")
 flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 flags.DEFINE_integer("port", 8000, "port to listen on; 0: any free one")
 flags.DEFINE_integer("slots", 16, "replies sampled together", lower_bound=1)
@@ -35,7 +36,7 @@ def main(config) -> None:
     engine, tokenizer = sampler.engine_of_stage(factory.with_max_num_seqs(config, FLAGS.slots), stage)
     most, rows = config.agent.max_episode_tokens, state.vocab_size(config)
     app = server.make_app(engine, tokenizer, model=stage, max_len=most, token=token, vocab_size=rows)
-    server.run(app, FLAGS.host, FLAGS.port)
+    server.serve_app(app, FLAGS.host, FLAGS.port)
 
 
 if __name__ == "__main__":

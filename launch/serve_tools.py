@@ -6,38 +6,38 @@ $STEPDR_TOOLS_TOKEN. On a host without this package's training side, `python -m 
 
 import logging
 import os
-from pathlib import Path
 
 from absl import flags
 
 from launch import entry
+from stepdr_jax.runtime.layout import RunLayout
 from tools_env import server
-from tools_env.service.settings import Settings
+from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
 
-WORLD = flags.DEFINE_string("world", "", "world directory; empty: run_dir/world, built if needed")
+OFFLINE_WEB = flags.DEFINE_string("offline_web", "", "offline web's directory; empty: run_dir/world, built if needed")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
 PORT = flags.DEFINE_integer("port", 0, "port to listen on; 0: any free one")
 PORT_FILE = flags.DEFINE_string("port_file", "", "file written with host:port when the host answers calls")
-STATE = flags.DEFINE_string("state", "", "folder that keeps the retrieval cache; empty: in memory")
-WEB_PORT = flags.DEFINE_integer("web_port", 0, "loopback port of a running world web; 0: start the world's own")
-WORKERS = flags.DEFINE_integer("workers", 1, "processes behind the port; one that dies comes back with its sessions")
-METRICS_PORT = flags.DEFINE_integer("metrics_port", -1, "port of Prometheus' /metrics; 0: any free one; -1: none")
-ALLOW_INTERNET = flags.DEFINE_boolean("allow_internet", False, "open public addresses that the world does not serve")
+STATE = flags.DEFINE_string("state", "", "directory of the retrieval cache and the sessions; empty: in memory and /tmp")
+WEB_PORT = flags.DEFINE_integer("web_port", 0, "loopback port of a running offline web server; 0: start one")
+WORKERS = flags.DEFINE_integer("workers", 1, "processes behind the port; one that dies is restarted with its sessions")
+METRICS_PORT = flags.DEFINE_integer("metrics_port", -1, "port of Prometheus metrics; 0: any free one; -1: none")
+ALLOW_INTERNET = flags.DEFINE_boolean("allow_internet", False, "allow public addresses outside the offline web")
 
 
 def main(config) -> None:
-    world = WORLD.value
-    if not world:
-        from tools_env.offline_web.build import build_world
+    offline_web = OFFLINE_WEB.value
+    if not offline_web:
+        from tools_env.offline_web.build import build_offline_web
 
-        world = str(Path(config.run_dir) / "world")
-        build_world(world, seed=config.data_seed, documents=config.offline_web.documents)
+        offline_web = str(RunLayout.from_config(config).offline_web)
+        build_offline_web(offline_web, seed=config.data_seed, documents=config.offline_web.documents)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings(
-        world_dir=world,
+    settings = HostSettings(
+        offline_web=offline_web,
         host=HOST.value,
         port=PORT.value,
-        token=os.environ.get(server.TOKEN_VARIABLE) or None,
+        token=os.environ.get(TOKEN_VARIABLE) or None,
         state_dir=STATE.value or None,
         web_port=WEB_PORT.value or None,
         workers=WORKERS.value,
@@ -48,7 +48,7 @@ def main(config) -> None:
         fetch_timeout=config.tools.fetch_timeout,
         concurrency=config.tools.concurrency,
     )
-    server.run(settings, port_file=PORT_FILE.value or None)
+    server.run_host(settings, port_file=PORT_FILE.value or None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tunes the mid-trained model on research trajectories; only what the assistant wrote is learnt.
+"""Supervised fine-tuning on clean trajectories, from the end of mid-training; only what the assistant wrote is learned.
 
 Continues where it stopped; a finished stage returns at once. Writes run_dir/seed<k>/sft/.
 """
@@ -9,12 +9,19 @@ from launch import entry, tool_host
 
 
 def main(config) -> None:
-    from stepdr_jax.evaluation import milestones
+    train_stage(config, "sft")
+
+
+def train_stage(config, stage: str) -> None:
+    """Trains one stage of `training.loop`, with its evaluations on the way, and prints how it ended."""
+    from stepdr_jax.evaluation import checkpoints
     from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
 
-    on_milestone = milestones.inline(config, "sft", lambda: tool_host.of(config, f"seed{config.seed}.sft"))
-    done = loop.train(config, "sft", on_milestone=on_milestone)
-    print(f"sft  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
+    on_milestone = checkpoints.inline_evaluation(
+        config, stage, lambda: tool_host.start_if_needed(config, f"seed{config.seed}.{stage}")
+    )
+    done = loop.train(config, stage, on_milestone=on_milestone)
+    print(f"{stage}  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

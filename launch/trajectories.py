@@ -15,6 +15,8 @@ from stepdr_jax import records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.reporting import trajectories
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout, StageLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 _ITERATIONS = flags.DEFINE_string("iterations", "", "folder of recorded iterations, instead of the config's")
@@ -25,24 +27,26 @@ _MAX_MB = flags.DEFINE_integer("max_mb", 40, "most megabytes of episodes; the re
 
 
 def main(config) -> None:
-    home = Path(_ITERATIONS.value or Path(config.run_dir) / f"seed{config.seed}" / "ppo" / "iterations").resolve()
-    run = home.parent.parent.parent  # run_dir/seed<k>/ppo/iterations
-    if not home.is_dir():
-        raise UserError(f"{home} does not exist; run python -m launch.ppo, or name a folder with --iterations")
-    wanted = trajectories.iterations_of(home, _ONLY.value)
-    tokenizer = Path(_TOKENIZER.value or run / "tokenizer" / "tokenizer.json")
+    iterations = Path(_ITERATIONS.value or RunLayout.from_config(config).stage("ppo").iterations).resolve()
+    stage = StageLayout(iterations.parent)  # run_dir/seed<k>/ppo, also of another run than the config's
+    run = RunLayout(stage.directory.parents[1])
+    if not iterations.is_dir():
+        command = stages.command_of("ppo", config)
+        raise UserError(f"{iterations} does not exist; run {command}, or name a folder with --iterations")
+    wanted = trajectories.select_iterations(iterations, _ONLY.value)
+    tokenizer = Path(_TOKENIZER.value or run.tokenizer)
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} does not exist; name the tokenizer of this run with --tokenizer")
-    seed = home.parent.parent.name.removeprefix("seed")
-    out = Path(_OUT.value or home.parent / "trajectories.html")
-    counts = trajectories.write(
-        home,
+    seed = stage.directory.parent.name.removeprefix("seed")
+    out = Path(_OUT.value or stage.trajectories)
+    counts = trajectories.write_trajectories_page(
+        iterations,
         out,
         iterations=wanted,
         tokenizer=Tokenizer.load(tokenizer),
-        tasks=_by_task(run / "corpus" / "tasks.jsonl", Task, "id"),
-        rubrics=_by_task(run / "corpus" / "rubrics.jsonl", RubricSet, "task_id"),
-        title=f"Trajectories of {run.name}",
+        tasks=_by_task(run.tasks, Task, "id"),
+        rubrics=_by_task(run.rubrics, RubricSet, "task_id"),
+        title=f"Trajectories of {run.root.name}",
         seed=int(seed) if seed.isdigit() else None,
         max_bytes=_MAX_MB.value * 1_000_000,
     )
@@ -52,7 +56,7 @@ def main(config) -> None:
 
 
 def _by_task(path: Path, kind: type, field: str) -> dict:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -13,31 +13,34 @@ from rich.live import Live
 from launch import entry
 from stepdr_jax.errors import UserError
 from stepdr_jax.reporting import dashboard, following
+from stepdr_jax.runtime import stages
 
 _RUN_DIR = flags.DEFINE_string("run_dir", "", "the run to watch, instead of config.run_dir")
-_STAGE = flags.DEFINE_enum("stage", "", ["", *following.STAGES], "the stage to show; default the one that runs")
+_STAGE = flags.DEFINE_enum("stage", "", ["", *stages.with_metrics()], "the stage to show; default the one that runs")
 _ONCE = flags.DEFINE_bool("once", False, "print one frame with all metrics and leave")
 _SECONDS = flags.DEFINE_float("seconds", 1.0, "between looks at the files", lower_bound=0.1)
 
 
 def main(config) -> int:
-    watched = following.Watched(_RUN_DIR.value or config.run_dir)
+    watched = following.FollowedRun(_RUN_DIR.value or config.run_dir)
     totals = {} if _RUN_DIR.value else {"ppo": config.ppo.iterations}
     console = Console()
     watched.poll()
     if _ONCE.value or not console.is_terminal:
-        if not watched.run_dir.is_dir():
-            raise UserError(f"{watched.run_dir} does not exist; name a run with --run_dir")
-        console.print(dashboard.frame(watched, console, stage=_STAGE.value, totals=totals, whole=True))
+        if not watched.layout.root.is_dir():
+            raise UserError(f"{watched.layout.root} does not exist; name a run with --run_dir")
+        console.print(dashboard.render_dashboard(watched, console, stage=_STAGE.value, totals=totals, whole=True))
         return 0
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
-                live.update(dashboard.frame(watched, console, stage=_STAGE.value, totals=totals), refresh=True)
+                live.update(
+                    dashboard.render_dashboard(watched, console, stage=_STAGE.value, totals=totals), refresh=True
+                )
                 time.sleep(_SECONDS.value)
                 watched.poll()
     except KeyboardInterrupt:
-        console.print(dashboard.frame(watched, console, stage=_STAGE.value, totals=totals))
+        console.print(dashboard.render_dashboard(watched, console, stage=_STAGE.value, totals=totals))
     return 0
 
 

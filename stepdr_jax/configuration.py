@@ -1,60 +1,123 @@
-"""What makes a config valid beyond the types of its fields: the shape it shares with the miniature, and its numbers.
+"""How the fields of a config are declared, read and checked; configs/base.py declares them. Imports without jax.
 
-Checked once, before a stage does any work, so that a mistake costs a second and not a night. Mixture names and paths are
-checked by the rooms that use them.
+A config is checked once, before a stage does any work, so that a mistake costs a second and not a night. Names of
+mixture components and paths are checked where they are used.
 """
 
+import ast
 import datetime
 import difflib
+import json
 import numbers
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.runtime import stages
 
-STAGES = ("midtrain1", "midtrain2", "sft")
-FREE = ("mixture", "kind_weights", "sources", "evaluation_sets")  # sections whose keys are data, not fields
-MAY_BE_NEGATIVE = ("seed", "data_seed")
-MAY_BE_ZERO = frozenset(
-    "temperature kl_coefficient entropy_coefficient weight_decay z_loss warmup_steps critic_warmup_iterations noise_share "
-    "chinese_share heldout_share final_learning_rate decay_share price_per_million_tokens max_reflections "
-    "heldout_tasks document_copies trajectory_copies warmup_data_steps norm_factor loss_rise max_rollbacks heldout_rows "
-    "heldout_every every_tokens process keep_every factor page_size num_pages prefill_calls host_gb tis_cap max_missing "
-    "staleness dual_clip max_kl min_entropy max_repetition".split()
+FILE = "config.json"  # the config that a run or a stage was started with, in its directory
+
+
+class Rule(NamedTuple):
+    """What a field's values must be: `expects` completes "expected ..."."""
+
+    expects: str
+    holds: Callable[[Any], bool]
+
+
+class Field(NamedTuple):
+    """A field. A dict as default declares a section with names of the user's choice; its rule is for each value."""
+
+    default: Any
+    rule: Rule
+    note: str
+
+
+class Section(NamedTuple):
+    note: str
+    members: dict[str, "Field | Section"]
+
+
+def field(default: Any, rule: Rule, note: str = "") -> Field:
+    return Field(default, rule, note)
+
+
+def section(note: str, **members: Field | Section) -> Section:
+    return Section(note, members)
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
+
+
+def above(low: float) -> Rule:
+    return Rule(f"a number above {low}", lambda value: value > low)
+
+
+def at_least(low: float) -> Rule:
+    return Rule(f"a number from {low} up", lambda value: value >= low)
+
+
+def one_of(*values: Any) -> Rule:
+    return Rule(f"one of {', '.join(map(str, values))}", lambda value: value in values)
+
+
+def _date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def _schedule(value: tuple) -> bool:
+    return all(isinstance(entry, tuple | list) and len(entry) == 2 and hasattr(entry[1], "keys") for entry in value)
+
+
+NUMBER = Rule("a number", lambda value: value == value)
+FRACTION = Rule("a share between 0 and 1", lambda value: 0 <= value <= 1)
+POSITIVE_FRACTION = Rule("a share between 0 and 1, above 0", lambda value: 0 < value <= 1)
+NO_NEGATIVE_NUMBER = Rule("no negative number", lambda value: not isinstance(value, numbers.Real) or value >= 0)
+TEXT = Rule("text", lambda value: True)
+FLAG = Rule("true or false", lambda value: True)
+DIRECTORY = Rule("a folder, for example runs/mine", bool)
+DATE = Rule("a date such as 2026-06-01", _date)
+LOW_HIGH = Rule("(low, high) with 0 < low <= high", lambda value: len(value) == 2 and 0 < value[0] <= value[1])
+STEP_RANGE = Rule("(first, last), or (0, 0) for none", lambda value: len(value) == 2 and 0 <= value[0] <= value[1])
+MIXTURE_SCHEDULE = Rule("((step, dict(component=rate)), ...)", _schedule)
+URLS = Rule(
+    "addresses such as http://10.0.0.5:8000, separated by commas",
+    lambda value: all(url.startswith(("http://", "https://")) for url in value),
 )
-SHARES = frozenset(
-    "heldout_share chinese_share noise_share decay_share gamma gae_lambda max_masked_share beta2 max_missing max_repetition".split()
-)
-SCHEDULES = ("wsd", "cosine", "constant")  # training.optimizer
-REMAT = ("none", "layer", "attention", "offload")  # models.qwen2.REMAT
-CHOICES = {
-    "first_stage": STAGES,
-    "data.on_bad_row": ("stop", "skip"),
-    "data.on_damage": ("stop", "skip"),
-    "data.exact_duplicates": ("off", "count", "drop"),
-    "data.near_duplicates": ("off", "count", "drop"),
-    "data.contaminated": ("count", "drop"),
-    "agent.prompt": ("compact", "full"),
-    "ppo.loss_aggregation": ("token_mean", "seq_mean", "seq_sum"),
-    "ppo.guard.action": ("stop", "skip"),  # rl.guards
-    "ppo.staleness": (0, 1),
-    "ppo.truncated_reward": ("worst", "zero"),
-    "parallel.context_strategy": ("auto", "ring", "all_gather", "ulysses"),
-    "parallel.attention": ("auto", "reference", "prefix", "blockwise", "splash", "cudnn"),
-    "parallel.remat": REMAT,
-    "ppo.remat": REMAT,
-    "sampler.engine": ("jax", "vllm", "sglang"),
-    "sampler.weights_dtype": ("float32", "bfloat16"),
-    "sampler.attention": ("auto", "reference", "ragged"),
-    "placement.sampler": ("colocated", "disaggregated"),
-    "placement.offload": ("none", "idle"),
-    "judge.kind": ("programmatic", "endpoint"),
-    "judge.mapping": ("strict", "ternary"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.param_dtype": ("float32", "bfloat16"),
-}
+even = Rule("an even number above 0", lambda value: value > 0 and value % 2 == 0)
+
+
+# ------------------------------------------------------------------------------------------------ reading and writing
+
+
+def build(declared: Section) -> ConfigDict:
+    """The defaults. It is locked, except for sections with names of the user's choice."""
+
+    def value(member: Field | Section) -> Any:
+        if isinstance(member, Section):
+            return ConfigDict({name: value(inner) for name, inner in member.members.items()})
+        return ConfigDict(member.default) if isinstance(member.default, dict) else member.default
+
+    config = value(declared).lock()
+    for section in _open_sections(config, declared):
+        section.unlock()
+    return config
+
+
+def declared_fields(declared: Section, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    """Yields (dotted name, field) in the order of declaration."""
+    for name, member in declared.members.items():
+        if isinstance(member, Section):
+            yield from declared_fields(member, f"{prefix}{name}.")
+        else:
+            yield prefix + name, member
 
 
 def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,6 +127,72 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from fields(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def save(config: ConfigDict, directory: Path) -> None:
+    """Writes `config` to config.json in `directory`, which any command takes as --config."""
+    files.write_json(directory / FILE, config.to_dict())
+
+
+def load(path: Path, declared: Section) -> ConfigDict:
+    """Reads what `save` wrote: JSON's lists become tuples. Raises UserError that names the file and the field."""
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: _tuples(v) for k, v in pairs})
+    except ValueError as error:
+        raise UserError(f"config file {path} is not valid JSON ({error}); correct it") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path}: expected an object of fields, got {type(values).__name__}")
+    check_shape(ConfigDict(values), declared, f"config file {path}")
+    config = build(declared)
+    for section in _open_sections(config, declared):
+        for name in list(section):
+            del section[name]
+    config.update(values)
+    return config
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Sets the dotted field `name` from text, by the type the field has. Raises UserError for names and values."""
+    problem = unknown_field(config, name)
+    if problem:
+        raise UserError(f"--config.{name}: {problem}")
+    *parents, leaf = name.split(".")
+    section = config
+    for parent in parents:
+        section = section[parent]
+    now = section[leaf]
+    if isinstance(now, ConfigDict):
+        raise UserError(f"--config.{name}: expected one of its fields (now a section), got {text!r}")
+    try:
+        section[leaf] = _typed(text, now)
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--config.{name}: expected {_kind(now)} (now {now!r}), got {text!r}") from None
+
+
+def _typed(text: str, now: Any) -> Any:
+    if isinstance(now, bool):
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if isinstance(now, tuple | list):
+        try:
+            return tuple(ast.literal_eval(f"({text},)" if text and text[0] not in "([" else text or "()"))
+        except SyntaxError:  # words
+            return tuple(text.split(","))
+    return type(now)(text)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _open_sections(config: ConfigDict, declared: Section) -> Iterator[ConfigDict]:
+    for name, member in declared.members.items():
+        if isinstance(member, Section):
+            yield from _open_sections(config[name], member)
+        elif isinstance(member.default, dict):
+            yield config[name]
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
 
 
 def unknown_field(config: ConfigDict, name: str) -> str | None:
@@ -83,106 +212,128 @@ def unknown_field(config: ConfigDict, name: str) -> str | None:
     return None
 
 
-def check_shape(config: ConfigDict, reference: ConfigDict, prefix: str = "") -> None:
-    """Raises UserError when `config` lacks a field of `reference` or has one more; free sections are not compared."""
-    for key in reference:
+def misnamed(leaf: str, declared: Section) -> str:
+    """The sentence about `leaf`, a field name without its section that does not exist."""
+    names = [name for name, _ in declared_fields(declared)]
+    close = difflib.get_close_matches(leaf, {name.rsplit(".", 1)[-1] for name in names}, 1)
+    hint = " or ".join([name for name in names if close and name.rsplit(".", 1)[-1] == close[0]][:3])
+    return f"there is no field {leaf!r}; {f'did you mean {hint}?' if hint else 'see docs/configuration.md'}"
+
+
+def check_shape(config: ConfigDict, declared: Section, source: str = "the config", prefix: str = "") -> None:
+    """Raises UserError when `config` lacks a declared field, has one more, or one of another type."""
+    for key, member in declared.members.items():
+        name = prefix + key
         if key not in config:
-            raise UserError(f"the config lacks {prefix}{key}; add it as in configs/miniature.py")
-    for key, value in config.items():
-        if key not in reference:
-            close = difflib.get_close_matches(key, list(reference), 1)
+            raise UserError(f"{source} lacks {name}; add it, see docs/configuration.md")
+        value = config[key]
+        is_section = isinstance(member, Section) or isinstance(member.default, dict)
+        if isinstance(value, ConfigDict) != is_section:
+            raise UserError(f"{source}: {name}: expected {'a section' if is_section else 'a value'}, got {value!r}")
+        if isinstance(member, Section):
+            check_shape(value, member, source, f"{name}.")
+        elif not is_section and _kind(value) not in _KINDS_FOR[_kind(member.default)]:
+            raise UserError(f"{source}: {name}: expected {_kind(member.default)}, got {value!r}")
+    for key in config:
+        if key not in declared.members:
+            close = difflib.get_close_matches(key, list(declared.members), 1)
             fix = f"did you mean {prefix}{close[0]}?" if close else "remove it"
-            raise UserError(f"the config has an unknown field {prefix}{key}; {fix}")
-        if isinstance(value, ConfigDict) != isinstance(reference[key], ConfigDict):
-            kind = "a section" if isinstance(reference[key], ConfigDict) else "a value"
-            raise UserError(f"{prefix}{key}: expected {kind}, as in configs/miniature.py")
-        if isinstance(value, ConfigDict) and key not in FREE:
-            check_shape(value, reference[key], f"{prefix}{key}.")
+            raise UserError(f"{source} has an unknown field {prefix}{key}; {fix}")
 
 
-def check_values(config: ConfigDict) -> None:
+def check_values(config: ConfigDict, declared: Section) -> None:
     """Raises UserError for the first value that no stage could work with; the message names the field and the fix."""
-    for name, value in fields(config):
-        leaf = name.rsplit(".", 1)[-1]
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and leaf not in MAY_BE_NEGATIVE:
-            free = any(part in FREE for part in name.split("."))
-            zero_allowed = leaf in MAY_BE_ZERO or free
-            if not value >= 0 or (value == 0 and not zero_allowed):
-                raise UserError(f"{name}: expected a number {'from 0 up' if zero_allowed else 'above 0'}, got {value}")
-            if leaf in SHARES and value > 1:
-                raise UserError(f"{name}: expected a share between 0 and 1, got {value}")
-        if name in CHOICES and value not in CHOICES[name]:
-            raise UserError(f"{name}: expected one of {', '.join(map(str, CHOICES[name]))}, got {value!r}")
-    if not config.run_dir:
-        raise UserError("run_dir: expected a folder, got ''; for example --config.run_dir=runs/mine")
-    for section in ("seed_degree", "subgraph_nodes"):
-        low_high = tuple(config.synthesis[section])
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-            raise UserError(f"synthesis.{section}: expected (low, high) with 0 < low <= high, got {low_high}")
+    for name, field in declared_fields(declared):
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        values = fields(value, f"{name}.") if isinstance(value, ConfigDict) else [(name, value)]
+        for full_name, value in values:
+            if not _holds(field.rule, value):
+                raise UserError(f"{full_name}: expected {field.rule.expects}, got {value!r}")
+    for check in CROSS_CHECKS:
+        check(config)
+
+
+def _holds(rule: Rule, value: Any) -> bool:
+    try:
+        return bool(rule.holds(value))
+    except (TypeError, AttributeError):  # an element of another type
+        return False
+
+
+def staleness_needs_tis_cap(config: ConfigDict) -> None:
     if config.ppo.staleness and not config.ppo.tis_cap:
         raise UserError(
-            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (episodes of older weights are weighed "
-            "by what the present ones make of them), got 0; for example --config.ppo.tis_cap=2"
-        )
-    _check_sampler(config.sampler, config.placement)
-    first, last = (*config.profile.steps, 0, 0)[:2]
-    if len(config.profile.steps) != 2 or not 0 <= first <= last:
-        raise UserError(f"profile.steps: expected (first, last), or (0, 0) for none, got {tuple(config.profile.steps)}")
-    try:
-        datetime.date.fromisoformat(config.offline_web.as_of)
-    except ValueError:
-        raise UserError(
-            f"offline_web.as_of: expected a date such as 2026-06-01, got {config.offline_web.as_of!r}"
-        ) from None
-    _check_model(config)
-    for stage in STAGES:
-        section = config[stage]
-        if section.schedule not in SCHEDULES:
-            raise UserError(f"{stage}.schedule: expected one of {', '.join(SCHEDULES)}, got {section.schedule!r}")
-        if section.batch_size % section.microbatches:
-            raise UserError(
-                f"{stage}.microbatches: expected a divisor of {stage}.batch_size {section.batch_size}, got {section.microbatches}"
-            )
-        if not any(section.mixture.values()):
-            raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")
-    if not any(config.synthesis.kind_weights.values()):
-        raise UserError("synthesis.kind_weights: expected at least one kind with a weight above 0")
-    if config.agent.max_turn_tokens > config.agent.max_episode_tokens:
-        raise UserError(
-            f"agent.max_turn_tokens: expected at most agent.max_episode_tokens {config.agent.max_episode_tokens}, "
-            f"got {config.agent.max_turn_tokens}"
+            "ppo.tis_cap: expected a number above 0 where ppo.staleness is 1 (it bounds importance weights of stale "
+            "episodes), got 0; for example --config.ppo.tis_cap=2"
         )
 
 
-def _check_sampler(sampler: ConfigDict, placement: ConfigDict) -> None:
+def kv_heads_divide_heads(config: ConfigDict) -> None:
+    _divisor("model.num_kv_heads", config.model.num_kv_heads, "model.num_heads", config.model.num_heads)
+
+
+def microbatches_divide_batches(config: ConfigDict) -> None:
+    for stage in stages.trained():
+        _divisor(f"{stage}.microbatches", config[stage].microbatches, f"{stage}.batch_size", config[stage].batch_size)
+
+
+def servers_sample_for_themselves(config: ConfigDict) -> None:
+    sampler = config.sampler
     if sampler.engine == "jax":
         return
-    if not sampler.urls or not all(str(url).startswith(("http://", "https://")) for url in sampler.urls):
+    if not sampler.urls:
         raise UserError(
-            f"sampler.urls: expected addresses of {sampler.engine} servers, got {tuple(sampler.urls)}; for example "
-            "--config.sampler.urls=\"('http://10.0.0.5:8000',)\""
+            f"sampler.urls: expected addresses of {sampler.engine} servers, got (); for example "
+            "--config.sampler.urls=http://10.0.0.5:8000"
         )
     if sampler.engine == "vllm" and not sampler.model:
         raise UserError(
             "sampler.model: expected the name of the model at the vLLM servers (--served-model-name), got ''"
         )
-    if placement.sampler != "colocated":
+    if config.placement.sampler != "colocated":
         raise UserError(
-            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device of this "
-            f"process), got {placement.sampler}"
+            f"placement.sampler: expected colocated where sampler.engine is {sampler.engine} (servers take no device "
+            f"of this process), got {config.placement.sampler}"
         )
 
 
-def _check_model(config: ConfigDict) -> None:
-    model = config.model
-    if model.num_heads % model.num_kv_heads:
+def something_is_drawn(config: ConfigDict) -> None:
+    for stage in stages.trained():
+        if not any(config[stage].mixture.values()):
+            raise UserError(f"{stage}.mixture: expected at least one component with a rate above 0")
+    if not any(config.synthesis.kind_weights.values()):
+        raise UserError("synthesis.kind_weights: expected at least one kind with a weight above 0")
+
+
+def turns_fit_episodes(config: ConfigDict) -> None:
+    agent = config.agent
+    if agent.max_turn_tokens > agent.max_episode_tokens:
         raise UserError(
-            f"model.num_kv_heads: expected a divisor of model.num_heads {model.num_heads}, got {model.num_kv_heads}"
+            f"agent.max_turn_tokens: expected at most agent.max_episode_tokens {agent.max_episode_tokens}, "
+            f"got {agent.max_turn_tokens}"
         )
-    if model.head_dim % 2:
-        raise UserError(f"model.head_dim: expected an even number (rotary halves), got {model.head_dim}")
-    if config.tokenizer.vocab_size < 300:
-        raise UserError(
-            f"tokenizer.vocab_size: expected at least 300 (256 bytes and the control tokens), "
-            f"got {config.tokenizer.vocab_size}"
-        )
+
+
+CROSS_CHECKS = (
+    staleness_needs_tis_cap,
+    kv_heads_divide_heads,
+    microbatches_divide_batches,
+    servers_sample_for_themselves,
+    something_is_drawn,
+    turns_fit_episodes,
+)
+
+
+def _divisor(name: str, value: int, of_name: str, of: int) -> None:
+    if of % value:
+        raise UserError(f"{name}: expected a divisor of {of_name} {of}, got {value}")
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "text", tuple: "a tuple such as (3,10)"}
+_KINDS_FOR = {kind: {kind} for kind in _KINDS.values()} | {"a number": {"a number", "an integer"}}
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(tuple if isinstance(value, list) else type(value), "a value")

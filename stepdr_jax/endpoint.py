@@ -1,4 +1,4 @@
-"""Requests to HTTP endpoints that serve models: JSON in, JSON out, retried where that can help, errors that name the fix."""
+"""Requests to HTTP endpoints that serve models: JSON in and out, useful retries, errors that name the fix."""
 
 import asyncio
 import json
@@ -11,19 +11,19 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
 class EndpointError(Exception):
-    """An endpoint refused, was unreachable or answered nonsense; the text names the fix."""
+    """An endpoint refused, was unreachable or sent no JSON object; the text names the fix."""
 
 
 class Endpoint:
     """One server.
 
     Args:
-        base_url: what paths are appended to.
+        base_url: paths are appended to it.
         key: API key; empty sends no Authorization header.
         timeout: seconds for one try, counted from when it is sent; all tries together have twice as many.
         retries: further tries after a timeout, a connection error or one of RETRIED_STATUS.
         backoff: seconds before the first retry; doubles each time. A Retry-After header is obeyed, up to 60 s.
-        concurrency: requests in flight at once; others wait their turn, which costs them no time of their own.
+        concurrency: requests in flight at once; others wait, and their timeout has not begun.
 
     Usable from one event loop after another.
     """

@@ -1,7 +1,8 @@
-"""The one exception that means "the person at the keyboard can fix this".
+"""The exception for problems that the user can fix.
 
-Raise `UserError` at an edge (config, file, port, RPC, disk). Its text says what was expected, what came, where, and
-what to change; `launch.entry` prints it as one line without a stack trace. Anything else is a bug and keeps its trace.
+Raise `UserError` where the program meets a config, a file, a port, an RPC or a disk. Its text says what was expected,
+what was found, where, and what to change; `launch.entry` prints it as one line without a stack trace. Any other
+exception is a bug and keeps its trace.
 """
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, and JSONL that survives a killed writer."""
+"""Atomic file writes, and JSONL files that survive a killed writer."""
 
 import contextlib
 import glob
@@ -33,7 +33,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed processes had begun to write."""
+    """Removes temporary files of processes that were killed while they wrote."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = temporary.name.split(".")[-2]
         if process.isdigit() and not psutil.pid_exists(int(process)):

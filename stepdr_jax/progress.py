@@ -1,4 +1,4 @@
-"""Progress that a person can trust: one bar on a terminal, one line every few seconds in a log, always with time left."""
+"""Progress of a stage: an updated line on a terminal, a line every few seconds in a log, always with time left."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ class Progress:
     """Counts work done and prints `stage  done/total unit  metrics  elapsed, left`.
 
     Args:
-        stage: what is running, as a person would say it.
+        stage: name of what is running.
         total: amount of work in `unit`.
         unit: what is counted ("steps", "episodes").
         start: work already done before this process (resume); excluded from the rate.

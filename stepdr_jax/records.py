@@ -1,7 +1,7 @@
-"""The nouns on disk: typed, validated records that every room reads and writes as JSONL.
+"""Records on disk: typed and validated, read and written as JSONL by every package.
 
-Unknown fields are errors, so a renamed field cannot be dropped silently. No behaviour lives here beyond validation
-and (de)serialisation; nothing here imports from another room.
+Unknown fields are errors, so a file of another version of the code is refused with the field's name. There is no
+behavior here beyond validation and serialization.
 """
 
 import enum
@@ -15,8 +15,6 @@ import pydantic
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-
-SCHEMA_VERSION = 1
 
 Lang = Literal["en", "zh"]
 CAPABILITIES = ("planning", "deep_search", "reflection", "report")  # the recipe's four; data may also be of none
@@ -47,7 +45,7 @@ class Document(Record):
     title: str
     text: str
     lang: Lang
-    source: str  # "world", "folder", "wiki", ...
+    source: str  # "world" (the offline web), "folder", "wiki", ...
     authority: int = 0  # 0 unknown or unreliable, 1 ordinary, 2 authoritative
     published_at: str | None = None  # ISO date
     links: list[Link] = []
@@ -89,7 +87,6 @@ class Task(Record):
     split: Literal["train", "heldout"] = "train"
     as_of: str = ""  # ISO date the task is set in
     entity: str = ""  # the seed entity (splits are made by it)
-    difficulty: dict[str, float] = {}
     metadata: dict[str, Any] = {}
 
 
@@ -102,7 +99,7 @@ class Rubric(Record):
     role: Literal["explicit", "implicit", "negative"]
     dimension: str = ""
     fatal: bool = False
-    check: dict[str, Any] = {}  # how the programmatic judge decides; {} = needs a language model judge
+    check: dict[str, Any] = {}  # how the programmatic judge decides; {}: needs a language model judge
 
     @pydantic.model_validator(mode="after")
     def _sign_matches_role(self):
@@ -123,7 +120,7 @@ class RubricSet(Record):
     drop_reason: str | None = None
 
 
-class Source(Record):
+class ObservedSource(Record):
     """A passage that a tool showed: what a citation can resolve to."""
 
     id: str  # web_xxxxxxxx
@@ -147,7 +144,7 @@ class Message(Record):
     content: str
     tool_calls: list[ToolCall] = []  # parsed from an assistant's content
     tool_call_id: str | None = None  # on tool messages
-    sources: list[Source] = []  # on tool messages: the passages shown
+    sources: list[ObservedSource] = []  # on tool messages: the passages shown
     train: bool = True  # False switches the loss off for this message; only assistant messages are ever trained
     error: str | None = None  # on tool messages: tool_error, bad_arguments, budget_exhausted; on assistant: format
 
@@ -179,14 +176,14 @@ class Trajectory(Record):
     messages: list[Message]
     finish: Finish
     answer: str | None = None  # text between <answer> tags
-    stats: dict[str, float] = {}  # turns, tool_calls, tool_errors, sampled_tokens, given_tokens, wall_seconds, ...
+    stats: dict[str, float] = {}  # turns, tool_calls, tool_errors, sampled_tokens, observed_tokens, wall_seconds, ...
     attempt: int = 0
     capability: str = ""  # planning, deep_search, reflection, report
     kept: bool = True
     drop_reason: str | None = None
     metadata: dict[str, Any] = {}
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, ObservedSource]:
         """Every passage observed in the episode by citation id."""
         return {source.id: source for message in self.messages for source in message.sources}
 
@@ -197,7 +194,7 @@ class Judgment(Record):
     rid: str
     weight: float
     role: str
-    verdict: Literal["satisfied", "partial", "not", "error"]
+    verdict: Literal["satisfied", "partial", "not_satisfied", "error"]
     score: float | None
     reason: str = ""
 
@@ -214,12 +211,12 @@ class Verdict(Record):
 R = TypeVar("R", bound=Record)
 
 
-def write(path: str | os.PathLike, records: Iterable[Record]) -> int:
+def write_records(path: str | os.PathLike, records: Iterable[Record]) -> int:
     """Writes records as JSONL, atomically; returns how many."""
     return files.write_jsonl(path, (record.model_dump(mode="json", exclude_defaults=True) for record in records))
 
 
-def read(path: str | os.PathLike, kind: type[R]) -> list[R]:
+def read_records(path: str | os.PathLike, kind: type[R]) -> list[R]:
     """Reads records of one kind; a row that does not validate is a UserError naming file, row and field."""
     records = []
     for number, row in enumerate(files.read_jsonl(path), 1):

@@ -1,7 +1,7 @@
-"""The agent's side of the tool service: asynchronous calls with deadlines and retries.
+"""Asynchronous client of the tool service, with deadlines and retries.
 
 An outcome that the model should see is a ToolResult. A failure of the service is retried where that can help and then
-raised as ToolInfraError, on which an episode is masked, never scored. Imports neither the tools nor any parser.
+raised as ToolInfraError; callers mask the episode and do not score it. Imports neither the tools nor any parser.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ OUTCOMES = {
     tools_pb2.OUTCOME_BAD_ARGUMENTS: "bad_arguments",
     tools_pb2.OUTCOME_BUDGET_EXHAUSTED: "budget_exhausted",
 }
-UNAVAILABLE_ATTEMPTS = 8  # about four seconds: a worker that died is back by then
+UNAVAILABLE_ATTEMPTS = 8  # about four seconds, in which a dead worker is restarted
 FIRST_BACKOFF = 0.05  # seconds; doubles, with jitter
 MAX_BACKOFF = 1.0
 _OPTIONS = [
-    ("grpc.enable_http_proxy", 0),  # a web proxy of the environment would be asked for loopback addresses too
+    ("grpc.enable_http_proxy", 0),  # a proxy set in the environment would also get loopback addresses
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -40,7 +40,7 @@ _OPTIONS = [
 
 
 class ToolInfraError(Exception):
-    """The service broke and retries are exhausted. `status` is the gRPC status name, e.g. UNAVAILABLE."""
+    """The service failed and retries are exhausted. `status` is the gRPC status name, e.g. UNAVAILABLE."""
 
     def __init__(self, message: str, status: str = "UNKNOWN"):
         super().__init__(message)
@@ -48,8 +48,8 @@ class ToolInfraError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A passage that a tool showed, under the id that cites it. `authority`: 0 unknown, 1 ordinary, 2 authoritative."""
+class CitedSource:
+    """A passage that a tool returned, with its citation id. `authority`: 0 unknown, 1 ordinary, 2 authoritative."""
 
     id: str
     url: str
@@ -63,11 +63,11 @@ class Source:
 class ToolResult:
     outcome: str  # "ok", "tool_error", "bad_arguments" or "budget_exhausted"
     text: str  # what the model reads
-    sources: tuple[Source, ...]  # passages that the text shows
-    truncated: bool  # the whole result lies in the workspace
+    sources: tuple[CitedSource, ...]  # passages in the text
+    truncated: bool  # the whole result is in the workspace
     cache_hit: bool
-    remaining: dict[str, int]  # tool_calls, output_tokens, wall_seconds, calls_per_tool.<tool>: those that are limited
-    faults: tuple[str, ...] = ()  # what was injected because the session asked for it; not for the model
+    remaining: dict[str, int]  # limited ones of tool_calls, output_tokens, wall_seconds, calls_per_tool.<tool>
+    faults: tuple[str, ...] = ()  # kinds of injected faults; not shown to the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class ToolSpec:
 
 
 class ToolsClient:
-    """Connections to one tool host. Usable from one event loop after another; a new loop gets new channels."""
+    """Connections to one tool host. May be used from one event loop after another; a new loop gets new channels."""
 
     def __init__(
         self,
@@ -94,11 +94,12 @@ class ToolsClient:
         """
         Args:
           address: host:port.
-          token: bearer token, if the host asks for one.
+          token: bearer token, if the host requires one.
           call_timeout: seconds for one call, retries included, unless the call names its own.
           channels: connections that the sessions share; one carries about a thousand sessions.
           tls_ca: PEM file of the authority that signed the host's certificate; with it the connection is TLS.
-          tls_cert: PEM file of our own certificate, where the host asks for one, and tls_key, its key.
+          tls_cert: PEM file of the client's certificate, where the host requires one.
+          tls_key: PEM file of its key.
         """
         self.address = address
         self.call_timeout = call_timeout
@@ -117,7 +118,7 @@ class ToolsClient:
             self._channels, self._stubs = {}, {}
         at = (address or self.address, place % self._pool)
         if at not in self._channels:
-            # A pool of its own: channels to one address would share a connection otherwise.
+            # With the default global pool, channels to one address would share a connection.
             options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
             if self._tls[0]:
                 pem = [Path(path).read_bytes() if path else None for path in self._tls]
@@ -151,7 +152,7 @@ class ToolsClient:
         raise ToolInfraError(f"tool host {self.address} is not ready after {timeout:g} s: {state}", "UNAVAILABLE")
 
     async def list_tools(self) -> list[ToolSpec]:
-        """Raises ToolInfraError."""
+        """Returns the host's tools. Raises ToolInfraError."""
         reply = await self._call("ListTools", tools_pb2.ListToolsRequest(), self.call_timeout)
         return [ToolSpec(tool.name, tool.description, json.loads(tool.schema_json)) for tool in reply.tools]
 
@@ -170,10 +171,10 @@ class ToolsClient:
         """Opens an episode's session. Raises ToolInfraError.
 
         Args:
-          max_tool_calls, max_output_tokens, wall_seconds, calls_per_tool: limits; None is none.
-          seed: names the episode's draws of faults.
-          faults: a profile of faults to inject, see tools_env/service/faults.py.
-          cache_mode: "live", "read_through" or "replay_only"; empty: what the host was told.
+          max_tool_calls, max_output_tokens, wall_seconds, calls_per_tool: limits; None: no limit.
+          seed: seeds the episode's injected faults.
+          faults: fault profile, see tools_env/service/faults.py.
+          cache_mode: "live", "read_through" or "replay_only"; empty: the host's setting.
         """
         request = tools_pb2.OpenSessionRequest(
             request_id=uuid.uuid4().hex,
@@ -200,11 +201,14 @@ class ToolsClient:
         self._loop, self._channels, self._stubs = None, {}, {}
 
     async def _call(self, method: str, request, timeout: float, *, address: str = "", place: int = 0):
-        """One RPC with retries inside one deadline. RESOURCE_EXHAUSTED is retried as long as the deadline allows."""
+        """Calls one RPC with retries within one deadline.
+
+        RESOURCE_EXHAUSTED is retried as long as the deadline allows.
+        """
         end = time.monotonic() + timeout
         backoff, unavailable = FIRST_BACKOFF, 0
         rpc = getattr(self._connected(address, place), method)
-        metadata = (*self._metadata, *tracing.outgoing())
+        metadata = (*self._metadata, *tracing.outgoing_trace_context())
         while True:
             try:
                 return await rpc(request, timeout=max(end - time.monotonic(), 0.0), metadata=metadata)
@@ -227,7 +231,7 @@ class ToolsClient:
 
 
 class ToolSession:
-    """One episode's session. `id` is the host's name for it."""
+    """One episode's session. `id` is the session id that the host assigned."""
 
     def __init__(self, client: ToolsClient, session_id: str, endpoint: str = "", place: int = 0):
         self._client = client
@@ -247,7 +251,7 @@ class ToolSession:
             outcome=OUTCOMES[reply.outcome],
             text=reply.text,
             sources=tuple(
-                Source(
+                CitedSource(
                     s.id, s.url, s.title, s.text, s.authority, s.published_at if s.HasField("published_at") else None
                 )
                 for s in reply.sources
@@ -259,7 +263,7 @@ class ToolSession:
         )
 
     async def close(self) -> None:
-        """Ends the session and removes its workspace; a host that is gone has done so already."""
+        """Ends the session and removes its workspace; a host that is gone needs no request."""
         try:
             await self._client._call(
                 "CloseSession", tools_pb2.CloseSessionRequest(session_id=self.id), 5.0, **self._where

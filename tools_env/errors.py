@@ -1,12 +1,12 @@
-"""Failures by who can act on them: the person (ToolHostError), the model (the outcomes), the client (RetryLater)."""
+"""Exceptions, grouped by who can act on them: the operator, the model (outcomes) or the client (gRPC statuses)."""
 
 
 class ToolHostError(Exception):
-    """The person at the keyboard can fix this: a port, a path, a world. The message names the fix."""
+    """An error that the operator can fix, such as a port or a path. The message names the fix."""
 
 
 class ToolError(Exception):
-    """A tool could not do what was asked; the model reads the message (outcome `tool_error`)."""
+    """A tool could not do what the model asked; the model reads the message (outcome `tool_error`)."""
 
 
 class BadArguments(Exception):
@@ -26,12 +26,12 @@ class UnknownSession(Exception):
 
 
 class CallIdReused(Exception):
-    """A call id came back with another tool or other arguments (gRPC INVALID_ARGUMENT)."""
+    """A call id was used again with another tool or other arguments (gRPC INVALID_ARGUMENT)."""
 
 
 class CallUnfinished(Exception):
-    """A call with effects began and was cut off; repeating it could do its work twice (gRPC ABORTED)."""
+    """A call with side effects began and was interrupted; repeating it could apply them twice (gRPC ABORTED)."""
 
 
 class Unavailable(Exception):
-    """A part that the service needs does not answer (gRPC UNAVAILABLE); clients retry."""
+    """A dependency of the service does not answer (gRPC UNAVAILABLE); clients retry."""

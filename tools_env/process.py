@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,19 +11,16 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
-from tools_env.service.settings import Settings
-from tools_env.service.workers import flags
-
-TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
-_ROOT = Path(__file__).resolve().parent.parent
+from tools_env.service.settings import HostSettings
+from tools_env.service.workers import server_command, server_environment
 
 
 class ToolHost:
-    """Runs `python -m tools_env.server`; a context manager. The child also stops when this process ends."""
+    """Runs `python -m tools_env.server`; a context manager. The child process also stops when this process ends."""
 
     def __init__(
         self,
-        world_dir: str | os.PathLike,
+        offline_web: str | os.PathLike,
         *,
         port: int = 0,
         token: str | None = None,
@@ -39,15 +35,15 @@ class ToolHost:
         startup_timeout: float = 120.0,
         **settings,
     ):
-        """Nothing starts yet. Arguments as in settings.Settings.
+        """Starts nothing yet. Arguments as in HostSettings.
 
         Args:
-          log_path: the host's log, appended to; without it the log goes to a temporary file.
-          startup_timeout: seconds until the host must answer; building the index is part of it.
-          settings: any other field of Settings.
+          log_path: the host's log, appended to; default: a temporary file.
+          startup_timeout: seconds until the host must answer; including the time to build the index.
+          settings: any other field of HostSettings.
         """
-        self._settings = Settings(
-            world_dir=str(world_dir),
+        self._settings = HostSettings(
+            offline_web=str(offline_web),
             port=port,
             token=token,
             state_dir=None if state_dir is None else str(state_dir),
@@ -90,18 +86,15 @@ class ToolHost:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> str:
-        """Starts the host and returns its address. Raises ToolHostError with the end of its log."""
+        """Starts the host and returns its address. Raises ToolHostError with the last line of its log."""
         if self.alive():
             return self.address
         self.stop()
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="stepdr_host_") as folder:
             port_file = Path(folder) / "address"
-            command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
-            command += flags(self._settings)
-            paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            environment[TOKEN_VARIABLE] = self._settings.token or ""
+            command = server_command(self._settings, port_file)
+            environment = server_environment(self._settings)
             with open(self._log_path, "ab") as log:
                 log_start = log.tell()
                 self._process = subprocess.Popen(
@@ -112,7 +105,7 @@ class ToolHost:
             except BaseException:
                 self.stop()
                 raise
-        # A restart must come back where clients look for it.
+        # A restart must use the same port.
         self._settings = dataclasses.replace(self._settings, port=int(self._address.rsplit(":", 1)[1]))
         return self._address
 
@@ -136,7 +129,7 @@ class ToolHost:
         return told[-1] if told else f"{lines[-1] if lines else 'it said nothing'} (log: {self._log_path})"
 
     def restart(self) -> str:
-        """Stops the host if it runs and starts it on the same port; open sessions are lost. Returns the address."""
+        """Restarts the host on the same port; open sessions are lost without a state_dir. Returns the address."""
         self.stop()
         return self.start()
 

@@ -21,15 +21,15 @@ def measure(config, rounds: int) -> dict:
     """Medians of seconds an iteration, and of what it is made of, after a segment that is not counted."""
     from stepdr_jax.rl import loop
 
-    parts = loop.prepare(config)
-    with tool_host.of(config, "bench") as host, tempfile.TemporaryDirectory() as folder:
-        parts = dataclasses.replace(parts, tools=lambda: Tools.of(config, host))
+    parts = loop.read_inputs(config)
+    with tool_host.start_if_needed(config, "bench") as host, tempfile.TemporaryDirectory() as folder:
+        parts = dataclasses.replace(parts, connect_tools=lambda: Tools.from_config(config, host))
         for number in range(1, rounds + 2):
             for staleness in (0, 1):
-                loop.train(_side(config, folder, staleness, number * SEGMENT), parts)
+                loop.train_ppo(_side(config, folder, staleness, number * SEGMENT), parts)
         sides = {}
         for staleness in (0, 1):
-            rows = files.read_jsonl(loop.home_of(_side(config, folder, staleness, 1)) / "metrics.jsonl")[SEGMENT:]
+            rows = files.read_jsonl(loop.ppo_layout(_side(config, folder, staleness, 1)).metrics)[SEGMENT:]
             rows = [row for row in rows if 0 < row["iteration"] % SEGMENT < SEGMENT - 1]
             sides[f"staleness {staleness}"] = {
                 name: round(statistics.median(row[name] for row in rows), 3)

@@ -32,7 +32,7 @@ from stepdr_jax.records import Answer, Rubric, RubricSet, Task
 from stepdr_jax.rl import rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tools_env.check.load import family
+from tools_env.check.load import process_tree
 
 _EPISODES = flags.DEFINE_integer("episodes", 2000, "at once", lower_bound=1)
 _THINK = flags.DEFINE_float("think", 4.0, "mean seconds that a turn takes to sample")
@@ -132,7 +132,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
         return done
 
     async def run(some):
-        return await rollouts.collect(
+        return await rollouts.collect_rollouts(
             some,
             [int(task.id[1:]) for task in some],
             EnginePolicy(engine, tokenizer),
@@ -169,7 +169,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
         "event_loop_late_ms": percentiles(late),
         "cpu_ms_an_episode": round(1000 * (sum(process.cpu_times()[:2]) - cpu) / count, 1),
         "kilobytes_an_episode": round((peak - before) / count / 1024),
-        "host_megabytes": round(sum(psutil.Process(p).memory_info().rss for p in family(host.pid)) / 2**20),
+        "host_megabytes": round(sum(psutil.Process(p).memory_info().rss for p in process_tree(host.pid)) / 2**20),
         "episode_waited_ms": percentiles(waited),
         "load": round(os.getloadavg()[0], 1),
     }
@@ -178,7 +178,7 @@ async def measure(host, tokenizer: Tokenizer, count: int, think: float) -> dict:
 def main(config) -> None:
     texts = [turn_text(turn, "e123") for turn in range(5)]
     tokenizer = Tokenizer.train(texts, 360)
-    with tool_host.own(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
+    with tool_host.start(config, "bench_episodes", workers=_WORKERS.value, queue=2 * _EPISODES.value) as host:
         print(json.dumps(asyncio.run(measure(host, tokenizer, _EPISODES.value, _THINK.value)), indent=1))
 
 

@@ -1,7 +1,8 @@
 """What an episode may use, and the account of what it has used.
 
 The account also decides when the next turn must be the answer, so that every caller of the episode loop forces the
-final answer in the same way. Tool calls are counted here for the statistics and that decision; the tool host enforces them.
+final answer in the same way. Tool calls are counted here for the statistics and that decision; the tool host enforces
+them.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 A policy session keeps the episode's context. An engine session keeps token ids: what it sampled is what it sees again,
 text is only rendered from ids. An endpoint session keeps messages, because that is all an endpoint offers.
 
-Failures: `act` and `observe` raise on a broken engine or endpoint, never for what the model wrote. The episode loop turns
-the exception into an infrastructure outcome, so no failure of ours is ever rewarded 0.
+Failures: `act` and `observe` raise on a broken engine or endpoint, never for what the model wrote. The episode loop
+turns the exception into an infrastructure outcome, so no failure of ours is ever rewarded 0.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One assistant turn as text. `finish`: "stop" ended by the model, "length" cut by `max_tokens`, "full" context full."""
+    """One assistant turn. `finish`: "stop" ended by the model, "length" by `max_tokens`, "full" context full."""
 
     text: str
     finish: str
@@ -32,11 +32,13 @@ class Turn:
 class PolicySession(Protocol):
     """One episode's side of a policy.
 
-    `log` is the token log, or None where no tokens are known. `context_tokens`, where a session has it, is the length of
-    the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget without it.
+    `log` is the token log, or None where no tokens are known. `context_tokens`, where a session has it, is the length
+    of the context so far, given tokens that are still to be fed included; the loop cannot enforce a token budget
+    without it.
     """
 
-    log: TokenLog | None
+    @property
+    def log(self) -> TokenLog | None: ...
 
     async def act(self, max_tokens: int) -> Turn: ...
 
@@ -91,7 +93,7 @@ class EngineSession:
         generation = await self.policy.engine.generate(self.episode_id, self._unfed, params)
         if not generation.ids:  # full: the engine has not taken the new ids either
             return Turn("", generation.finish, ())
-        self.log.given(self._unfed)
+        self.log.observed(self._unfed)
         self.log.sampled(generation.ids, generation.logprobs, generation.version)
         self._unfed = []
         self.context_tokens += len(generation.ids)

@@ -44,7 +44,7 @@ RULES = {
 - Prefer authoritative and recent sources, compare at least two when they may disagree, and correct yourself when a result contradicts you.
 - Today is {as_of}: what is "current" or "latest" is decided by this date. Put a year into a query only when the request names one.
 - Long tool results are stored; page through them with the file tool instead of asking again.
-- Finish with the complete answer between <answer> and </answer>, in the language of the request. After every statement taken from a source put \\cite{{id}} with the id shown beside the passage. Never cite an id you were not shown. Say so when the sources do not settle a point.""",
+- Finish with the complete answer between <answer> and </answer>, in the language of the request. After every statement taken from a source put \\cite{{id}} with the id shown beside the passage. Never cite an id you were not shown. Say so when the sources do not settle a point.""",  # noqa: E501 (the model reads these lines)
     "zh": """# 工作方式
 
 - 在 <think> 与 </think> 之间思考，然后调用工具或作答；同一轮只能二选一。
@@ -52,14 +52,16 @@ RULES = {
 - 优先采用权威、较新的来源；来源可能不一致时至少对照两个；结果与判断矛盾时纠正自己。
 - 今天是{as_of}：“目前”“最新”以此日期为准。请求没有提到年份时，不要在查询里加年份。
 - 过长的工具结果会被保存；用 file 工具翻页阅读，不要重复请求。
-- 最后在 <answer> 与 </answer> 之间用请求的语言给出完整回答。每个来自来源的陈述后写 \\cite{{编号}}，编号是片段旁显示的编号；不要引用没有显示过的编号。来源不能确定的地方要说明。""",
+- 最后在 <answer> 与 </answer> 之间用请求的语言给出完整回答。每个来自来源的陈述后写 \\cite{{编号}}，编号是片段旁显示的编号；不要引用没有显示过的编号。来源不能确定的地方要说明。""",  # noqa: E501
 }
 
 ANSWER_NOW = {"en": "Answer now.", "zh": "现在回答。"}
 
 FORMAT_ERROR = {
-    "en": 'Format error: {error}. Write <tool_call>\n{{"name": "...", "arguments": {{}}}}\n</tool_call> or <answer>...</answer>.',
-    "zh": '格式错误：{error}。请写 <tool_call>\n{{"name": "...", "arguments": {{}}}}\n</tool_call> 或 <answer>...</answer>。',
+    "en": 'Format error: {error}. Write <tool_call>\n{{"name": "...", "arguments": {{}}}}\n</tool_call> '
+    "or <answer>...</answer>.",
+    "zh": '格式错误：{error}。请写 <tool_call>\n{{"name": "...", "arguments": {{}}}}\n</tool_call> '
+    "或 <answer>...</answer>。",
 }
 
 CUT_TURN = {"en": "the turn was cut at {tokens} tokens, be shorter", "zh": "这一轮在{tokens}个词元处被截断，请写短一些"}

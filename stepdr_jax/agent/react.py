@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from stepdr_jax.agent import prompts
 from stepdr_jax.agent.budget import Account, Limits
 from stepdr_jax.agent.policy import Policy, PolicySession
-from stepdr_jax.records import Finish, Message, Source, Task, ToolCall, Trajectory
+from stepdr_jax.records import Finish, Message, ObservedSource, Task, ToolCall, Trajectory
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.log import TokenLog
 from tools_env.client import ToolInfraError
@@ -43,7 +43,7 @@ class Event:
     turn: int
     text: str
     call: ToolCall | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[ObservedSource, ...] = ()
     error: str | None = None
 
 
@@ -203,7 +203,7 @@ async def _call(state: _State, call: ToolCall, turn: int, emit) -> str:
     result = await state.tools.call(call.name, call.arguments, call_id=call.id, timeout=timeout)
     state.account.record_call(result.outcome)
     error = None if result.outcome == "ok" else result.outcome
-    sources = [Source(**dataclasses.asdict(source)) for source in result.sources]
+    sources = [ObservedSource(**dataclasses.asdict(source)) for source in result.sources]
     state.messages.append(Message(role="tool", content=result.text, tool_call_id=call.id, sources=sources, error=error))
     emit(Event("observation", turn, result.text, call=call, sources=tuple(sources), error=error))
     return result.text
@@ -219,12 +219,12 @@ async def _close(state: _State) -> None:
 
 def _token_counts(session: PolicySession | None, log: TokenLog | None) -> dict[str, float]:
     if log is not None:
-        return {"sampled_tokens": float(log.sampled_count), "given_tokens": float(len(log) - log.sampled_count)}
+        return {"sampled_tokens": float(log.sampled_count), "observed_tokens": float(len(log) - log.sampled_count)}
     sampled = getattr(session, "sampled_tokens", None)
     context = getattr(session, "context_tokens", None)
     if sampled is None or context is None:
         return {}
-    return {"sampled_tokens": float(sampled), "given_tokens": float(context - sampled)}
+    return {"sampled_tokens": float(sampled), "observed_tokens": float(context - sampled)}
 
 
 def _cause(error: BaseException) -> str:

@@ -4,9 +4,9 @@
     POST /v1/completions        prompt as text or ids; "return_token_ids" adds ids to the choice, "logprobs" their logs
     POST /v1/chat/completions   messages and tools in the chat format that the model was trained on
 
-Sampling takes max_tokens, temperature (0: the most probable token) and seed; a model's own stop ids end a turn. What would
-change the distribution (top_p, penalties, stop strings, several choices) is refused, not ignored. With "stream" the whole
-turn comes as one event.
+Sampling takes max_tokens, temperature (0: the most probable token) and seed; a model's own stop ids end a turn. What
+would change the distribution (top_p, penalties, stop strings, several choices) is refused, not ignored. With "stream"
+the whole turn comes as one event.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ def make_app(
     return _Server(engine, tokenizer, model, max_len, token, vocab_size or tokenizer.vocab_size).app
 
 
-def run(app: web.Application, host: str, port: int) -> None:
+def serve_app(app: web.Application, host: str, port: int) -> None:
     """Serves until SIGINT or SIGTERM; prints the address when it answers. Raises UserError when the port is taken."""
     asyncio.run(_serve(app, host, port))
 

@@ -38,8 +38,8 @@ class Tools:
         self._client = ToolsClient(address, token=token, call_timeout=call_timeout, tls_ca=tls_ca)
 
     @classmethod
-    def of(cls, config: ConfigDict, host: Host | None) -> "Tools":
-        """Those of our own `host`, or where it is None of the one at config.tools.address."""
+    def from_config(cls, config: ConfigDict, host: Host | None) -> "Tools":
+        """Connects to our own `host`, or if it is None to the one at config.tools.address."""
         t = config.tools
         if host is not None:
             return cls(host.address, call_timeout=t.call_timeout, host=host)

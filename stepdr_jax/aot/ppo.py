@@ -17,7 +17,7 @@ from stepdr_jax.aot import sampler
 from stepdr_jax.engine import weights
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.rl import learner, ppo, roles
+from stepdr_jax.rl import learner, placement, ppo
 from stepdr_jax.sharding import topology
 from stepdr_jax.sharding.mesh import AXES, make_mesh
 
@@ -38,8 +38,8 @@ _ACTIONS = ("weight", "share", "advantage", "old_logprob", "old_value", "return_
 
 
 def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[jax.Device]]:
-    """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.roles.Roles.of` has them
-    there.
+    """(the learner's mesh, the devices of one replica of the sampler), on a slice as
+    `rl.placement.DevicePlacement` has them there.
 
     The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler:
     its last ones.
@@ -102,7 +102,7 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
             layout, replica[0], prefill_batch=min(s.prefill_batch, max_num_seqs), prefill_chunk=s.prefill_chunk
         )
     learning = learner.PPOConfig.from_config(config, model, mesh)
-    state = roles.abstract_state(model, learning, mesh)
+    state = placement.abstract_state(model, learning, mesh)
     if name == "transfer":
         return _largest_cut(
             state["params"],
@@ -113,8 +113,12 @@ def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Devic
     params = state[network]
     if name.startswith("update"):
         optimizer = learning.critic_optimizer if network == "critic" else learning.actor_optimizer
-        return sampler.Fixed(ppo.apply, dict(optimizer=optimizer)), (params, state[f"{network}_moments"], params)
-    shape = (learning.rows, learning.context)
+        return sampler.Fixed(ppo.apply_gradient, dict(optimizer=optimizer)), (
+            params,
+            state[f"{network}_moments"],
+            params,
+        )
+    shape = (learning.microbatch_sequences, learning.seq_len)
     rows = dict.fromkeys(("tokens", "positions", "segment_ids", "target"), jax.ShapeDtypeStruct(shape, jnp.int32))
     if learning.order is None:  # actions are gathered; a critic's microbatch has room for all tokens (ppo.pack)
         flat = shape[0] * shape[1]

@@ -148,7 +148,7 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
         "iteration": {
             "episodes": count,
             "sampled_tokens": sampled,
-            "given_tokens": given,
+            "observed_tokens": given,
             "calls": number,
             "seconds_each": each,
             "seconds": sampling | learning | {"weights": way},

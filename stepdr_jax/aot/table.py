@@ -70,7 +70,7 @@ def make_ppo(settings: planning.Settings, tokens: int = 0, sampled: int = 0) -> 
     rows = [
         (slices, change(config.get_config()))
         for slices, config in (("v5p:4x4x8", ppo_128k), ("v5p:4x8x8", ppo_128k_v5p_256))
-        for change in (lambda config: config, ppo_128k_disaggregated.separate)
+        for change in (lambda config: config, ppo_128k_disaggregated.disaggregated)
     ]
     progress, plans = Progress("table of plans", len(rows), "rows"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache)

@@ -1,12 +1,13 @@
 """seqio Tasks and Mixtures over the sources: Table 1 (mid-training I), Table 2 (mid-training II) and SFT.
 
-One Task per stage and component, one Mixture per stage with the rates of `config.<stage>.mixture`. A Task's source are the
-component's plans (`selection`): rows of any source format (`sources`). Text is a document; prompt and completion follow each
-other as they stand, or as one user and one assistant turn of the chat format when the row says "chat": true; `loss` is "all" or
-"completion". Trajectories lose on all tokens or on the assistant's alone (`config.<stage>.trajectory_loss`).
+There is one Task for each stage and component, and one Mixture for each stage with the rates of
+`config.<stage>.mixture`. A Task reads the component's plans (`selection`): rows of any source format (`sources`). A
+text is one document. Prompt and completion are concatenated, or become a user and an assistant turn of the chat
+format when the row has "chat": true; `loss` is "all" or "completion". In trajectories all tokens are trained on, or
+the assistant's only (`config.<stage>.trajectory_loss`).
 
-The component `copying` is in no file: spans of random ids, each followed by itself until the example is full, from which a
-small model learns within a minute to continue what it has seen before (docs/benchmarks.md).
+The component `copying` is generated: a span of random ids, repeated until the example is full. From it a small model
+learns within a minute to continue what it has seen before (docs/benchmarks.md).
 
 Importing this module imports TensorFlow (seconds, 0.9 GB): only building data does.
 """
@@ -29,7 +30,7 @@ from stepdr_jax.tokens.tokenizer import Tokenizer
 tf.config.set_visible_devices([], "GPU")  # strings and integers only; the accelerator belongs to JAX
 
 BLOCK = 512  # rows tokenised in one call from TensorFlow into Python
-LABELS = ("capability", "lang", "licence", "source")  # texts of a row that go with its example
+LABELS = ("capability", "lang", "license", "source")  # strings of a row that are passed on with its example
 COPYING = "copying"
 COPYING_EXAMPLES, COPYING_TOKENS, COPYING_SPAN = 16_000, 128, (5, 30)  # examples, tokens in one, ids in a span
 
@@ -76,7 +77,7 @@ def mixture_name(stage: str) -> str:
 
 
 class PlannedRows(seqio.DataSource):
-    """The rows of a component's plans as JSON, in their order; packing shuffles, so nothing is shuffled here."""
+    """The rows of a component's plans as JSON, in order; packing shuffles them later."""
 
     def __init__(self, plans: Sequence[Path]):
         super().__init__(splits=["train"])
@@ -105,7 +106,7 @@ class PlannedRows(seqio.DataSource):
         def blocks():
             for plan in plans:
                 block = []
-                for row in selection.rows_of(Path(plan)):
+                for row in selection.read_plan_rows(Path(plan)):
                     block.append(json.dumps(row, ensure_ascii=False).encode(errors="replace"))
                     if len(block) == BLOCK:
                         yield np.asarray(block, object)
@@ -117,11 +118,11 @@ class PlannedRows(seqio.DataSource):
         return tf.data.Dataset.from_generator(blocks, output_signature=spec).unbatch().map(lambda row: {"row": row})
 
 
-def register(config, tokenizer: Tokenizer, plans: Mapping[str, Sequence[Path]]) -> None:
+def register_mixtures(config, tokenizer: Tokenizer, plans: Mapping[str, Sequence[Path]]) -> None:
     """Registers every stage's Tasks and its Mixture with seqio, replacing those of an earlier call.
 
-    Examples have `tokens` int32[T], `loss_mask` bool[T] (the token is to be predicted), and for a Task also `whole` (bool: must
-    not be split) and `capability`, `lang`, `licence`, `source` (bytes).
+    Examples have `tokens` int32[T] and `loss_mask` bool[T] (the token is to be predicted). Those of a Task also have
+    `whole` (bool: must not be split) and `capability`, `lang`, `license`, `source` (bytes).
 
     Args:
         plans: component -> its plans; a component without any gets no Task.
@@ -134,7 +135,7 @@ def register(config, tokenizer: Tokenizer, plans: Mapping[str, Sequence[Path]]) 
         loss = config[stage].trajectory_loss
         if loss not in ("all", "assistant"):
             raise UserError(f"expected {stage}.trajectory_loss to be all or assistant, got {loss!r}; change the config")
-        present = [c for c in rates.components(config[stage]) if c == COPYING or plans.get(c)]
+        present = [c for c in rates.stage_components(config[stage]) if c == COPYING or plans.get(c)]
         for component in present:
             if component == COPYING:
                 read = functools.partial(_copying_source, tokenizer=tokenizer, seed_of_data=config.data_seed)
@@ -174,7 +175,7 @@ def _copying_source(
                 "whole": True,
                 "capability": COPYING,
                 "lang": "none",
-                "licence": "none",
+                "license": "none",
                 "source": COPYING,
             }
 
@@ -185,16 +186,16 @@ def _copying_source(
             "loss_mask": tf.TensorSpec([None], tf.bool),
             "whole": tf.TensorSpec([], tf.bool),
             "capability": tf.TensorSpec([], tf.string),
-            **{name: tf.TensorSpec([], tf.string) for name in ("lang", "licence", "source")},
+            **{name: tf.TensorSpec([], tf.string) for name in ("lang", "license", "source")},
         },
     )
 
 
 def _tokenize(dataset: tf.data.Dataset, *, tokenizer: Tokenizer, trajectory_loss: str) -> tf.data.Dataset:
-    """Rows to examples, a block at a time: one call into Python for many rows, ragged tensors back."""
+    """Rows to examples, a block at a time: one call into Python for many rows returns ragged tensors."""
 
     def examples_of(block):
-        examples = [_example(json.loads(row), tokenizer, trajectory_loss) for row in block]
+        examples = [_row_to_example(json.loads(row), tokenizer, trajectory_loss) for row in block]
         tokens, masks, wholes, *labels = zip(*examples, strict=True)
         return (
             np.concatenate(tokens),
@@ -218,7 +219,7 @@ def _tokenize(dataset: tf.data.Dataset, *, tokenizer: Tokenizer, trajectory_loss
     return dataset.batch(BLOCK).map(ragged).unbatch()
 
 
-def _example(row: dict, tok: Tokenizer, trajectory_loss: str) -> tuple:
+def _row_to_example(row: dict, tok: Tokenizer, trajectory_loss: str) -> tuple:
     """Returns tokens, loss mask, whole and LABELS of one row."""
     labels = tuple(str(row.get(name, "")).encode() for name in LABELS)
     if "trajectory" in row:

@@ -1,7 +1,7 @@
-"""Packing: examples of any length into rows of one length, and a row's form on disk.
+"""Packing examples of any length into sequences of one length, and the form of a packed sequence on disk.
 
-A row holds whole examples one after another. Segment ids start at 1, 0 is padding; positions restart with each
-example, so no example sees another.
+A sequence holds examples one after another. Segment ids start at 1, 0 is padding; positions restart with each example.
+Attention stays within a segment, so no example sees another.
 """
 
 import bisect
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MAX_SEGMENTS = np.iinfo(np.uint16).max  # a row's segment ids are stored in two bytes
+MAX_SEGMENTS = np.iinfo(np.uint16).max  # segment ids are stored in two bytes
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: returns bins of indices into `lengths`; each bin's lengths add up to at most `capacity`.
 
     Equal lengths keep their order, so a shuffled input gives shuffled bins. Raises ValueError for a length outside
@@ -44,35 +44,35 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def windows(tokens_T: np.ndarray, loss_mask_T: np.ndarray, context: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Splits an example into windows of at most `context` tokens so that every target is a target exactly once.
+def split_windows(tokens_T: np.ndarray, loss_mask_T: np.ndarray, seq_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Splits an example into windows of at most `seq_len` tokens so that every token is predicted exactly once.
 
-    Neighbouring windows share one token: the last of one is the first of the next, where nothing predicts it.
-    The first token of each window is taken out of the loss for the same reason.
+    Neighboring windows share one token, the last of one and the first of the next. The first token of a window has
+    nothing before it to be predicted from, so it is taken out of that window's loss.
 
     Args:
         tokens_T: int32. loss_mask_T: bool, True where the token is to be predicted.
     """
     pieces = []
-    for start in range(0, max(len(tokens_T) - 1, 1), context - 1):
-        mask = loss_mask_T[start : start + context].copy()
+    for start in range(0, max(len(tokens_T) - 1, 1), seq_len - 1):
+        mask = loss_mask_T[start : start + seq_len].copy()
         mask[:1] = False
-        pieces.append((tokens_T[start : start + context], mask))
+        pieces.append((tokens_T[start : start + seq_len], mask))
     return pieces
 
 
-def row_bytes(examples: Sequence[tuple], context: int) -> bytes:
-    """Returns a row's form on disk: tokens int32[T], segment ids uint16[T], marks uint8[T], little endian.
+def sequence_bytes(examples: Sequence[tuple], seq_len: int) -> bytes:
+    """Returns a packed sequence as stored: tokens int32[T], segment ids uint16[T], marks uint8[T], little endian.
 
     The lowest bit of a mark is the loss mask; the others number the capability that the example is for.
 
     Args:
-        examples: (tokens, loss mask) or (tokens, loss mask, capability), whose lengths add up to at most `context`.
+        examples: (tokens, loss mask) or (tokens, loss mask, capability), whose lengths add up to at most `seq_len`.
             A capability is 1 + its place in `records.CAPABILITIES`, or 0.
     """
-    tokens = np.zeros(context, "<i4")
-    segments = np.zeros(context, "<u2")
-    marks = np.zeros(context, np.uint8)
+    tokens = np.zeros(seq_len, "<i4")
+    segments = np.zeros(seq_len, "<u2")
+    marks = np.zeros(seq_len, np.uint8)
     start = 0
     for number, (example_tokens, example_mask, *capability) in enumerate(examples, 1):
         end = start + len(example_tokens)
@@ -82,31 +82,34 @@ def row_bytes(examples: Sequence[tuple], context: int) -> bytes:
     return tokens.tobytes() + segments.tobytes() + marks.tobytes()
 
 
-def row_from_bytes(data: bytes, context: int) -> dict[str, np.ndarray]:
+def sequence_from_bytes(data: bytes, seq_len: int) -> dict[str, np.ndarray]:
     """Returns tokens, segment_ids, positions and capability int32[T], loss_mask bool[T].
 
-    Raises ValueError when `data` is not a row of `context` tokens.
+    Raises ValueError when `data` is not a sequence of `seq_len` tokens.
     """
-    if len(data) != 7 * context:
-        raise ValueError(f"expected a row of {7 * context} bytes for {context} tokens, got {len(data)}")
-    return {name: array[0] for name, array in rows_from_bytes([data], context).items()}
+    if len(data) != 7 * seq_len:
+        raise ValueError(f"expected a sequence of {7 * seq_len} bytes for {seq_len} tokens, got {len(data)}")
+    return {name: array[0] for name, array in sequences_from_bytes([data], seq_len).items()}
 
 
-def rows_from_bytes(stored: Sequence[bytes | None], context: int) -> dict[str, np.ndarray]:
-    """Returns tokens, segment_ids, positions, capability int32[B,T], loss_mask bool[B,T] of stored rows; None is a row of padding."""
-    raw = np.zeros((len(stored), 7 * context), np.uint8)
-    for row, data in enumerate(stored):
+def sequences_from_bytes(stored: Sequence[bytes | None], seq_len: int) -> dict[str, np.ndarray]:
+    """Returns tokens, segment_ids, positions, capability int32[B,T], loss_mask bool[B,T] of stored sequences.
+
+    None stands for a sequence of padding.
+    """
+    raw = np.zeros((len(stored), 7 * seq_len), np.uint8)
+    for index, data in enumerate(stored):
         if data is not None:
-            raw[row] = np.frombuffer(data, np.uint8)
-    segments_BT = np.ascontiguousarray(raw[:, 4 * context : 6 * context]).view("<u2").astype(np.int32)
+            raw[index] = np.frombuffer(data, np.uint8)
+    segments_BT = np.ascontiguousarray(raw[:, 4 * seq_len : 6 * seq_len]).view("<u2").astype(np.int32)
     new_BT = np.ones_like(segments_BT, bool)
     np.not_equal(segments_BT[:, 1:], segments_BT[:, :-1], out=new_BT[:, 1:])
-    index_T = np.arange(context, dtype=np.int32)
+    index_T = np.arange(seq_len, dtype=np.int32)
     positions_BT = index_T - np.maximum.accumulate(np.where(new_BT, index_T, 0), axis=1)
     return dict(
-        tokens=np.ascontiguousarray(raw[:, : 4 * context]).view("<i4").astype(np.int32, copy=False),
-        loss_mask=(raw[:, 6 * context :] & 1).astype(bool),
-        capability=(raw[:, 6 * context :] >> 1).astype(np.int32),
+        tokens=np.ascontiguousarray(raw[:, : 4 * seq_len]).view("<i4").astype(np.int32, copy=False),
+        loss_mask=(raw[:, 6 * seq_len :] & 1).astype(bool),
+        capability=(raw[:, 6 * seq_len :] >> 1).astype(np.int32),
         segment_ids=segments_BT,
         positions=np.where(segments_BT > 0, positions_BT, 0),
     )

@@ -1,57 +1,62 @@
-"""Which rates a stage has at which step: its opening, its mixture, and changes to it."""
+"""The mixture rates of a stage by step: its warm-up data, its mixture, and scheduled changes to it."""
 
 from collections.abc import Mapping, Sequence
 
 from stepdr_jax.errors import UserError
 
-Stages = list[tuple[int, dict[str, float]]]  # (first step, component -> rate above 0), ascending from step 0
+RateSchedule = list[tuple[int, dict[str, float]]]  # (first step, component -> rate above 0), ascending from step 0
 
 
-def stages(
-    mixture: Mapping[str, float], remix: Sequence = (), opening: tuple[str, int] = ("", 0), stage: str = ""
-) -> Stages:
+def rate_schedule(
+    mixture: Mapping[str, float],
+    mixture_schedule: Sequence = (),
+    warmup_data: tuple[str, int] = ("", 0),
+    stage: str = "",
+) -> RateSchedule:
     """Returns the rates of a stage by step.
 
     Args:
         mixture: component -> rate.
-        remix: (step, component -> rate) of changes from that step on; what they do not name stays as it was.
-        opening: a component that the first n steps read alone, and n.
+        mixture_schedule: (step, component -> rate) of changes from that step on; components not named keep their rate.
+        warmup_data: a component that is read alone for the first n steps, and n.
         stage: the stage's name, for errors.
 
-    Raises UserError for steps that do not ascend, an opening outside the mixture, negative rates and a mixture of nothing.
+    Raises UserError for steps that do not ascend, warm-up data outside the mixture, negative rates and empty mixtures.
     """
     rates = {name: float(rate) for name, rate in mixture.items()}
-    found = [(0, _positive(rates, f"{stage}.mixture"))]
-    for entry in remix:
+    schedule = [(0, _positive_rates(rates, f"{stage}.mixture"))]
+    where = f"{stage}.mixture_schedule"
+    for entry in mixture_schedule:
         try:
             step, changes = entry
             step, rates = int(step), rates | {name: float(rate) for name, rate in dict(changes).items()}
         except (TypeError, ValueError):
-            raise UserError(f"{stage}.remix: expected (step, dict(component=rate)), got {entry!r}") from None
-        if step <= found[-1][0]:
-            raise UserError(f"{stage}.remix: expected steps that ascend from 1, got {step} after {found[-1][0]}")
-        found.append((step, _positive(rates, f"{stage}.remix from step {step}")))
-    first, steps = opening
+            raise UserError(f"{where}: expected (step, dict(component=rate)), got {entry!r}") from None
+        if step <= schedule[-1][0]:
+            raise UserError(f"{where}: expected steps that ascend from 1, got {step} after {schedule[-1][0]}")
+        schedule.append((step, _positive_rates(rates, f"{where} from step {step}")))
+    component, steps = warmup_data
     if steps:
-        if first not in found[0][1]:
+        if component not in schedule[0][1]:
             raise UserError(
-                f"expected {stage}.warmup_data to be a component of its mixture ({', '.join(found[0][1])}), got {first!r}"
+                f"expected {stage}.warmup_data to be a component of its mixture ({', '.join(schedule[0][1])}), "
+                f"got {component!r}"
             )
-        under = [rates for step, rates in found if step <= steps]
-        found = [(0, {first: 1.0}), (steps, under[-1]), *((step, rates) for step, rates in found if step > steps)]
-    return found
+        rates_after = [rates for step, rates in schedule if step <= steps][-1]
+        later = [(step, rates) for step, rates in schedule if step > steps]
+        schedule = [(0, {component: 1.0}), (steps, rates_after), *later]
+    return schedule
 
 
-def components(settings, stage: str = "") -> list[str]:
+def stage_components(settings, stage: str = "") -> list[str]:
     """Returns the components that a stage reads at any step, sorted. `settings`: the stage's section of a config."""
-    return sorted(
-        {name for _, rates in stages(settings.mixture, settings.mixture_schedule, stage=stage) for name in rates}
-    )
+    schedule = rate_schedule(settings.mixture, settings.mixture_schedule, stage=stage)
+    return sorted({name for _, rates in schedule for name in rates})
 
 
-def _positive(rates: dict[str, float], where: str) -> dict[str, float]:
+def _positive_rates(rates: dict[str, float], where: str) -> dict[str, float]:
     if any(rate < 0 for rate in rates.values()):
-        raise UserError(f"{where}: expected rates from 0 up, got {rates}")
+        raise UserError(f"{where}: expected rates of at least 0, got {rates}")
     positive = {name: rate for name, rate in sorted(rates.items()) if rate > 0}
     if not positive:
         raise UserError(f"expected at least one positive rate in {where}, got none; set one in the config")

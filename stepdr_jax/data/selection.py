@@ -1,8 +1,8 @@
-"""Second pass: which rows a mixture component keeps, and how they are cut into shards.
+"""Second pass: chooses the rows that a mixture component keeps and divides them into shards.
 
-Works on surveys alone. A plan, data/plan/<component>-<k>-of-<n>.npz, lists the rows of one shard: parts of source files and keys
-in them. Duplicates are looked for within a component (another component may say the same on purpose); the first one stays.
-Memory: about 40 bytes a row of one component, 170 with near duplicates.
+It reads scan files only. A plan, data/plan/<component>-<k>-of-<n>.npz, lists the rows of one shard: parts of source
+files and keys in them. Duplicates are removed within a component (another component may repeat a text on purpose);
+the first one stays. Memory: about 40 bytes for each row of a component, 170 with near duplicates.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from stepdr_jax import files
-from stepdr_jax.data import sources, survey
+from stepdr_jax.data import scan, sources
 
-POLICIES = {"exact_duplicates": ("off", "count", "drop"), "near_duplicates": ("off", "count", "drop")}
+COLUMNS = ("keys", "sizes", "content", "exact", "bands", "evaluation")  # of a scan
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class SelectionPolicy:
     """What happens to duplicates (off, count, drop) and to rows with an evaluation question (count, drop)."""
 
     exact_duplicates: str
@@ -31,42 +31,68 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Selected:
-    """plans: of each shard its file and a digest of its rows' content; facts: counts for the card, as JSON values."""
+class Selection:
+    """plans: plan file of each shard and a digest of its rows' content; facts: counts for the card as JSON values."""
 
     plans: list[tuple[Path, str]]
     facts: dict
 
 
-def select(parts: Sequence[survey.Part], component: str, policy: Policy, folder: Path) -> Selected:
-    """Chooses the rows of a component over all parts and writes its plans. No plans when there are no rows."""
-    of_part, columns = [], []
-    bad, named, left_out, origins = Counter(), [], 0, Counter()
+def select_rows(parts: Sequence[scan.Part], component: str, policy: SelectionPolicy, folder: Path) -> Selection:
+    """Chooses the rows of a component over all parts and writes its shard plans, none when there are no rows."""
+    part_N, columns, sets, facts = _rows_of_component(parts, component)
+    if not len(part_N):
+        return Selection([], facts | dict(duplicates=dict(exact=0, near=0), contaminated={}, dropped={}))
+    kept_N, counts = _filter_rows(columns, sets, policy)
+    order = np.flatnonzero(kept_N)
+    ends = np.cumsum(columns["sizes"][order].astype(np.int64))
+    count = max(1, round(int(ends[-1]) / policy.shard_bytes)) if len(order) else 0
+    cuts = [int(np.searchsorted(ends, ends[-1] * k // count)) for k in range(1, count)]
+    shards = [shard for shard in np.split(order, cuts) if len(shard)] if count else []
+    plans = []
+    for index, shard in enumerate(shards):
+        path = folder / f"{component}-{index:05d}-of-{len(shards):05d}.npz"
+        digest = hashlib.blake2b(columns["content"][shard].tobytes(), digest_size=8).hexdigest()
+        _write_plan(path, parts, part_N[shard], columns["keys"][shard])
+        plans.append((path, digest))
+    return Selection(plans, facts | counts)
+
+
+def _rows_of_component(
+    parts: Sequence[scan.Part], component: str
+) -> tuple[np.ndarray, dict[str, np.ndarray], list[str], dict]:
+    """Returns the part number of each good row, the rows' scan columns, the evaluation sets and counts for the card."""
+    part_numbers, columns = [np.zeros(0, np.int32)], []
+    bad, listed, skipped, rows_by_source = Counter(), [], 0, Counter()
     sets: list[str] = []
     for index, part in enumerate(parts):
-        seen = survey.read(part.out)
-        sets = seen.facts["sets"]
-        labels = [number for number, names in enumerate(seen.components) if component in names]
-        rows = np.flatnonzero(np.isin(seen.labels, labels))
+        scanned = scan.read_scan(part.out)
+        sets = scanned.facts["sets"]
+        labels = [number for number, names in enumerate(scanned.components) if component in names]
+        rows = np.flatnonzero(np.isin(scanned.labels, labels))
         if part.source.component == component or len(rows):
-            bad.update(seen.facts["bad"])
-            named += seen.facts["named"]
-            left_out += seen.facts["left_out"]
+            bad.update(scanned.facts["bad"])
+            listed += scanned.facts["listed"]
+            skipped += scanned.facts["skipped"]
         if len(rows):
-            origins[part.source.name] += len(rows)
-            columns.append(
-                {
-                    name: getattr(seen, name)[rows]
-                    for name in ("keys", "sizes", "content", "exact", "bands", "evaluation")
-                }
-            )
-            of_part.append(np.full(len(rows), index, np.int32))
-    facts = dict(bad_rows=dict(bad), bad_named=named[: survey.NAMED], left_out=left_out, rows_by_source=dict(origins))
-    if not columns:
-        return Selected([], facts | dict(duplicates=dict(exact=0, near=0), contaminated={}, dropped={}))
-    part_N = np.concatenate(of_part)
-    columns = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    kept_N = np.ones(len(part_N), bool)
+            rows_by_source[part.source.name] += len(rows)
+            columns.append({name: getattr(scanned, name)[rows] for name in COLUMNS})
+            part_numbers.append(np.full(len(rows), index, np.int32))
+    facts = dict(
+        bad_rows=dict(bad),
+        bad_listed=listed[: scan.MAX_LISTED],
+        skipped=skipped,
+        rows_by_source=dict(rows_by_source),
+    )
+    joined = {name: np.concatenate([column[name] for column in columns]) for name in COLUMNS} if columns else {}
+    return np.concatenate(part_numbers), joined, sets, facts
+
+
+def _filter_rows(
+    columns: dict[str, np.ndarray], sets: Sequence[str], policy: SelectionPolicy
+) -> tuple[np.ndarray, dict]:
+    """Returns which rows are kept, bool[N], and counts: duplicates, contaminated, dropped by reason."""
+    kept_N = np.ones(len(columns["keys"]), bool)
     contaminated, dropped = {}, Counter()
     for number, name in enumerate(sets, 1):
         hit_N = np.abs(columns["evaluation"]) == number
@@ -77,31 +103,19 @@ def select(parts: Sequence[survey.Part], component: str, policy: Policy, folder:
             kept_N &= ~hit_N
     duplicates = {}
     for kind, keys in (("exact", columns["exact"][:, None]), ("near", columns["bands"])):
-        what = getattr(policy, f"{kind}_duplicates")
+        action = getattr(policy, f"{kind}_duplicates")
         repeats_N = np.zeros(len(kept_N), bool)
-        if what != "off":
+        if action != "off":
             repeats_N[kept_N] = _repeats(keys[kept_N])
         duplicates[kind] = int(repeats_N.sum())
-        if what == "drop":
+        if action == "drop":
             dropped[f"{kind}_duplicate"] = duplicates[kind]
             kept_N &= ~repeats_N
-    facts |= dict(duplicates=duplicates, contaminated=contaminated, dropped=dict(dropped))
-    order = np.flatnonzero(kept_N)
-    ends = np.cumsum(columns["sizes"][order].astype(np.int64))
-    count = max(1, round(int(ends[-1]) / policy.shard_bytes)) if len(order) else 0
-    cuts = [int(np.searchsorted(ends, ends[-1] * k // count)) for k in range(1, count)]
-    shards = [shard for shard in np.split(order, cuts) if len(shard)] if count else []
-    plans = []
-    for index, shard in enumerate(shards):
-        path = folder / f"{component}-{index:05d}-of-{len(shards):05d}.npz"
-        digest = hashlib.blake2b(columns["content"][shard].tobytes(), digest_size=8).hexdigest()
-        _write(path, parts, part_N[shard], columns["keys"][shard])
-        plans.append((path, digest))
-    return Selected(plans, facts)
+    return kept_N, dict(duplicates=duplicates, contaminated=contaminated, dropped=dict(dropped))
 
 
 def _repeats(keys_NB: np.ndarray) -> np.ndarray:
-    """Returns bool[N]: rows that share a value of some column with an earlier row."""
+    """Returns bool[N]: rows that share a value of some column of keys_NB with an earlier row."""
     repeated_N = np.zeros(len(keys_NB), bool)
     for column in keys_NB.T:
         first = np.unique(column, return_index=True)[1]
@@ -111,7 +125,7 @@ def _repeats(keys_NB: np.ndarray) -> np.ndarray:
     return repeated_N
 
 
-def _write(path: Path, parts: Sequence[survey.Part], part_N: np.ndarray, keys_N: np.ndarray) -> None:
+def _write_plan(path: Path, parts: Sequence[scan.Part], part_N: np.ndarray, keys_N: np.ndarray) -> None:
     used, local_N = np.unique(part_N, return_inverse=True)
     table = []
     for index in used:
@@ -121,12 +135,12 @@ def _write(path: Path, parts: Sequence[survey.Part], part_N: np.ndarray, keys_N:
         np.savez(out, table=np.frombuffer(json.dumps(table).encode(), np.uint8), part=local_N, keys=keys_N)
 
 
-def rows_of(plan: Path) -> Iterator[dict]:
-    """Yields the rows of a plan, read from their source files; each names its source."""
+def read_plan_rows(plan: Path) -> Iterator[dict]:
+    """Yields the rows of a plan from their source files, with the name of their source."""
     with np.load(plan) as stored:
         table, part_N, keys_N = json.loads(stored["table"].tobytes()), stored["part"], stored["keys"]
     for index, entry in enumerate(table):
-        source = sources.Source(**(entry["source"] | {"files": ()}))
+        source = sources.DataSource(**(entry["source"] | {"files": ()}))
         keys = keys_N[part_N == index].tolist()
         for row in source.pick(Path(entry["path"]), tuple(entry["part"]), keys):
             yield row | {"source": source.name}

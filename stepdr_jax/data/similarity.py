@@ -1,16 +1,16 @@
-"""What tells that two texts are the same, nearly the same, or that one holds a question of an evaluation set.
+"""Detects exact duplicates, near duplicates, and texts that hold a question of an evaluation set.
 
-Units are words, and single characters of Chinese, Japanese and Korean, of the case-folded NFKC form; punctuation is nothing.
+Texts are compared by their units: words, and single characters of Chinese, Japanese and Korean, after NFKC and case
+folding; punctuation is ignored.
 - exact: hash of all units.
-- near: MinHash of 5-grams of units, 128 permutations in 16 bands of 8 rows, which finds half of the pairs at Jaccard 0.67 and
-  95 % at 0.8 (1 - (1 - J^8)^16; the setting of Gopher-like pipelines, e.g. FineWeb's 14 x 8).
-- evaluation: 13-grams of units (GPT-3, arXiv 2005.14165, appendix C). Questions of 8 to 12 units are looked for as a whole, shorter
-  ones only together with their answer.
+- near: MinHash of 5-grams of units, 128 permutations in 16 bands of 8 rows, which finds half of the pairs at Jaccard
+  similarity 0.67 and 95 % at 0.8 (1 - (1 - J^8)^16; as in Gopher-like pipelines, e.g. FineWeb's 14 x 8).
+- evaluation: 13-grams of units (GPT-3, arXiv 2005.14165, appendix C). Questions of 8 to 12 units must match as a whole,
+  shorter ones count only together with their answer.
 """
 
 import dataclasses
 import hashlib
-import json
 import re
 import unicodedata
 import zlib
@@ -20,31 +20,29 @@ import numpy as np
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.text.scripts import UNSPACED
 
 SHINGLE, PERMUTATIONS, BANDS = 5, 128, 16
-NGRAM, ALONE, SHORTEST = (
-    13,
-    8,
-    4,
-)  # units: of a window; of a question that tells alone; of one that tells with its answer
-_UNIT = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+NGRAM = 13  # units that must match
+MIN_ALONE, MIN_WITH_ANSWER = 8, 4  # units of the shortest question that counts without, and with, its answer
+_UNIT = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
-def units(text: str) -> list[str]:
+def text_units(text: str) -> list[str]:
     return _UNIT.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def exact_hash(words: list[str]) -> int:
-    """Returns 64 bits that two texts of the same units share."""
-    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(), digest_size=8).digest(), "little")
+def exact_hash(units: list[str]) -> int:
+    """Returns 64 bits, equal for texts of the same units."""
+    return int.from_bytes(hashlib.blake2b(" ".join(units).encode(), digest_size=8).digest(), "little")
 
 
-def bands_of(words: list[str]) -> np.ndarray:
-    """Returns uint64[BANDS]: near duplicates share at least one of them at its place."""
+def minhash_bands(units: list[str]) -> np.ndarray:
+    """Returns uint64[BANDS]: near duplicates agree in at least one band."""
     import rensa
 
-    shingles = [" ".join(words[start : start + SHINGLE]) for start in range(max(len(words) - SHINGLE + 1, 1))]
+    shingles = [" ".join(units[start : start + SHINGLE]) for start in range(max(len(units) - SHINGLE + 1, 1))]
     sketch = rensa.RMinHash(num_perm=PERMUTATIONS, seed=0)
     sketch.update(shingles)
     rows = np.asarray(sketch.digest(), np.uint32).reshape(BANDS, -1)
@@ -52,11 +50,11 @@ def bands_of(words: list[str]) -> np.ndarray:
     return np.asarray(hashes, np.uint64)
 
 
-def _numbers(words: list[str]) -> np.ndarray:
-    return np.fromiter((zlib.crc32(word.encode()) | len(word) << 32 for word in words), np.uint64, len(words))
+def _unit_hashes(units: list[str]) -> np.ndarray:
+    return np.fromiter((zlib.crc32(unit.encode()) | len(unit) << 32 for unit in units), np.uint64, len(units))
 
 
-def _windows(numbers: np.ndarray, length: int) -> np.ndarray:
+def _ngram_hashes(numbers: np.ndarray, length: int) -> np.ndarray:
     """Returns uint64[N - length + 1]: a hash of each run of `length` numbers (arithmetic modulo 2^64)."""
     count = len(numbers) - length + 1
     total = np.zeros(max(count, 0), np.uint64)
@@ -67,49 +65,47 @@ def _windows(numbers: np.ndarray, length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSets:
-    """The questions that no training row may hold. `hashes`: window length -> sorted hashes; `where`: (set, question) of each."""
+    """Questions that no training row may hold. `hashes`: n -> sorted n-gram hashes, `where`: their (set, question)."""
 
     names: tuple[str, ...]
     hashes: dict[int, np.ndarray]
     where: dict[int, list[tuple[int, int]]]
     answers: tuple[tuple[tuple[str, ...], ...], ...]  # by set and question: accepted answers as joined units
-    questions: tuple[int, ...]
-    digest: str
+    questions: tuple[int, ...]  # number by set
 
-    def find(self, words: list[str]) -> tuple[int, bool] | None:
-        """Returns (set, whether an answer stands there too) of the first question that the units hold, else None."""
-        if not self.hashes or not words:
+    def find(self, units: list[str]) -> tuple[int, bool] | None:
+        """Returns (set, whether the units also hold its answer) of the first question found, else None."""
+        if not self.hashes or not units:
             return None
-        numbers, joined = _numbers(words), None
+        numbers, joined = _unit_hashes(units), None
         for length, known in self.hashes.items():
-            found = _windows(numbers, length)
+            found = _ngram_hashes(numbers, length)
             at = np.searchsorted(known, found)
             for place in np.unique(at[(at < len(known)) & (known[np.minimum(at, len(known) - 1)] == found)]):
-                joined = joined or f" {' '.join(words)} "
+                joined = joined or f" {' '.join(units)} "
                 set_, question = self.where[length][place]
                 answered = any(f" {answer} " in joined for answer in self.answers[set_][question])
-                if length >= ALONE or answered:
+                if length >= MIN_ALONE or answered:
                     return set_, answered
         return None
 
 
-def evaluation_sets(paths: dict[str, str]) -> EvaluationSets:
+def read_evaluation_sets(paths: dict[str, str]) -> EvaluationSets:
     """Reads evaluation sets: name -> a JSON, JSONL, CSV or TSV file with questions (and answers) in its usual fields.
 
     Raises UserError for a file that is absent or has no questions.
     """
     hashes: dict[int, dict[int, tuple[int, int]]] = {}
-    answers, counts, digest = [], [], hashlib.blake2b(digest_size=8)
+    answers, counts = [], []
     for index, (name, path) in enumerate(sorted(paths.items())):
         pairs = _questions(name, Path(path))
-        answers.append(tuple(tuple(filter(None, (" ".join(units(a)) for a in accepted))) for _, accepted in pairs))
+        answers.append(tuple(tuple(filter(None, (" ".join(text_units(a)) for a in accepted))) for _, accepted in pairs))
         counts.append(len(pairs))
-        digest.update(json.dumps([name, pairs]).encode())
         for number, (question, _) in enumerate(pairs):
-            words = units(question)
-            if len(words) >= SHORTEST:
-                length = min(NGRAM, len(words))
-                for value in _windows(_numbers(words), length):
+            units = text_units(question)
+            if len(units) >= MIN_WITH_ANSWER:
+                length = min(NGRAM, len(units))
+                for value in _ngram_hashes(_unit_hashes(units), length):
                     hashes.setdefault(length, {}).setdefault(int(value), (index, number))
     ordered = {length: sorted(found) for length, found in sorted(hashes.items())}
     return EvaluationSets(
@@ -118,18 +114,17 @@ def evaluation_sets(paths: dict[str, str]) -> EvaluationSets:
         where={length: [hashes[length][value] for value in values] for length, values in ordered.items()},
         answers=tuple(answers),
         questions=tuple(counts),
-        digest=digest.hexdigest(),
     )
 
 
-_QUESTION = ("question", "Question", "problem", "prompt", "Prompt", "query")
-_ANSWER = ("answer", "Answer", "answers", "completion", "aliases")
+_QUESTION_FIELDS = ("question", "Question", "problem", "prompt", "Prompt", "query")
+_ANSWER_FIELDS = ("answer", "Answer", "answers", "completion", "aliases")
 
 
 def _questions(name: str, path: Path) -> list[tuple[str, list[str]]]:
     where = f"config.data.evaluation_sets.{name}"
     if not path.is_file():
-        raise UserError(f"{where}: {path} does not exist; correct the path or take the set out")
+        raise UserError(f"{where}: {path} does not exist; correct the path or remove the set")
     if path.suffix in (".csv", ".tsv"):
         import csv
 
@@ -142,12 +137,12 @@ def _questions(name: str, path: Path) -> list[tuple[str, list[str]]]:
         rows = files.read_jsonl(path)
     found = []
     for row in rows:
-        question = next((row[field] for field in _QUESTION if isinstance(row.get(field), str)), "")
-        answer = next((row[field] for field in _ANSWER if row.get(field)), [])
+        question = next((row[field] for field in _QUESTION_FIELDS if isinstance(row.get(field), str)), "")
+        answer = next((row[field] for field in _ANSWER_FIELDS if row.get(field)), [])
         if isinstance(answer, dict):  # TriviaQA and our own tasks: a value and its aliases
             answer = [answer.get("Value", answer.get("value")), *answer.get("Aliases", answer.get("aliases", []))]
         if question.strip():
             found.append((question, [str(a) for a in (answer if isinstance(answer, list) else [answer]) if a]))
     if not found:
-        raise UserError(f"{where}: {path} has no row with a field {', '.join(_QUESTION[:4])} or query")
+        raise UserError(f"{where}: {path} has no row with a field {', '.join(_QUESTION_FIELDS[:4])} or query")
     return found

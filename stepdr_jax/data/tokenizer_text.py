@@ -10,14 +10,14 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.files import read_jsonl
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
-PART_BYTES, LONGEST_TEXT = 1 << 22, 100_000  # of a source read at a time; characters of a text that are looked at
+PART_BYTES, MAX_TEXT = 1 << 22, 100_000  # read at a time; characters of a text that are used
 CITATION_ID = re.compile(r"\bweb_[a-z]{8}\b")
 
 
 def ensure_tokenizer(config) -> Tokenizer:
     """Returns the tokenizer in run_dir/tokenizer, made first if absent: copied from `tokenizer.path`, or trained.
 
-    An existing one is kept although the corpus may have changed, since checkpoints depend on it. Raises UserError when
+    An existing one is kept even if the corpus has changed, since checkpoints depend on it. Raises UserError when
     `tokenizer.path` names another tokenizer than the one in use, or when there is no corpus to train on.
     """
     path = Path(config.run_dir) / "tokenizer" / "tokenizer.json"
@@ -39,35 +39,39 @@ def ensure_tokenizer(config) -> Tokenizer:
 
 def source_texts(config, limit: int = 2_000_000) -> list[str]:
     """Returns the first `limit` characters of every source in config.data.sources, row by row."""
-    found = []
-    own = [source for source in sources.of(config) if source.name in config.data.sources] if config.data.sources else []
-    for source in own:
-        size = 0
-        for path in source.files:
-            for part in source.parts(path, PART_BYTES):
-                for _, row, _ in source.scan(path, part):
-                    if isinstance(row, dict) and size < limit:
-                        found.append(sources.words_of(row)[:LONGEST_TEXT])
-                        size += len(found[-1])
-                    if size >= limit:
-                        break
+    texts = []
+    for source in sources.list_sources(config):
+        if source.name in config.data.sources:
+            texts += _first_texts(source, limit)
+    return texts
+
+
+def _first_texts(source: sources.DataSource, limit: int) -> list[str]:
+    texts, size = [], 0
+    for path in source.files:
+        for part in source.parts(path, PART_BYTES):
+            for _, row, _ in source.scan(path, part):
                 if size >= limit:
-                    break
-    return found
+                    return texts
+                if isinstance(row, dict):
+                    texts.append(sources.row_text(row)[:MAX_TEXT])
+                    size += len(texts[-1])
+    return texts
 
 
 def corpus_texts(corpus: Path, limit: int = 4_000_000, own: Iterable[str] = ()) -> list[str]:
-    """Returns texts of the corpus as often as they occur: reading rows, documents, messages inside their chat frame.
+    """Returns the texts of the corpus as often as they occur: synthetic documents, web documents, and messages in the
+    chat format.
 
-    `own` are further texts, of one's own sources; with them the corpus may be absent.
+    `own` are further texts, from `config.data.sources`; with them the corpus may be absent.
 
-    Frames and system prompts are part of every episode, so the merges should cover them first. Citation ids are drawn
-    anew at each place, so merges learn their syllables and not the ids of popular passages. Above `limit` characters
-    (seconds of training) a random part is returned. The same corpus gives the same texts.
+    The control text of the chat format and system prompts are part of every episode, so merges should cover them
+    first. Each citation id is replaced by a random one, so that merges learn its syllables and not the ids of popular
+    passages. Above `limit` characters a random part is returned. The same corpus gives the same texts.
     """
     rng = random.Random(0)
     own = list(own)
-    texts = own + (list(_all_texts(corpus)) if not own or (corpus / "reading.jsonl").exists() else [])
+    texts = own + (list(_all_texts(corpus)) if not own or (corpus / "synthetic_documents.jsonl").exists() else [])
     share = limit / max(sum(map(len, texts)), 1)
     kept = [text for text in texts if share >= 1 or rng.random() < share]
     return [CITATION_ID.sub(lambda match: _citation_id(rng), text) for text in kept]
@@ -78,7 +82,7 @@ def _citation_id(rng: random.Random) -> str:
 
 
 def _all_texts(corpus: Path) -> Iterator[str]:
-    for row in read_jsonl(corpus / "reading.jsonl"):
+    for row in read_jsonl(corpus / "synthetic_documents.jsonl"):
         yield from (row[field] for field in ("text", "prompt", "completion") if field in row)
     for row in read_jsonl(corpus / "trajectories.jsonl"):
         for message in row["messages"]:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 
 def episode_tokens(stats: Mapping[str, float]) -> float | None:
     """Tokens of an episode, sampled and given; None when its policy did not count them."""
-    if "sampled_tokens" not in stats or "given_tokens" not in stats:
+    if "sampled_tokens" not in stats or "observed_tokens" not in stats:
         return None
-    return float(stats["sampled_tokens"] + stats["given_tokens"])
+    return float(stats["sampled_tokens"] + stats["observed_tokens"])
 
 
 def episode_cost(stats: Mapping[str, float], price_per_million_tokens: float) -> float | None:

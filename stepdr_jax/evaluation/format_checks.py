@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from stepdr_jax.records import Trajectory
-from stepdr_jax.text.matching import CITATION, CITATION_ID
+from stepdr_jax.text.citations import CITATION, CITATION_ID
 from stepdr_jax.tokens import chat
 
 CALL = "<tool_call>"

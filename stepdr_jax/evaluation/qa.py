@@ -1,33 +1,36 @@
 """Held-out tasks through the one episode loop: the same tasks, budgets and judge for every stage and seed.
 
-An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a killed
-evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke is tried
-once more and then reported as missing, never as 0.
+An episode's outcome depends on (checkpoint, task, sampling seed) only, not on what else runs at the same time, so a
+killed evaluation continues with the episodes it lacks and ends with the same rows. An episode that our own system broke
+is tried once more and then reported as missing, never as 0.
 """
 
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import react
+from stepdr_jax.agent import runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy, Policy
+from stepdr_jax.agent.react import Episode
 from stepdr_jax.agent.tools import Host, Tools
 from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import cost
-from stepdr_jax.evaluation.results import STAGES, Result
-from stepdr_jax.judge.choose import judge_of, settings_of
+from stepdr_jax.evaluation.results import Result
+from stepdr_jax.judge.choose import judge_settings, make_judge
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored, judge_episode
 from stepdr_jax.progress import Progress
-from stepdr_jax.records import RubricSet, Task, Verdict
-from tools_env.client import ToolsClient
+from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.runtime import stages, storage
+from stepdr_jax.runtime.layout import RunLayout
 
-ATTEMPTS = 2
+JUDGE_ATTEMPTS = 2
 SAMPLES_PER_TASK = 1000  # sampling seeds set aside for one task, so that more samples later keep the earlier ones
 
 
@@ -54,18 +57,18 @@ def select_tasks(tasks: Iterable[Task], count: int) -> list[Task]:
 
 
 def load_tasks(config: ConfigDict, stage: str = "") -> tuple[list[Task], dict[str, RubricSet]]:
-    """The held-out tasks for a stage, or the fewer for a milestone, and their rubric sets by task id."""
-    corpus = Path(config.run_dir) / "corpus"
+    """The held-out tasks for a stage, or the fewer for an evaluation checkpoint, and their rubric sets by task id."""
+    layout = RunLayout.from_config(config)
     count = config.eval.checkpoint_tasks if "@" in stage else config.eval.tasks
-    tasks = select_tasks(records.read(corpus / "tasks.jsonl", Task), count)
+    tasks = select_tasks(records.read_records(layout.tasks, Task), count)
     if not tasks:
-        raise UserError(f"{corpus / 'tasks.jsonl'} has no held-out task; run python -m launch.synthesize again")
-    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read(corpus / "rubrics.jsonl", RubricSet)}
+        raise UserError(f"{layout.tasks} has no held-out task; run {stages.command_of('synthesize', config)} again")
+    rubric_sets = {rubrics.task_id: rubrics for rubrics in records.read_records(layout.rubrics, RubricSet)}
     lacking = [task.id for task in tasks if task.id not in rubric_sets]
     if lacking:
         raise UserError(
-            f"{corpus / 'rubrics.jsonl'} has no rubrics for held-out task {lacking[0]} ({len(lacking)} lack them); "
-            "run python -m launch.synthesize again"
+            f"{layout.rubrics} has no rubrics for held-out task {lacking[0]} ({len(lacking)} lack them); "
+            f"run {stages.command_of('synthesize', config)} again"
         )
     return tasks, {task.id: rubric_sets[task.id] for task in tasks}
 
@@ -79,7 +82,7 @@ async def run_tasks(
     tasks: Sequence[Task],
     rubric_sets: dict[str, RubricSet],
     policy: Policy,
-    tools: Callable[[], Awaitable[ToolsClient]],
+    tools: runner.ToolsProvider,
     judge: Judge,
     limits: Limits,
     *,
@@ -103,59 +106,47 @@ async def run_tasks(
     Returns:
         All rows, finished ones included, in index order.
     """
-    rows = {result.index: result for result in finished}
-    jobs = [(t, s) for t in range(len(tasks)) for s in range(samples) if t * samples + s not in rows]
-    gate = asyncio.Semaphore(concurrency)
+    jobs = {t * samples + s: (t, s) for t in range(len(tasks)) for s in range(samples)}
 
-    async def one(task_index: int, sample: int) -> None:
-        task, episode_seed = tasks[task_index], sampling_seed(task_index, sample)
-        async with gate:
-            attempt = 0
-            while attempt < ATTEMPTS:
-                attempt += 1
-                episode = await react.run_episode(
-                    task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=episode_seed
-                )
-                trajectory = episode.trajectory
-                verdict = await _judge(judge, task, rubric_sets[task.id], trajectory)
-                if verdict.reward is not None or trajectory.finish == records.Finish.CANCELLED:
-                    break
-        if trajectory.finish == records.Finish.CANCELLED:
-            raise asyncio.CancelledError
+    async def run_job(job: tuple[int, int]) -> tuple[Episode, int]:
+        task_index, sample = job
+        return await runner.run_with_retries(
+            tasks[task_index], policy, tools, limits, prompt=prompt, as_of=as_of, seed=sampling_seed(task_index, sample)
+        )
+
+    async def score_job(job: tuple[int, int], sampled: tuple[Episode, int]) -> Result:
+        (task_index, sample), (episode, attempts) = job, sampled
+        task, rubric_set = tasks[task_index], rubric_sets[tasks[task_index].id]
+        scored = await judge_episode(judge, task, rubric_set, episode.trajectory, attempts=JUDGE_ATTEMPTS)
         identity = dict(
             index=task_index * samples + sample,
             task_index=task_index,
             sample=sample,
             stage=stage,
             seed=seed,
-            sampling_seed=episode_seed,
+            sampling_seed=sampling_seed(task_index, sample),
             fingerprint=fingerprint,
-            attempts=attempt,
+            attempts=attempts,
         )
-        result = _row(identity, task, trajectory, verdict, price)
-        rows[result.index] = result
-        on_result(result)
+        return _row(identity, task, episode.trajectory, scored, price)
 
-    async with asyncio.TaskGroup() as group:
-        for job in jobs:
-            group.create_task(one(*job))
-    return [rows[index] for index in sorted(rows)]
-
-
-async def _judge(judge: Judge, task: Task, rubric_set: RubricSet, trajectory: records.Trajectory) -> Verdict:
-    try:
-        return await judge.judge(task, rubric_set, trajectory)
-    except Exception as error:  # a judge that breaks must not take the other episodes with it, nor count as a score
-        trajectory.metadata = trajectory.metadata | {"cause": f"judge: {type(error).__name__}: {error}"}
-        trajectory.finish = records.Finish.JUDGE_FAILED
-        return Verdict(reward=None, judgments=[])
+    rows = await runner.run_all(
+        jobs,
+        run_job,
+        score_job,
+        concurrency=concurrency,
+        recorded={result.index: result for result in finished},
+        on_result=lambda _, result: on_result(result),
+    )
+    return list(rows.values())
 
 
-def _row(identity: dict, task: Task, trajectory: records.Trajectory, verdict: Verdict, price: float) -> Result:
+def _row(identity: dict, task: Task, trajectory: Trajectory, scored: Scored, price: float) -> Result:
     stats, missing = trajectory.stats, None
-    if verdict.reward is None:
-        cause = trajectory.metadata.get("cause", "too many rubrics could not be judged")
-        missing = f"{trajectory.finish}: {cause}"
+    verdict = scored.verdict or Verdict(reward=None, judgments=[])
+    if scored.masked is not None:
+        trajectory.finish = records.Finish(scored.masked)
+        missing = f"{scored.masked}: {trajectory.metadata.get('cause', 'no cause given')}"
     return Result(
         **identity,
         task_id=task.id,
@@ -183,23 +174,22 @@ def _row(identity: dict, task: Task, trajectory: records.Trajectory, verdict: Ve
 
 
 def result_path(config: ConfigDict, stage: str, seed: int | None = None) -> Path:
-    return Path(config.run_dir) / f"seed{config.seed if seed is None else seed}" / "eval" / f"{stage}.jsonl"
+    return RunLayout.from_config(config).evaluated(stage, seed)
 
 
 def trained_stages(config: ConfigDict) -> list[str]:
     """`init` and every stage of this seed that is finished, in the recipe's order."""
-    home = Path(config.run_dir) / f"seed{config.seed}"
-    return [stage for stage in STAGES if stage == "init" or (home / stage / "done.json").exists()]
+    layout = RunLayout.from_config(config)
+    return [stage for stage in stages.evaluated() if stage == stages.INIT or layout.stage(stage).done.exists()]
 
 
-def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
+def evaluation_fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
     """What the rows of a stage depend on: checkpoint, tasks, budgets and sampling, as 16 hex digits."""
-    run_dir = Path(config.run_dir)
-    name, _, step = stage.partition("@")
-    home = run_dir / f"seed{config.seed}" / name
-    done = home / "milestones" / step.zfill(8) / step.zfill(8) / "manifest.json" if step else home / "done.json"
-    tokenizer = run_dir / "tokenizer" / "tokenizer.json"
-    trained = files.read_json(done) if done.exists() else {}
+    layout, (name, _, step) = RunLayout.from_config(config), stage.partition("@")
+    made, tokenizer = layout.stage(name), layout.tokenizer
+    if step:
+        path = made.for_reading().eval_checkpoint(int(step)) / step.zfill(8) / storage.MANIFEST
+    trained = storage.read_json(path if step else made.done) or {}
     parts = [
         stage,
         config.seed,
@@ -208,7 +198,7 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
         json.loads(config.model.to_json_best_effort()),
         json.loads(config.agent.to_json_best_effort()),
         json.loads(config.tools.to_json_best_effort()),
-        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, settings_of(config)],
+        [config.eval.temperature, config.eval.samples, config.offline_web.as_of, judge_settings(config)],
         [task.model_dump(mode="json") for task in tasks],
     ]
     return records.content_id("", *parts)
@@ -217,30 +207,31 @@ def fingerprint(config: ConfigDict, stage: str, tasks: Sequence[Task]) -> str:
 def finished(config: ConfigDict, stage: str) -> Path | None:
     """The path of a stage's rows when all of them are there and belong to the checkpoint and settings at hand."""
     tasks, _ = load_tasks(config, stage)
-    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    path, fingerprint = result_path(config, stage), evaluation_fingerprint(config, stage, tasks)
     if not path.exists():
         return None
-    rows = [row for row in files.read_jsonl(path) if row.get("fingerprint") == mark]
+    rows = [row for row in files.read_jsonl(path) if row.get("fingerprint") == fingerprint]
     return path if len(rows) == len(tasks) * config.eval.samples else None
 
 
 def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
     """Evaluates one stage of `config.seed` and returns the path of its rows; at once when they are there already.
 
-    `stage` may be a milestone, STAGE@STEP (`training.state.milestones`), with config.eval.checkpoint_tasks tasks. `host` is our own tool host, or None to use the one at config.tools.address.
+    `stage` may be STAGE@STEP of an evaluation checkpoint, with config.eval.checkpoint_tasks tasks. `host` is our own
+    tool host, or None to use the one at config.tools.address.
 
     Raises:
         UserError: the stage is unknown or not trained, the corpus is missing, or no episode could be measured.
     """
-    if stage.partition("@")[0] not in STAGES:
-        raise UserError(f"expected a stage among {', '.join(STAGES)}, got {stage!r}; change --stages")
+    if stage.partition("@")[0] not in (known := stages.evaluated()):
+        raise UserError(f"expected a stage among {', '.join(known)}, got {stage!r}; change --stages")
     if path := finished(config, stage):
         return path
     tasks, rubric_sets = load_tasks(config, stage)
-    path, mark = result_path(config, stage), fingerprint(config, stage, tasks)
+    path, fingerprint = result_path(config, stage), evaluation_fingerprint(config, stage, tasks)
     total = len(tasks) * config.eval.samples
     partial = path.with_name(f"{stage}.partial.jsonl")
-    kept = _kept(partial, mark)
+    kept = _kept(partial, fingerprint)
     files.write_jsonl(partial, (_as_row(row) for row in kept))  # drops rows of other settings and torn lines
 
     progress = Progress(f"evaluate {stage} seed {config.seed}", total, "episodes", start=len(kept))
@@ -252,7 +243,7 @@ def evaluate(config: ConfigDict, stage: str, host: Host | None) -> Path:
             seen.append(result.reward)
         progress.update(1, reward=sum(seen) / max(len(seen), 1), missing=progress.done + 1 - len(seen))
 
-    rows = asyncio.run(_evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result))
+    rows = asyncio.run(_evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, on_result))
     measured = [row for row in rows if row.missing is None]
     if not measured:
         raise UserError(
@@ -267,20 +258,24 @@ def _as_row(result: Result) -> dict:
     return result.model_dump(mode="json", exclude_defaults=True)
 
 
-def _kept(partial: Path, mark: str) -> list[Result]:
+def _kept(partial: Path, fingerprint: str) -> list[Result]:
     """Rows of an interrupted evaluation that still count; missing ones are tried again."""
     rows = files.read_jsonl(partial) if partial.exists() else []
-    return [Result.model_validate(row) for row in rows if row.get("fingerprint") == mark and not row.get("missing")]
+    return [
+        Result.model_validate(row) for row in rows if row.get("fingerprint") == fingerprint and not row.get("missing")
+    ]
 
 
-async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_result) -> list[Result]:
+async def _evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, on_result) -> list[Result]:
     from stepdr_jax.engine.remote import RemoteEngine  # here, so that selecting and reading work without jax
     from stepdr_jax.training import sampler
 
-    run_dir = Path(config.run_dir)
     engine, tokenizer = sampler.engine_of_stage(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
-    tools, judge = Tools.of(config, host), judge_of(config, entity_names(run_dir))
+    tools, judge = (
+        Tools.from_config(config, host),
+        make_judge(config, entity_names(RunLayout.from_config(config).entities)),
+    )
     try:
         return await run_tasks(
             tasks,
@@ -291,7 +286,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
             Limits.from_config(config.agent),
             stage=stage,
             seed=config.seed,
-            fingerprint=mark,
+            fingerprint=fingerprint,
             samples=config.eval.samples,
             concurrency=config.sampler.max_num_seqs,
             price=config.eval.price_per_million_tokens,
@@ -307,8 +302,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, mark, host, kept, on_resu
             await engine.stop()
 
 
-def entity_names(run_dir: Path) -> list[str]:
+def entity_names(path: Path) -> list[str]:
     """Names of everything the world knows, so that the judge does not find "Guinea" inside "Equatorial Guinea"."""
-    path = run_dir / "world" / "entities.jsonl"
     rows = files.read_jsonl(path) if path.exists() else []
     return sorted({row[lang] for row in rows for lang in ("en", "zh") if row.get(lang)})

@@ -8,7 +8,6 @@ from stepdr_jax import records
 from stepdr_jax.evaluation import statistics
 from stepdr_jax.evaluation.statistics import Interval
 
-STAGES = ("init", "midtrain1", "midtrain2", "sft", "ppo")
 BREAKDOWN_RESAMPLES = 2_000  # per cell of a table by kind or language; the headline uses statistics.RESAMPLES
 
 
@@ -50,7 +49,6 @@ class Metric:
     name: str
     title: str
     unit: str  # share, score, count, tokens, price, seconds, difference
-    better: int  # 1 more is better, -1 less is better, 0 neither
     value: Callable[[Result], float | None]
     weight: Callable[[Result], float] | None = None  # denominator of a ratio
 
@@ -60,22 +58,22 @@ def _flag(value: bool | None) -> float | None:
 
 
 METRICS = (
-    Metric("reward", "Reward", "score", 1, lambda r: r.reward),
-    Metric("correct", "Correct", "share", 1, lambda r: _flag(r.correct)),
-    Metric("cited", "Cited", "share", 1, lambda r: _flag(r.cited)),
-    Metric("answered", "Answered", "share", 1, lambda r: float(r.finish == "answered")),
-    Metric("recovered", "Recovered", "ratio", 1, lambda r: float(r.recovered), lambda r: float(r.errors)),
-    Metric("errors", "Errors", "count", -1, lambda r: float(r.errors)),
-    Metric("turns", "Turns", "count", 0, lambda r: float(r.turns)),
-    Metric("tokens", "Tokens", "tokens", 0, lambda r: r.tokens),
-    Metric("cost", "Cost", "price", -1, lambda r: r.cost),
+    Metric("reward", "Reward", "score", lambda r: r.reward),
+    Metric("correct", "Correct", "share", lambda r: _flag(r.correct)),
+    Metric("cited", "Cited", "share", lambda r: _flag(r.cited)),
+    Metric("answered", "Answered", "share", lambda r: float(r.finish == "answered")),
+    Metric("recovered", "Recovered", "ratio", lambda r: float(r.recovered), lambda r: float(r.errors)),
+    Metric("errors", "Errors", "count", lambda r: float(r.errors)),
+    Metric("turns", "Turns", "count", lambda r: float(r.turns)),
+    Metric("tokens", "Tokens", "tokens", lambda r: r.tokens),
+    Metric("cost", "Cost", "price", lambda r: r.cost),
 )
 BY_NAME = {metric.name: metric for metric in METRICS}
 
 
-def read(path: str | os.PathLike) -> list[Result]:
+def read_results(path: str | os.PathLike) -> list[Result]:
     """Reads rows in index order; raises UserError for a missing or damaged file."""
-    return sorted(records.read(path, Result), key=lambda result: result.index)
+    return sorted(records.read_records(path, Result), key=lambda result: result.index)
 
 
 def values(results: Iterable[Result], metric: Metric) -> statistics.Values:

@@ -1,25 +1,25 @@
-"""The judge that a config asks for."""
+"""Makes the judge that a config asks for."""
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from stepdr_jax.agent.policy import EndpointPolicy
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge, ProgrammaticJudge
 from stepdr_jax.judge.model_judge import ModelJudge
+from stepdr_jax.runtime.layout import RunLayout
 
-# How replies come, not what they are
-FREE = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
-
-
-def settings_of(config) -> dict[str, object]:
-    """What verdicts are a function of, as dotted names and values."""
-    return {f"judge.{name}": value for name, value in config.judge.items() if name not in FREE}
+# Settings that do not change verdicts
+TRANSPORT_SETTINGS = ("url", "api_key_env", "concurrency", "timeout", "keep_replies")
 
 
-def judge_of(config, names: Iterable[str]) -> Judge:
-    """The judge of `config.judge`; `names` as of `ProgrammaticJudge`. Raises UserError when an endpoint is not named."""
+def judge_settings(config) -> dict[str, object]:
+    """The settings that decide verdicts, as dotted names and values."""
+    return {f"judge.{name}": value for name, value in config.judge.items() if name not in TRANSPORT_SETTINGS}
+
+
+def make_judge(config, names: Iterable[str]) -> Judge:
+    """Returns the judge of `config.judge`; `names`: see `ProgrammaticJudge`. Raises UserError without an endpoint."""
     section = config.judge
     rules = dict(mapping=section.mapping, max_missing=section.max_missing)
     if section.kind == "programmatic":
@@ -43,6 +43,6 @@ def judge_of(config, names: Iterable[str]) -> Judge:
         per_request=section.per_request,
         attempts=section.attempts,
         max_tokens=section.max_tokens,
-        replies=Path(config.run_dir) / "judge_replies.sqlite" if section.keep_replies else None,
+        replies=RunLayout.from_config(config).judge_replies if section.keep_replies else None,
         **rules,
     )

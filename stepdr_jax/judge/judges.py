@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from stepdr_jax.judge import verdicts
-from stepdr_jax.records import Judgment, Rubric, RubricSet, Source, Task, Trajectory, Verdict
-from stepdr_jax.text import matching, repetition
+from stepdr_jax.records import Judgment, ObservedSource, Rubric, RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.text import citations, matching, repetition
 
 VERDICT_WORDS = {
     "supported": ("supported", "正确"),
@@ -38,7 +38,7 @@ class Judge(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of connections; a later judgment opens new ones."""
+        """Closes connections; a later judgment opens new ones."""
         ...
 
 
@@ -52,7 +52,7 @@ class ProgrammaticJudge:
     """
 
     def __init__(
-        self, names: Iterable[str] = (), *, mapping: verdicts.Mapping = "strict", max_missing: float = 0.1
+        self, names: Iterable[str] = (), *, mapping: verdicts.ScoreMapping = "strict", max_missing: float = 0.1
     ) -> None:
         self._names = sorted(set(names))
         self._longer: dict[str, tuple[str, ...]] = {}
@@ -68,18 +68,18 @@ class ProgrammaticJudge:
             `cited`: at least one citation and every one resolves to an observed passage.
         """
         if not trajectory.finish.is_policy_outcome:
-            return infrastructure(rubric_set, trajectory)
+            return infrastructure_verdict(rubric_set, trajectory)
         view = self.view(trajectory)
         return self.verdict(task, rubric_set, view, [self.decide(rubric, view) for rubric in rubric_set.rubrics])
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there are no connections."""
 
-    def view(self, trajectory: Trajectory) -> "View":
+    def view(self, trajectory: Trajectory) -> "AnswerView":
         """The episode's answer as checks see it."""
-        return View(trajectory.answer or "", trajectory.sources(), self._longer_names)
+        return AnswerView(trajectory.answer or "", trajectory.sources(), self._longer_names)
 
-    def decide(self, rubric: Rubric, view: "View") -> Judgment:
+    def decide(self, rubric: Rubric, view: "AnswerView") -> Judgment:
         """One rubric by its check; a failed judgment when it has none."""
         return _judgment(rubric, view, self._mapping)
 
@@ -90,52 +90,54 @@ class ProgrammaticJudge:
             rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict=verdict, score=score, reason=reason
         )
 
-    def verdict(self, task: Task, rubric_set: RubricSet, view: "View", judgments: list[Judgment]) -> Verdict:
+    def verdict(self, task: Task, rubric_set: RubricSet, view: "AnswerView", judgments: list[Judgment]) -> Verdict:
         """All judgments and what they add up to."""
         fatal = [rubric.rid for rubric in rubric_set.rubrics if rubric.fatal]
-        reward = verdicts.aggregate(judgments, self._mapping, self._max_missing, fatal=fatal)
-        cited = bool(view.ids) and all(id_ in view.sources for id_ in view.ids)
+        reward = verdicts.aggregate_reward(judgments, self._mapping, self._max_missing, fatal=fatal)
+        cited = bool(view.ids) and citations.resolves(view.ids, view.sources)
         return Verdict(reward=reward, judgments=judgments, correct=_correct(task, view), cited=cited)
 
     def _longer_names(self, value: str) -> tuple[str, ...]:
         if value not in self._longer:
-            needle = matching.normalise(value)
+            needle = matching.normalize(value)
             self._longer[value] = tuple(
-                name for name in self._names if needle in (other := matching.normalise(name)) and other != needle
+                name for name in self._names if needle in (other := matching.normalize(name)) and other != needle
             )
         return self._longer[value]
 
 
-def infrastructure(rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
+def infrastructure_verdict(rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
     """The verdict on an episode that ended by infrastructure: none, it must be masked."""
-    judgments = [failed(rubric, f"episode ended by {trajectory.finish}") for rubric in rubric_set.rubrics]
+    judgments = [failed_judgment(rubric, f"episode ended by {trajectory.finish}") for rubric in rubric_set.rubrics]
     return Verdict(reward=None, judgments=judgments)
 
 
-class View:
+class AnswerView:
     """One answer as the checks see it."""
 
-    def __init__(self, answer: str, sources: dict[str, Source], longer_names: Callable[[str], tuple[str, ...]]) -> None:
+    def __init__(
+        self, answer: str, sources: dict[str, ObservedSource], longer_names: Callable[[str], tuple[str, ...]]
+    ) -> None:
         self.answer = answer
-        self.prose = matching.strip_citations(answer)
-        self.ids = matching.cited_ids(answer)
+        self.prose = citations.strip_citations(answer)
+        self.ids = citations.cited_ids(answer)
         self.sources = sources
         self.cited = [sources[id_] for id_ in self.ids if id_ in sources]
         self._longer_names = longer_names
 
     def states(self, values: Iterable[str], text: str | None = None) -> bool:
         text = self.prose if text is None else text
-        return any(matching.contains(text, value, longer_names=self._longer_names(value)) for value in values)
+        return any(matching.states_value(text, value, longer_names=self._longer_names(value)) for value in values)
 
 
-def _states(check: dict, view: View) -> bool:
+def _states(check: dict, view: AnswerView) -> bool:
     if "any" not in check and "all" not in check:
         raise KeyError("any")
     every = all(view.states([value]) for value in check.get("all", ()))
     return every and ("any" not in check or view.states(check["any"]))
 
 
-def _cites_support(check: dict, view: View) -> bool:
+def _cites_support(check: dict, view: AnswerView) -> bool:
     about = check.get("about")
     return any(
         view.states(check["any"], source.text) and (about is None or view.states(about, source.text))
@@ -143,24 +145,24 @@ def _cites_support(check: dict, view: View) -> bool:
     )
 
 
-def _authoritative(check: dict, view: View) -> bool:
+def _authoritative(check: dict, view: AnswerView) -> bool:
     return bool(view.ids) and len(view.cited) == len(view.ids) and all(s.authority >= 2 for s in view.cited)
 
 
-def _unresolved_citation(check: dict, view: View) -> bool:
-    return any(id_ not in view.sources for id_ in view.ids)
+def _unresolved_citation(check: dict, view: AnswerView) -> bool:
+    return not citations.resolves(view.ids, view.sources)
 
 
-def _degenerate(check: dict, view: View) -> bool:
-    overlong = len(repetition.units(view.prose)) > check.get("max_units", MAX_ANSWER_UNITS)
-    return overlong or repetition.degenerate(view.prose) is not None
+def _degenerate(check: dict, view: AnswerView) -> bool:
+    overlong = len(repetition.text_units(view.prose)) > check.get("max_units", MAX_ANSWER_UNITS)
+    return overlong or repetition.degenerate_reason(view.prose) is not None
 
 
-def _verdict(check: dict, view: View) -> bool:
+def _verdict(check: dict, view: AnswerView) -> bool:
     return stated_verdict(view.prose) == check["value"]
 
 
-CHECKS: dict[str, Callable[[dict, View], bool]] = {
+CHECKS: dict[str, Callable[[dict, AnswerView], bool]] = {
     "states": _states,
     "states_wrong": _states,
     "cites_support": _cites_support,
@@ -177,27 +179,27 @@ def stated_verdict(text: str) -> str | None:
     return given.pop() if len(given) == 1 else None
 
 
-def _judgment(rubric: Rubric, view: View, mapping: verdicts.Mapping) -> Judgment:
+def _judgment(rubric: Rubric, view: AnswerView, mapping: verdicts.ScoreMapping) -> Judgment:
     check = CHECKS.get(rubric.check.get("kind", ""))
     if check is None:
-        return failed(
+        return failed_judgment(
             rubric, f"no programmatic check of kind {rubric.check.get('kind')!r}; needs a language model judge"
         )
     try:
         holds = check(rubric.check, view)
     except (KeyError, TypeError) as error:
-        return failed(rubric, f"check {rubric.check} is malformed: {error!r}")
-    verdict = "satisfied" if holds else "not"
+        return failed_judgment(rubric, f"check {rubric.check} is malformed: {error!r}")
+    verdict = "satisfied" if holds else "not_satisfied"
     score = verdicts.SCORES[mapping](rubric.role, verdict)
     return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict=verdict, score=score)
 
 
-def failed(rubric: Rubric, reason: str) -> Judgment:
+def failed_judgment(rubric: Rubric, reason: str) -> Judgment:
     """A judgment that a judge failed to make: no score."""
     return Judgment(rid=rubric.rid, weight=rubric.weight, role=rubric.role, verdict="error", score=None, reason=reason)
 
 
-def _correct(task: Task, view: View) -> bool | None:
+def _correct(task: Task, view: AnswerView) -> bool | None:
     if task.answer is None:
         return None
     if task.kind == "verification":

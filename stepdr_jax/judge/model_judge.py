@@ -1,7 +1,8 @@
 """Rubrics judged by a language model: a model at an endpoint, or one of ours in the JAX sampler.
 
-A report's rubrics go out in a few requests at a time. What comes back wrong is asked for again, alone and with another seed;
-what stays wrong is a failed judgment, which has no score (`verdicts.aggregate` leaves it out, or masks the episode).
+The rubrics of a report are sent in requests of `per_request`. Rubrics without a readable verdict are asked for again,
+alone and with another seed; what stays unreadable is a failed judgment without a score (`verdicts.aggregate_reward`
+leaves it out, or masks the episode).
 """
 
 import asyncio
@@ -20,14 +21,14 @@ class ModelJudge:
     """A `judges.Judge` over a policy.
 
     Args:
-        policy: an `agent.policy.Policy`; its temperature should be 0. Its name is part of what replies are kept under.
+        policy: an `agent.policy.Policy`; its temperature should be 0. Its name is part of the cache key of replies.
         names: known entity names, for `correct`; see `ProgrammaticJudge`.
         checks: decide rubrics that carry a machine-readable check without the model.
         mapping, max_missing: see `ProgrammaticJudge`.
         per_request: rubrics of one request.
-        attempts: requests in which a rubric may come to its verdict.
-        max_tokens: of a reply.
-        replies: file that keeps readable replies, so that equal requests are asked once; None keeps none.
+        attempts: requests at most for a rubric's verdict.
+        max_tokens: of one reply.
+        replies: file that caches readable replies, so that equal requests are sent once; None caches none.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class ModelJudge:
         *,
         names: Iterable[str] = (),
         checks: bool = False,
-        mapping: verdicts.Mapping = "strict",
+        mapping: verdicts.ScoreMapping = "strict",
         max_missing: float = 0.1,
         per_request: int = 8,
         attempts: int = 3,
@@ -46,13 +47,13 @@ class ModelJudge:
         self.policy, self.checks, self.per_request = policy, checks, per_request
         self.attempts, self.max_tokens = attempts, max_tokens
         self._programmatic = judges.ProgrammaticJudge(names, mapping=mapping, max_missing=max_missing)
-        self._replies = Replies(replies) if replies else None
+        self._replies = ReplyCache(replies) if replies else None
         self._names = itertools.count()  # of sessions: equal requests may run at once
 
     async def judge(self, task: Task, rubric_set: RubricSet, trajectory: Trajectory) -> Verdict:
-        """See `judges.Judge`; a model that is away or answers nonsense makes failed judgments, never an exception."""
+        """See `judges.Judge`; a model that fails or replies nonsense makes failed judgments, never an exception."""
         if not trajectory.finish.is_policy_outcome:
-            return judges.infrastructure(rubric_set, trajectory)
+            return judges.infrastructure_verdict(rubric_set, trajectory)
         view = self._programmatic.view(trajectory)
         by_check = [r for r in rubric_set.rubrics if self.checks and r.check.get("kind") in judges.CHECKS]
         found = {rubric.rid: self._programmatic.decide(rubric, view) for rubric in by_check}
@@ -67,7 +68,7 @@ class ModelJudge:
         if close := getattr(self.policy, "close", None):
             await close()
 
-    async def _ask(self, task: Task, rubrics: Sequence[Rubric], view: judges.View) -> dict[str, Judgment]:
+    async def _ask(self, task: Task, rubrics: Sequence[Rubric], view: judges.AnswerView) -> dict[str, Judgment]:
         found: dict[str, Judgment] = {}
         reason = ""
         for seed in range(self.attempts):
@@ -77,7 +78,7 @@ class ModelJudge:
             messages = prompts.judge_messages(task, left, view.answer, view.cited)
             try:
                 text = await self._reply(messages, seed, left)
-            except Exception as error:  # of an endpoint or an engine: ours, and not the report's
+            except Exception as error:  # an endpoint or engine failed: not the report's fault
                 reason = f"{type(error).__name__}: {error}"
                 continue
             read = prompts.read_verdicts(text, left)
@@ -85,7 +86,7 @@ class ModelJudge:
             for rubric in left:
                 if rubric.rid in read:
                     found[rubric.rid] = self._programmatic.judged(rubric, *read[rubric.rid])
-        return found | {r.rid: judges.failed(r, reason) for r in rubrics if r.rid not in found}
+        return found | {r.rid: judges.failed_judgment(r, reason) for r in rubrics if r.rid not in found}
 
     async def _reply(self, messages: list[Message], seed: int, rubrics: Sequence[Rubric]) -> str:
         request = json.dumps([prompts.VERSION, self.policy.name, seed, [(m.role, m.content) for m in messages]])
@@ -97,7 +98,7 @@ class ModelJudge:
             turn = await session.act(self.max_tokens)
         finally:
             await session.close()
-        if turn.finish != "stop":  # what a cut reply quotes could pass for its verdict
+        if turn.finish != "stop":  # a quotation in a truncated reply could pass for its verdict
             raise ValueError(f"the reply was cut after judge.max_tokens = {self.max_tokens}; raise it")
         text = turn.text
         if self._replies and len(prompts.read_verdicts(text, rubrics)) == len(rubrics):
@@ -105,8 +106,8 @@ class ModelJudge:
         return text
 
 
-class Replies:
-    """Replies by the hash of their request, in one SQLite file that several processes may share."""
+class ReplyCache:
+    """ReplyCache by the hash of their request, in one SQLite file that several processes may share."""
 
     def __init__(self, path: str | Path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

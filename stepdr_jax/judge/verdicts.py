@@ -10,27 +10,27 @@ from typing import Literal
 
 from stepdr_jax.records import Judgment
 
-Mapping = Literal["strict", "ternary"]
-TERNARY = {"satisfied": 1.0, "partial": 0.5, "not": 0.0}
+ScoreMapping = Literal["strict", "ternary"]
+TERNARY = {"satisfied": 1.0, "partial": 0.5, "not_satisfied": 0.0}
 
 
 def strict_score(role: str, verdict: str) -> float | None:
     """The paper's asymmetric binary mapping (section 4.3.2).
 
     A positive rubric earns 1 only when fully satisfied. A negative rubric stays 0 only when the flaw is clearly absent
-    (`not`); a partial flaw is a flaw. Returns None for `error`.
+    (`not_satisfied`); a partial flaw is a flaw. Returns None for `error`.
     """
     if verdict == "error":
         return None
     if verdict not in TERNARY:
         raise ValueError(f"expected a verdict among {[*TERNARY, 'error']}, got {verdict!r}")
     if role == "negative":
-        return 0.0 if verdict == "not" else 1.0
+        return 0.0 if verdict == "not_satisfied" else 1.0
     return 1.0 if verdict == "satisfied" else 0.0
 
 
 def ternary_score(role: str, verdict: str) -> float | None:
-    """The ablation: satisfied 1, partial 0.5, not 0, for both signs. Returns None for `error`."""
+    """The ablation: satisfied 1, partial 0.5, not_satisfied 0, for both signs. Returns None for `error`."""
     if verdict == "error":
         return None
     if verdict not in TERNARY:
@@ -41,9 +41,9 @@ def ternary_score(role: str, verdict: str) -> float | None:
 SCORES = {"strict": strict_score, "ternary": ternary_score}
 
 
-def aggregate(
+def aggregate_reward(
     judgments: Iterable[Judgment],
-    mapping: Mapping = "strict",
+    mapping: ScoreMapping = "strict",
     max_missing: float = 0.1,
     *,
     fatal: Collection[str] = (),

@@ -16,11 +16,13 @@ from stepdr_jax.agent import policy, prompts, react
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.errors import UserError
 from stepdr_jax.progress import clock
-from stepdr_jax.records import Finish, Lang, Message, Task, Trajectory
+from stepdr_jax.records import Finish, Message, Task, Trajectory
 from stepdr_jax.reporting import research_page
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
+from stepdr_jax.text.scripts import question_language
 from tools_env.client import ToolsClient
 
-STAGES = ("ppo", "sft", "midtrain2", "midtrain1")  # best first
 # A large model behind an endpoint: the recipe's evaluation settings (30 turns, 16K tokens a turn, 128K context).
 ENDPOINT_LIMITS = Limits(
     max_turns=30, max_turn_tokens=16_384, max_episode_tokens=131_072, max_tool_calls=60, wall_seconds=1_800.0
@@ -28,11 +30,6 @@ ENDPOINT_LIMITS = Limits(
 OBSERVATION_LINES = 12  # of a tool result shown in the terminal; the written pages have them all
 OUTCOMES = {"tool_error": "tool error", "bad_arguments": "bad arguments", "budget_exhausted": "no calls left"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # pages must not steer the terminal
-
-
-def language(question: str) -> Lang:
-    """The language the agent is spoken to in: Chinese when the question has Chinese characters, else English."""
-    return "zh" if re.search(r"[\u3400-\u4dbf\u4e00-\u9fff]", question) else "en"
 
 
 def clean_question(words: list[str]) -> str:
@@ -50,7 +47,7 @@ def task(question: str, as_of: str) -> Task:
     except ValueError:
         raise UserError(f"--as_of: expected a date such as 2026-06-01, got {as_of!r}") from None
     digest = hashlib.sha256(question.encode()).hexdigest()[:10]
-    return Task(id=f"ask-{digest}", kind="report", lang=language(question), query=question, as_of=as_of)
+    return Task(id=f"ask-{digest}", kind="report", lang=question_language(question), query=question, as_of=as_of)
 
 
 def choose_stage(config: ConfigDict, wanted: str = "") -> str:
@@ -58,15 +55,16 @@ def choose_stage(config: ConfigDict, wanted: str = "") -> str:
 
     Raises UserError when there is none, with the command that makes one.
     """
-    home = Path(config.run_dir) / f"seed{config.seed}"
-    if wanted and wanted not in STAGES:
-        raise UserError(f"--stage: expected one of {', '.join(reversed(STAGES))}, got {wanted!r}")
-    for stage in [wanted] if wanted else STAGES:
-        if (home / stage / "done.json").exists():
+    layout, known = RunLayout.from_config(config), stages.policies()
+    if wanted and wanted not in known:
+        raise UserError(f"--stage: expected one of {', '.join(known)}, got {wanted!r}")
+    for stage in [wanted] if wanted else reversed(known):
+        if layout.stage(stage).done.exists():
             return stage
     what = f"no finished {wanted} checkpoint" if wanted else "no trained checkpoint"
     raise UserError(
-        f"{what} in {home}; run bash launch/quickstart.sh first, or ask a model of your own with --endpoint and --model"
+        f"{what} in {layout.seed_dir()}; run bash launch/quickstart.sh first, or ask a model of your own with --endpoint "
+        "and --model"
     )
 
 
@@ -79,7 +77,7 @@ def trained_policy(
     from stepdr_jax.tokens.tokenizer import Tokenizer
     from stepdr_jax.training import sampler
 
-    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer" / "tokenizer.json")
+    tokenizer = Tokenizer.load(RunLayout.from_config(config).tokenizer)
     asked = task(question, as_of)
     system = prompts.system_prompt(config.agent.prompt, as_of, (), asked.lang)
     messages = [Message(role="system", content=system), Message(role="user", content=question)]
@@ -170,7 +168,7 @@ def folder(config: ConfigDict, asked: Task, name: str, seed: int) -> Path:
     """Where the pages of a question go by default: the same command writes the same place."""
     words = re.sub(r"[^a-z0-9]+", "-", asked.query.lower()).strip("-")[:40].strip("-")
     slug = "-".join(part for part in (words, asked.id.removeprefix("ask-")) if part)
-    return Path(config.run_dir) / "research" / f"{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{seed}"
+    return RunLayout.from_config(config).research / f"{slug}-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{seed}"
 
 
 def summary(trajectory: Trajectory) -> str:

@@ -41,7 +41,7 @@ class Outcome:
     error: str
 
 
-def run(
+def run_module(
     module: str, arguments: Sequence[str], log_path: Path, on_line: Callable[[str], None], *, every: float = 0.5
 ) -> Outcome:
     """Runs `python -m module arguments` to its end. Its output goes line by line to the log and to `on_line`.
@@ -96,7 +96,7 @@ def describe(status: int) -> str:
         return "killed (signal 9); if nobody did it, the machine ran out of memory"
     if status < 0:
         return f"ended by signal {-status} ({signal.Signals(-status).name})"
-    return {1: "failed", 2: "stopped", 130: "interrupted", 143: "terminated", 75: "told to end; saved"}.get(
+    return {1: "failed", 2: "stopped", 130: "interrupted", 143: "terminated", 75: "preempted; saved"}.get(
         status, f"exit status {status}"
     )
 

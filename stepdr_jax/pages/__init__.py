@@ -1,5 +1,1 @@
-"""HTML pages that open offline: their templates, styles and plots."""
-
-from pathlib import Path
-
-TEMPLATES = Path(__file__).parent / "templates"
+"""HTML pages that open offline: one renderer, their templates, styles, plots, and the words that all of them use."""

@@ -1,8 +1,9 @@
 """Plots as small hand-written SVG figures that follow the page's light or dark theme.
 
-A figure is HTML: caption, legend, one `<svg>` in a fixed coordinate system that scales with its column. Colours are CSS
-variables (`--c0` ... `--c7`, the Okabe-Ito palette, adjusted for dark backgrounds), so nothing here knows the theme. Lines also
-carry their points in a `data-lines` attribute, which the page's script reads to show values under the pointer.
+A figure is HTML: caption, legend, one `<svg>` in a fixed coordinate system that scales with its column. Colours are
+CSS variables (`--c0` ... `--c7`, the Okabe-Ito palette, adjusted for dark backgrounds), so nothing here knows the
+theme. Lines also carry their points in a `data-lines` attribute, which the page's script reads to show values under
+the pointer.
 """
 
 import dataclasses
@@ -84,7 +85,8 @@ def line_chart(
         edge = y_axis(ceiling)
         if ceiling > floor:
             parts.append(
-                f'<rect class="band" x="{LEFT}" y="{edge:.1f}" width="{WIDTH - RIGHT - LEFT}" height="{y_axis(floor) - edge:.1f}"/>'
+                f'<rect class="band" x="{LEFT}" y="{edge:.1f}" width="{WIDTH - RIGHT - LEFT}" '
+                f'height="{y_axis(floor) - edge:.1f}"/>'
             )
         note = " ".join(part for part in (note, f"Normal: {_banded(band)}, shaded.") if part)
     if zero and y_axis.low < 0 < y_axis.high:
@@ -222,8 +224,10 @@ def bar_chart(
             width = max(axis(value) - left, 0.5)
             top_edge = bars + index * thick
             parts.append(
-                f'<rect class="f{index}" x="{left:.1f}" y="{top_edge:.1f}" width="{width:.1f}" height="{thick - 1.5}" rx="1.5"/>'
-                f'<text class="value" x="{left + width + 4:.1f}" y="{top_edge + thick / 2 + 3:.1f}">{number(value)}</text>'
+                f'<rect class="f{index}" x="{left:.1f}" y="{top_edge:.1f}" width="{width:.1f}" '
+                f'height="{thick - 1.5}" rx="1.5"/>'
+                f'<text class="value" x="{left + width + 4:.1f}" y="{top_edge + thick / 2 + 3:.1f}">'
+                f"{number(value)}</text>"
             )
         y += step
     return _figure(title, "".join(parts), legend(names), note, {}, title, height=height)
@@ -336,7 +340,7 @@ def _banded(band: tuple[float, float]) -> str:
 
 
 def _robust(values: Sequence[float]) -> tuple[float, float]:
-    """Limits that a few wild values (a first step, a spike) do not dictate: beyond 4 times the 2-98 % span they are cut."""
+    """Limits that ignore a few outliers (a first step, a spike): values beyond 4 times the 2-98 % span are cut."""
     ordered = sorted(values)
     inner_low, inner_high = ordered[int(0.02 * (len(ordered) - 1))], ordered[math.ceil(0.98 * (len(ordered) - 1))]
     span = inner_high - inner_low
@@ -366,7 +370,8 @@ def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     if y_label:
         middle = (TOP + floor) / 2
         parts.append(
-            f'<text class="axis" transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{_text(y_label)}</text>'
+            f'<text class="axis" transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">'
+            f"{_text(y_label)}</text>"
         )
     parts.append(_x_axis(x_axis, floor, x_label))
     return "".join(parts)
@@ -391,7 +396,8 @@ def _figure(
     caption = f'<p class="note">{_text(note)}</p>' if note else ""
     return (
         f'<figure class="plot"><figcaption>{_text(title)}</figcaption>{legend_html}'
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(told)}"{attributes}>{body}</svg>{caption}</figure>'
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{html.escape(told)}"{attributes}>{body}'
+        f"</svg>{caption}</figure>"
     )
 
 

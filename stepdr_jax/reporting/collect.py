@@ -1,7 +1,7 @@
-"""Reads a run directory into plain data for the report: whatever exists so far, nothing invented for what does not.
+"""Reads a run directory into plain data for the report.
 
-A part that is absent is None or empty; the report then names the command that makes it. A file that is there but damaged is a
-UserError, as everywhere.
+A part that does not exist yet is None or empty; the report then names the command that makes it. A damaged file is a
+UserError.
 """
 
 import collections
@@ -21,15 +21,10 @@ from typing import Any
 from stepdr_jax import files
 from stepdr_jax.evaluation import results
 from stepdr_jax.evaluation.results import Result
+from stepdr_jax.reporting.measures import flatten_row
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
 
-TRAINED = ("midtrain1", "midtrain2", "sft")
-TITLES = {
-    "init": "Untrained",
-    "midtrain1": "Mid-training I",
-    "midtrain2": "Mid-training II",
-    "sft": "SFT",
-    "ppo": "PPO",
-}
 STEP_KEYS = ("step", "iteration")
 
 
@@ -45,79 +40,63 @@ class Curves:
 class Run:
     """Everything the report reads. Keys of nested dicts: seed, then stage."""
 
-    path: Path
+    layout: RunLayout
     seeds: list[int]
     curves: dict[int, dict[str, Curves]]
-    qa: dict[int, dict[str, Curves]]  # milestones, over training tokens
-    events: dict[int, dict[str, list[dict[str, Any]]]]  # the diary of a training stage
+    qa: dict[int, dict[str, Curves]]  # of evaluation checkpoints, over training tokens
+    events: dict[int, dict[str, list[dict[str, Any]]]]  # the event log of a training stage
     done: dict[int, dict[str, dict[str, Any]]]
     evaluated: dict[str, list[Result]]  # stage -> rows of all seeds
     data: dict[str, Any]
     iterations: dict[int, list[Path]]  # ppo episode files in order
-    ledger: dict[str, dict[str, Any]]  # the quickstart's: "world" or "seed0.sft" -> seconds, peak_bytes
-    taught: list[dict[str, Any]]  # the teacher's trajectories, renamed copies left out
+    ledger: dict[str, dict[str, Any]]  # the quickstart's: "offline_web" or "seed0.sft" -> seconds, peak_bytes
+    teacher_episodes: list[dict[str, Any]]  # without renamed copies
 
     @property
     def first_seed(self) -> int:
         return self.seeds[0] if self.seeds else 0
 
 
-def collect(run_dir: str | os.PathLike) -> Run:
+def collect_run(run_dir: str | os.PathLike) -> Run:
     """Reads everything under `run_dir`, which may still be empty."""
-    path = Path(run_dir)
-    seeds = sorted(int(home.name[4:]) for home in path.glob("seed*") if home.is_dir() and home.name[4:].isdigit())
-    ledger = files.read_json(path / "stages.json") if (path / "stages.json").exists() else {}
-    taught = teacher_episodes(path)
-    run = Run(path, seeds, {}, {}, {}, {}, {}, data(path, taught), {}, ledger, taught)
+    layout = RunLayout.of_run_dir(run_dir)
+    seeds = layout.seeds()
+    ledger = files.read_json(layout.ledger) if layout.ledger.exists() else {}
+    episodes = read_teacher_episodes(layout)
+    run = Run(layout, seeds, {}, {}, {}, {}, {}, collect_data(layout, episodes), {}, ledger, episodes)
     for seed in seeds:
-        home = path / f"seed{seed}"
+        learned = {
+            stage.name: layout.stage(stage.name, seed) for stage in stages.STAGES if stage.unit and stage.planned
+        }
+        trained = {name: learned[name] for name in stages.trained()}
         run.curves[seed] = {
-            stage: curves(files.read_jsonl(home / stage / "metrics.jsonl"))
-            for stage in (*TRAINED, "ppo")
-            if (home / stage / "metrics.jsonl").exists()
+            name: read_curves(files.read_jsonl(stage.metrics))
+            for name, stage in learned.items()
+            if stage.metrics.exists()
         }
         run.qa[seed] = {
-            stage: curves(row | {"step": row["tokens"]} for row in files.read_jsonl(home / stage / "qa.jsonl"))
-            for stage in TRAINED
-            if (home / stage / "qa.jsonl").exists()
+            name: read_curves(row | {"step": row["tokens"]} for row in files.read_jsonl(stage.qa_rows))
+            for name, stage in trained.items()
+            if stage.qa_rows.exists()
         }
         run.events[seed] = {
-            stage: files.read_jsonl(home / stage / "events.jsonl")
-            for stage in TRAINED
-            if (home / stage / "events.jsonl").exists()
+            name: files.read_jsonl(stage.events) for name, stage in trained.items() if stage.events.exists()
         }
-        run.done[seed] = {
-            stage: files.read_json(home / stage / "done.json")
-            for stage in (*TRAINED, "ppo")
-            if (home / stage / "done.json").exists()
-        }
-        for stage in results.STAGES:
-            rows = home / "eval" / f"{stage}.jsonl"
+        run.done[seed] = {name: files.read_json(stage.done) for name, stage in learned.items() if stage.done.exists()}
+        for name in stages.evaluated():
+            rows = layout.evaluated(name, seed)
             if rows.exists():
-                run.evaluated.setdefault(stage, []).extend(results.read(rows))
-        run.iterations[seed] = sorted((home / "ppo" / "iterations").glob("[0-9]*.jsonl"))
-    run.evaluated = {stage: run.evaluated[stage] for stage in results.STAGES if stage in run.evaluated}
+                run.evaluated.setdefault(name, []).extend(results.read_results(rows))
+        run.iterations[seed] = sorted(learned["ppo"].iterations.glob("[0-9]*.jsonl"))
+    run.evaluated = {name: run.evaluated[name] for name in stages.evaluated() if name in run.evaluated}
     return run
 
 
-def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Numbers of a row under slash-joined names; anything else is left out."""
-    out: dict[str, float] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            out |= flatten(value, f"{prefix}{key}/")
-        elif isinstance(value, bool | int | float):
-            out[prefix + key] = float(value)
-        elif value is None:
-            out[prefix + key] = math.nan
-    return out
-
-
-def curves(rows: Iterable[dict[str, Any]]) -> Curves:
-    """Turns rows into curves over `step` or `iteration`; of rows with the same x the last counts (a resumed stage)."""
+def read_curves(rows: Iterable[dict[str, Any]]) -> Curves:
+    """Turns rows into curves over `step` or `iteration`; of rows with the same x (a resumed stage) the last counts."""
     by_x: dict[float, dict[str, float]] = {}
     for index, row in enumerate(rows):
-        flat = flatten(row)
+        flat = flatten_row(row)
         x = next((flat.pop(key) for key in STEP_KEYS if key in flat), float(index))
         by_x[x] = by_x.get(x, {}) | flat
     xs = sorted(by_x)
@@ -128,9 +107,9 @@ def curves(rows: Iterable[dict[str, Any]]) -> Curves:
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def teacher_episodes(run_dir: Path) -> list[dict[str, Any]]:
+def read_teacher_episodes(layout: RunLayout) -> list[dict[str, Any]]:
     """Trajectories that the teacher ran, kept and dropped; their renamed copies are left out."""
-    path = run_dir / "corpus" / "trajectories.jsonl"
+    path = layout.corpus / "trajectories.jsonl"
     return [row for row in _rows(path) if "copy_of" not in row.get("metadata", {})] if path.exists() else []
 
 
@@ -141,44 +120,44 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def data(run_dir: Path, taught: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the corpus, the prepared rows and the tokenizer; a key is absent when its file is."""
+def collect_data(layout: RunLayout, teacher_episodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the corpus, the packed data and the tokenizer; a key is absent when its file is."""
     out: dict[str, Any] = {}
-    corpus = run_dir / "corpus"
-    if (corpus / "card.json").exists():
-        out["card"] = files.read_json(corpus / "card.json")
-    if (corpus / "tasks.jsonl").exists():
-        rows = files.read_jsonl(corpus / "tasks.jsonl")
+    corpus = layout.corpus
+    if layout.corpus_card.exists():
+        out["card"] = files.read_json(layout.corpus_card)
+    if layout.tasks.exists():
+        rows = files.read_jsonl(layout.tasks)
         out["tasks"] = _count((row["kind"], row["lang"], row.get("split", "train")) for row in rows)
-    if taught:
-        kept = [row for row in taught if row.get("kept", True)]
+    if teacher_episodes:
+        kept = [row for row in teacher_episodes if row.get("kept", True)]
         out["trajectories"] = {
             "kept": len(kept),
-            "dropped": len(taught) - len(kept),
+            "dropped": len(teacher_episodes) - len(kept),
             "kept_by_capability": dict(collections.Counter(row.get("capability") or "other" for row in kept)),
             "dropped_by_reason": dict(
                 collections.Counter(
-                    _reason(row.get("drop_reason")) for row in taught if not row.get("kept", True)
+                    _reason(row.get("drop_reason")) for row in teacher_episodes if not row.get("kept", True)
                 ).most_common()
             ),
         }
-    if out.get("card", {}).get("reading"):
-        out["reading"] = out["card"]["reading"]
-    elif (corpus / "reading.jsonl").exists():
-        out["reading"] = dict(collections.Counter(row["component"] for row in _rows(corpus / "reading.jsonl")))
+    if out.get("card", {}).get("synthetic_documents"):
+        out["synthetic_documents"] = out["card"]["synthetic_documents"]
+    elif (path := corpus / "synthetic_documents.jsonl").exists():
+        out["synthetic_documents"] = dict(collections.Counter(row["component"] for row in _rows(path)))
     if (corpus / "documents.jsonl").exists():
         with open(corpus / "documents.jsonl", "rb") as lines:
             out["documents"] = sum(1 for _ in lines)
-    if (run_dir / "tokenizer" / "tokenizer.json").exists():
-        spec = files.read_json(run_dir / "tokenizer" / "tokenizer.json")
+    if layout.tokenizer.exists():
+        spec = files.read_json(layout.tokenizer)
         out["tokenizer"] = len(spec.get("model", {}).get("vocab", {})) + len(spec.get("added_tokens", []))
-    if (run_dir / "data" / "card.json").exists():
-        out["prepared"] = files.read_json(run_dir / "data" / "card.json")
+    if layout.data_card.exists():
+        out["prepared"] = files.read_json(layout.data_card)
     return out
 
 
 def _reason(text: str | None) -> str:
-    """A drop reason without its particulars: text before a colon or a number."""
+    """A drop reason without details: the text before a colon or a number."""
     return re.split(r"[:(\d]", text or "no reason given")[0].strip() or "other"
 
 
@@ -190,8 +169,8 @@ def _count(keys: Iterable[tuple[str, str, str]]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- machine
 
 
-def machine() -> dict[str, str]:
-    """Where this process runs, and with which versions; unknown things are left out."""
+def describe_machine() -> dict[str, str]:
+    """The machine of this process and its versions; unknown ones are omitted."""
     out = {"system": f"{platform.system()} {platform.release()}", "python": platform.python_version()}
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -225,5 +204,5 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def now() -> str:
+def local_time() -> str:
     return datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")

@@ -1,4 +1,4 @@
-"""One frame of the terminal dashboard: how every seed stands, and its metrics as numbers and sparklines, side by side."""
+"""The terminal dashboard: progress of every seed, and its metrics as numbers and sparklines, side by side."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from rich.text import Text
 from stepdr_jax.pages.plots import number
 from stepdr_jax.progress import clock
 from stepdr_jax.reporting import measures
-from stepdr_jax.reporting.following import STAGES, Followed, Watched
+from stepdr_jax.reporting.following import FollowedRun, FollowedStage
+from stepdr_jax.runtime import stages
 
 BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
-NAMES = {"midtrain1": "mid-training I", "midtrain2": "mid-training II", "sft": "SFT", "ppo": "PPO"}
 LABELS, VALUE, NORMAL = (20, 30), 9, 12  # columns; the wider labels from WIDE on
 WIDE = 120
 SHORTEST, LONGEST = 5, 40  # of a sparkline
 NOT_NEWS = ("start", "end", "milestone")
 
 
-def frame(
-    watched: Watched,
+def render_dashboard(
+    watched: FollowedRun,
     console: Console,
     *,
     stage: str = "",
@@ -42,7 +42,7 @@ def frame(
     shown = watched.of(stage) if stage else []
     if not shown:
         what = f"{stage} has" if stage else "no stage has"
-        return Group(Text(f"{watched.run_dir}: {what} written metrics yet; waiting", style="yellow"))
+        return Group(Text(f"{watched.layout.root}: {what} written metrics yet; waiting", style="yellow"))
     plain = console.options.ascii_only
     fitting = max(1, (console.width - LABELS[0]) // (VALUE + SHORTEST + 2))
     columns, hidden = shown[:fitting], shown[fitting:]
@@ -54,25 +54,24 @@ def frame(
     return Group(*head, Text(""), _table(stage, columns, console.width, room, plain), *tail)
 
 
-def _title(watched: Watched, stage: str, plain: bool) -> Text:
+def _title(watched: FollowedRun, stage: str, plain: bool) -> Text:
     cut = "crop" if plain else "ellipsis"
-    out = Text(str(watched.run_dir), style="bold", no_wrap=True, overflow=cut)
-    for name in STAGES:
+    out = Text(str(watched.layout.root), style="bold", no_wrap=True, overflow=cut)
+    for name in stages.with_metrics():
         made = watched.of(name)
         if made:
             all_done = all(one.done for one in made)
             mark = ("done" if plain else "✓") if all_done else "…" if not plain else "..."
-            out.append(f"  {NAMES.get(name, name)} {mark}", style="bold cyan" if name == stage else "dim")
+            out.append(f"  {stages.title_of(name)} {mark}", style="bold cyan" if name == stage else "dim")
     return out
 
 
-def _standing(one: Followed, totals: Mapping[str, int], now: float | None, plain: bool) -> Text:
+def _standing(one: FollowedStage, totals: Mapping[str, int], now: float | None, plain: bool) -> Text:
     """One line on one seed: how far, how fast, and whether rows still come."""
-    unit = "iteration" if one.stage.startswith("ppo") else "step"
     total = totals.get(one.stage)
     cut = "crop" if plain else "ellipsis"
     out = Text(f"seed {one.seed}  ", style="bold", no_wrap=True, overflow=cut)
-    out.append(f"{unit} {one.made:,}" + (f" of {total:,}" if total and total >= one.made else ""), style="")
+    out.append(f"{one.unit} {one.made:,}" + (f" of {total:,}" if total and total >= one.made else ""), style="")
     ago = clock(one.age(now))
     if one.done:
         out.append(f"  finished {ago} ago", style="green")
@@ -88,14 +87,14 @@ def _standing(one: Followed, totals: Mapping[str, int], now: float | None, plain
     return out
 
 
-def _seconds_left(one: Followed, total: int | None) -> float | None:
+def _seconds_left(one: FollowedStage, total: int | None) -> float | None:
     told, pace = one.last.get("eta_seconds", math.nan), one.row_seconds()
     if math.isfinite(told):
         return told
-    return pace * (total - one.made) if one.stage.startswith("ppo") and total and pace else None
+    return pace * (total - one.made) if one.unit == "iteration" and total and pace else None
 
 
-def _events(shown: Sequence[Followed], plain: bool, most: int = 3) -> list[Text]:
+def _events(shown: Sequence[FollowedStage], plain: bool, most: int = 3) -> list[Text]:
     """The last things that guards did."""
     news = [
         (event.get("time", 0.0), one.seed, event)
@@ -110,7 +109,7 @@ def _events(shown: Sequence[Followed], plain: bool, most: int = 3) -> list[Text]
     return out
 
 
-def _table(stage: str, columns: Sequence[Followed], width: int, room: int | None, plain: bool) -> Table:
+def _table(stage: str, columns: Sequence[FollowedStage], width: int, room: int | None, plain: bool) -> Table:
     label = LABELS[width >= WIDE]
     each = (width - label) // len(columns)
     with_normal = each * len(columns) - NORMAL - 1 >= len(columns) * (VALUE + 2 + 12)
@@ -126,7 +125,7 @@ def _table(stage: str, columns: Sequence[Followed], width: int, room: int | None
         table.add_column("normal", width=NORMAL, no_wrap=True, style="dim")
     names = [name for one in columns for row in one.rows.values() for name in row]
     group, left = None, room
-    for name, title, measure in measures.arranged(stage, names):
+    for name, title, measure in measures.arrange_metrics(stage, names):
         series = [one.series(name) for one in columns]
         if measure.quiet and not any(value and math.isfinite(value) for values in series for value in values):
             continue

@@ -1,43 +1,31 @@
-"""Follows the metrics of a run that may be on another machine: files only, read where they grew.
+"""Follows the metrics of a run, which may be on another machine, by reading what was appended to its files.
 
-A row counts when its line is whole. A file that was replaced or cut (a resumed stage drops rows past its checkpoint) is read
-again from its start.
+A row counts when its line is complete. A file that was replaced or truncated (a resumed stage drops rows after its
+checkpoint) is read again from its start.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import time
-from pathlib import Path
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.reporting.measures import derived
+from stepdr_jax.reporting.measures import derived_rates, flatten_row
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout, StageLayout
 
-STAGES = ("midtrain1", "midtrain2", "sft", "ppo", "ppo_replay")
 QUIET_SECONDS = 120.0  # without a row, and five times as long as rows usually take: worth saying
 KEYS = ("iteration", "step")
 
 
-def flat(row: dict, prefix: str = "") -> dict[str, float]:
-    """Numbers of a row under slash-joined names; null is NaN; anything else is left out."""
-    out: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, dict):
-            out |= flat(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float):
-            out[prefix + name] = float(value)
-        elif value is None:
-            out[prefix + name] = math.nan
-    return out
-
-
 @dataclasses.dataclass
-class Followed:
+class FollowedStage:
     """One stage of one seed. `rows`: x -> flat numbers; `poll` brings it up to date."""
 
-    home: Path
+    layout: StageLayout
     seed: int
     stage: str
     rows: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -50,9 +38,8 @@ class Followed:
 
     def poll(self) -> bool:
         """Reads what is new; returns whether there was anything. A file that is away for a moment changes nothing."""
-        path = self.home / "metrics.jsonl"
         try:
-            with open(path, "rb") as file:
+            with open(self.layout.metrics, "rb") as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
                 if identity != self._identity or status.st_size < self._offset:
@@ -66,24 +53,24 @@ class Followed:
         self.written = status.st_mtime
         for line in whole.split(b"\n")[:-1]:
             self._take(line)
-        done, self.done = self.done, (self.home / "done.json").exists()
+        done, self.done = self.done, self.layout.done.exists()
         self.events = self._events()
         return bool(whole) or done != self.done
 
     def _take(self, line: bytes) -> None:
         try:
-            row = flat(json.loads(line))
+            row = flatten_row(json.loads(line))
             x = next(int(row[key]) for key in KEYS if key in row)
         except (ValueError, AttributeError, StopIteration):
             self.unreadable += 1
             return
         for later in [old for old in self.rows if old > x]:  # a resumed stage does these again
             del self.rows[later]
-        self.rows[x] = row | derived(row)
+        self.rows[x] = row | derived_rates(row)
 
     def _events(self) -> list[dict]:
         try:
-            return files.read_jsonl(self.home / "events.jsonl")
+            return files.read_jsonl(self.layout.events)
         except (OSError, UserError):
             return []
 
@@ -94,7 +81,11 @@ class Followed:
     @property
     def made(self) -> int:
         """Iterations or steps behind it; iterations are numbered from 0."""
-        return max(self.rows) + (self.stage.startswith("ppo")) if self.rows else 0
+        return max(self.rows) + (self.unit == "iteration") if self.rows else 0
+
+    @property
+    def unit(self) -> str:
+        return stages.stage_named(self.stage).unit
 
     def series(self, name: str) -> list[float]:
         return [self.rows[x].get(name, math.nan) for x in sorted(self.rows)]
@@ -123,20 +114,19 @@ class Followed:
         return not self.done and self.age(now) > max(QUIET_SECONDS, 5 * (self.row_seconds() or 0.0))
 
 
-class Watched:
+class FollowedRun:
     """All stages of all seeds of a run directory that have rows so far."""
 
     def __init__(self, run_dir: str | os.PathLike):
-        self.run_dir = Path(run_dir)
-        self.stages: dict[tuple[int, str], Followed] = {}
+        self.layout = RunLayout.of_run_dir(run_dir)
+        self.stages: dict[tuple[int, str], FollowedStage] = {}
 
     def poll(self) -> bool:
         """Finds new stages and reads what is new in all; returns whether there was anything."""
-        for home in sorted(self.run_dir.glob("seed*")):
-            for stage in STAGES if home.name[4:].isdigit() else ():
-                key = (int(home.name[4:]), stage)
-                if key not in self.stages and (home / stage / "metrics.jsonl").exists():
-                    self.stages[key] = Followed(home / stage, *key)
+        for key in itertools.product(self.layout.seeds(), stages.with_metrics()):
+            layout = self.layout.stage(key[1], key[0])
+            if key not in self.stages and layout.metrics.exists():
+                self.stages[key] = FollowedStage(layout, *key)
         return any([followed.poll() for followed in self.stages.values()])
 
     @property
@@ -145,13 +135,17 @@ class Watched:
 
     def latest(self) -> str | None:
         """The stage to look at: of those that run the one whose rows came last, else the last of the recipe."""
+        order = stages.with_metrics()
         running = [one for one in self.stages.values() if not one.done]
         if running:
-            return max(running, key=lambda one: (one.written, STAGES.index(one.stage))).stage
+            return max(running, key=lambda one: (one.written, order.index(one.stage))).stage
+        # What the quickstart does not run (a replay) is shown only where there is nothing else.
         return max(
-            (stage for _, stage in self.stages), key=lambda stage: (stage == "ppo", STAGES.index(stage)), default=None
+            (stage for _, stage in self.stages),
+            key=lambda stage: (stages.stage_named(stage).planned, order.index(stage)),
+            default=None,
         )
 
-    def of(self, stage: str) -> list[Followed]:
+    def of(self, stage: str) -> list[FollowedStage]:
         """One per seed that has this stage."""
         return [self.stages[seed, stage] for seed in self.seeds if (seed, stage) in self.stages]

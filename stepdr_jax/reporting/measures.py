@@ -1,7 +1,7 @@
-"""What the metrics of a stage are called for a reader, in which order they matter, and what is normal.
+"""Titles, order and normal ranges of the metrics of a stage, for the dashboard and the report.
 
-The dashboard and the report's charts read it; docs/ppo.md and docs/training.md say what each means. Metrics that are not here
-are shown too, after these, under their own names.
+docs/ppo.md and docs/training.md explain each metric. Metrics that are not listed here are shown after these under their
+own names.
 """
 
 import dataclasses
@@ -9,21 +9,23 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
+from stepdr_jax.runtime import stages
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """One metric, or a family of them: `title` may use what `pattern` captured as {}."""
+    """One metric, or several that match `pattern`; {} in `title` is what the pattern captured."""
 
     group: str
     pattern: str
     title: str
-    low: float = -math.inf  # what is normal
+    low: float = -math.inf  # normal range
     high: float = math.inf
-    quiet: bool = False  # not shown while it is 0 throughout
+    quiet: bool = False  # hidden while all values are 0
 
     @property
     def normal(self) -> str:
-        """The band in words, "" where there is none."""
+        """The normal range as text, "" without one."""
         if self.low == self.high:
             return f"{self.low:g}"
         if math.isinf(self.low) and math.isinf(self.high):
@@ -36,11 +38,11 @@ class Measure:
         return math.isfinite(value) and not self.low <= value <= self.high
 
 
-PPO = (  # the most telling first: a low terminal shows only those
+PPO = (  # the most important first: a low terminal shows only those
     Measure("learning", r"reward", "reward"),
     Measure("learning", r"success", "correct"),
     Measure("learning", r"cited", "cited"),
-    Measure("learning", r"reward_std", "reward deviation", low=0.01),
+    Measure("learning", r"reward_std", "reward std", low=0.01),
     Measure("health", r"kl", "KL, nats"),
     Measure("health", r"kl_after", "KL after, nats"),
     Measure("health", r"entropy", "entropy, nats"),
@@ -53,16 +55,16 @@ PPO = (  # the most telling first: a low terminal shows only those
     Measure("health", r"skipped_updates", "skipped updates", low=0, high=0),
     Measure("health", r"guarded_updates", "guarded updates", low=0, high=0),
     Measure("health", r"repetition(?:/(.+))?", "repetition {}"),
-    Measure("health", r"(?:age|staleness)(?:/(.+))?", "age of samples {}", quiet=True),
+    Measure("health", r"staleness(?:/(.+))?", "staleness of samples {}", quiet=True),
     Measure("health", r"importance/(.+)", "importance {}"),
     Measure("ends", r"finish/(.+)", "{}", quiet=True),
     Measure("episode", r"turns", "turns"),
     Measure("episode", r"tool_calls", "tool calls"),
     Measure("episode", r"format_errors", "format errors"),
     Measure("episode", r"tool_errors", "tool errors", quiet=True),
-    Measure("episode", r"sampled_tokens", "tokens sampled"),
-    Measure("episode", r"given_tokens", "tokens given"),
-    Measure("speed", r"seconds", "s an iteration"),
+    Measure("episode", r"sampled_tokens", "sampled tokens"),
+    Measure("episode", r"observed_tokens", "observed tokens"),
+    Measure("speed", r"seconds", "s per iteration"),
     Measure("speed", r"seconds_sampling", "s sampling"),
     Measure("speed", r"seconds_training", "s training"),
     Measure("speed", r"sampled_per_second", "sampled tokens/s"),
@@ -73,7 +75,7 @@ PPO = (  # the most telling first: a low terminal shows only those
     Measure("learner", r"policy_loss", "policy loss"),
     Measure("learner", r"value_loss", "value loss"),
     Measure("learner", r"value_mean", "mean value"),
-    Measure("learner", r"advantage_std", "advantage deviation"),
+    Measure("learner", r"advantage_std", "advantage std"),
     Measure("learner", r"(actor|critic)_grad_norm", "{} gradient norm"),
     Measure("lengths", r"tokens_by_finish/(.+)", "tokens, {}", quiet=True),
 )
@@ -85,7 +87,7 @@ TRAINING = (
     Measure("speed", r"tokens_per_second", "tokens/s"),
     Measure("speed", r"mfu", "MFU", quiet=True),
     Measure("speed", r"goodput", "goodput", low=0.5),
-    Measure("speed", r"step_seconds/(.+)", "s a step, {}"),
+    Measure("speed", r"step_seconds/(.+)", "s per step, {}"),
     Measure("guards", r"skipped", "skipped, not finite", low=0, high=0),
     Measure("guards", r"spikes", "skipped, spikes"),
     Measure("sources", r"source_loss/(.+)", "source, {}"),
@@ -95,9 +97,9 @@ TRAINING = (
 NOT_SHOWN = re.compile(r"iteration|step|episodes|eta_seconds|slowest_host(/.*)?")
 
 
-def arranged(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]:
-    """(metric, title, measure) for every metric of `names` that a reader wants, in order; unknown ones last."""
-    known, names = PPO if stage.startswith("ppo") else TRAINING, list(dict.fromkeys(names))
+def arrange_metrics(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]:
+    """(metric, title, measure) for every metric of `names` that is shown, in order; unknown ones last."""
+    known, names = PPO if stages.stage_named(stage).program == "ppo" else TRAINING, list(dict.fromkeys(names))
     out, used = [], set()
     for measure in known:
         for name in names:
@@ -112,14 +114,27 @@ def arranged(stage: str, names: Iterable[str]) -> list[tuple[str, str, Measure]]
     return out
 
 
-def band(metric: str) -> tuple[float, float] | None:
-    """What is normal of a PPO metric; None where nothing is said of it."""
+def normal_band(metric: str) -> tuple[float, float] | None:
+    """The normal range of a PPO metric; None without one."""
     found = next((one for one in PPO if re.fullmatch(one.pattern, metric)), None)
     return (found.low, found.high) if found is not None and found.normal else None
 
 
-def derived(row: Mapping[str, float]) -> dict[str, float]:
-    """Rates that follow from a PPO row's own numbers."""
+def flatten_row(row: dict, prefix: str = "") -> dict[str, float]:
+    """Numbers of a row of metrics.jsonl under slash-joined names; null is NaN, other values are left out."""
+    out: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            out |= flatten_row(value, f"{prefix}{key}/")
+        elif isinstance(value, bool | int | float):
+            out[prefix + key] = float(value)
+        elif value is None:
+            out[prefix + key] = math.nan
+    return out
+
+
+def derived_rates(row: Mapping[str, float]) -> dict[str, float]:
+    """Rates computed from the numbers of a PPO row."""
     tokens, episodes, seconds = (row.get(name) for name in ("sampled_tokens", "episodes", "seconds_sampling"))
     if not tokens or not episodes or not seconds or not math.isfinite(tokens * episodes / seconds):
         return {}

@@ -1,7 +1,7 @@
 """The run report: one self-contained HTML file, and its numbers as JSON.
 
-It renders with whatever stages exist. Everything is inline, a content security policy forbids requests, and text from
-episodes reaches the page as escaped data only, so the file can be mailed and opened offline.
+It shows whatever stages exist. Everything is inline, a content security policy forbids requests, and text from episodes
+is escaped data only, so the file can be sent and opened offline.
 """
 
 import dataclasses
@@ -15,69 +15,61 @@ from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
 from stepdr_jax.evaluation import results
+from stepdr_jax.pages.render import embed_json
+from stepdr_jax.pages.wording import count_of, table
 from stepdr_jax.progress import clock
 from stepdr_jax.records import RubricSet, Task, Trajectory
 from stepdr_jax.reporting import collect, viewer
-from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections import data, evaluation, headline, ppo, training, wording
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.stages import title_of
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 CONTENTS = (
     ("result", "Result"),
-    ("data", "The data"),
+    ("data", "Data"),
     ("training", "Training"),
     ("ppo", "PPO"),
     ("evaluation", "Held-out evaluation"),
     ("episodes", "Episodes"),
-    ("limits", "What this does not show"),
+    ("limits", "Limitations"),
     ("reproduce", "How to reproduce"),
 )
-STAGE_COMMANDS = {  # stage -> module and flags
-    "world": "launch.world",
-    "synthesize": "launch.synthesize",
-    "build_data": "launch.build_data",
-    "midtrain1": "launch.midtrain --stage=midtrain1",
-    "midtrain2": "launch.midtrain --stage=midtrain2",
-    "sft": "launch.sft",
-    "ppo": "launch.ppo",
-    "evaluate": "launch.evaluate",
-    "report": "launch.report",
-}
 PPO_ITERATIONS = 6  # iterations of which the viewer shows episodes, spread over training
 TASKS_IN_VIEWER = 40  # evaluated tasks, the same for every stage
 TEACHER_EPISODES = 60
 EPISODES_PER_ITERATION = 12
 
 
-def write(config: ConfigDict, config_flags: str = "") -> Path:
+def write_report(config: ConfigDict, config_flags: str = "") -> Path:
     """Writes run_dir/report.html and run_dir/report.json; returns the path of the page.
 
     Args:
-        config: its run_dir is read; nothing else in it decides what the report says.
-        config_flags: the --config flags of the command line, repeated in the commands that the page names.
+        config: only its run_dir decides what is read; the rest is printed.
+        config_flags: the --config flags of the command line, repeated in the commands on the page.
     """
-    run = collect.collect(config.run_dir)
-    page, numbers = render(run, config, config_flags)
-    run.path.mkdir(parents=True, exist_ok=True)
-    files.write_json(run.path / "report.json", numbers)
-    path = run.path / "report.html"
-    files.write_atomic(path, page)
-    return path
+    run = collect.collect_run(config.run_dir)
+    page, numbers = render_report(run, config, config_flags)
+    run.layout.root.mkdir(parents=True, exist_ok=True)
+    files.write_json(run.layout.report_json, numbers)
+    files.write_atomic(run.layout.report, page)
+    return run.layout.report
 
 
-def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, dict[str, Any]]:
+def render_report(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, dict[str, Any]]:
     """Returns the page and its numbers."""
 
     def command(stage: str) -> str:
-        return " ".join(f"python -m {STAGE_COMMANDS[stage]} {config_flags}".split())
+        return " ".join(f"python -m {stages.stage_named(stage).command} {config_flags}".split())
 
-    machine, written = collect.machine(), collect.now()
+    machine, written = collect.describe_machine(), collect.local_time()
     summaries = {stage: results.summary(rows) for stage, rows in run.evaluated.items()}
     breakdowns = {
         stage: {field: results.breakdown(rows, field) for field in ("kind", "lang")}
         for stage, rows in run.evaluated.items()
     }
-    differences = evaluation.differences(run)
+    differences = evaluation.stage_differences(run)
     verdict = headline.result_sentences(run, differences)
     seconds = stage_seconds(run)
     total = sum(value for key, value in seconds.items() if key != "report")
@@ -91,25 +83,25 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         overview=headline.overview(run, summaries),
         timing=_timing(run, seconds),
         machine=_machine_sentence(machine),
-        data=data.section(run),
-        training=training.sections(run, command),
-        ppo=ppo.section(run),
-        evaluation=evaluation.section(run, summaries, differences, breakdowns),
+        data=data.data_section(run),
+        training=training.training_sections(run, command),
+        ppo=ppo.ppo_section(run),
+        evaluation=evaluation.evaluation_section(run, summaries, differences, breakdowns),
         viewer=dict(
             count=len(episodes),
             first=_first(episodes),
-            json=viewer.embed(episodes),
-            vocabulary=viewer.embed(_vocabulary(run, episodes)),
+            json=embed_json(episodes),
+            vocabulary=embed_json(_vocabulary(run, episodes)),
             sentence=_viewer_sentence(run, episodes),
         ),
         limits=evaluation.LIMITS,
         run_dir=str(config.run_dir),
-        commands=["bash launch/quickstart.sh", "", *(command(stage) for stage in STAGE_COMMANDS)],
+        commands=["bash launch/quickstart.sh", "", *(command(stage.name) for stage in stages.STAGES if stage.planned)],
         config_text=json.dumps(_plain(config), indent=1, ensure_ascii=False),
-        versions=wording.table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
+        versions=table(["", ""], [[name, value] for name, value in machine.items()], numeric=False),
         command=command,
     )
-    page = viewer.render("report.html.j2", context)
+    page = viewer.render_viewer_page("report.html.j2", context)
     numbers = dict(
         name=config.name,
         written=written,
@@ -119,7 +111,7 @@ def render(run: Run, config: ConfigDict, config_flags: str = "") -> tuple[str, d
         improved=verdict["tone"] == "good",
         stage_seconds=seconds,
         data={name: value for name, value in run.data.items() if name != "card"},
-        done={str(seed): stages for seed, stages in run.done.items()},
+        done={str(seed): made for seed, made in run.done.items()},
         evaluation={
             stage: dict(
                 summary=summaries[stage],
@@ -182,15 +174,11 @@ def _machine_sentence(machine: Mapping[str, str]) -> str:
     return "Machine that wrote this report: " + ", ".join(part for part in parts if part) + "."
 
 
-SHARED_STAGES = {"world": "World", "synthesize": "Synthesis", "build_data": "Data preparation"}
-SEED_STAGES = {stage: TITLES[stage] for stage in (*TRAINED, "ppo")} | {"evaluate": "Evaluation"}
-
-
 def stage_seconds(run: Run) -> dict[str, float]:
-    """Seconds by ledger key ("world", "seed0.sft", ...): the quickstart's ledger, else what a stage's done.json says."""
+    """Seconds by ledger key ("offline_web", "seed0.sft", ...), from the quickstart's ledger or else from done.json."""
     out = {}
-    for seed, stages in run.done.items():
-        for stage, done in stages.items():
+    for seed, made in run.done.items():
+        for stage, done in made.items():
             value = next(
                 (done[key] for key in ("seconds", "wall_seconds") if isinstance(done.get(key), int | float)), None
             )
@@ -201,47 +189,47 @@ def stage_seconds(run: Run) -> dict[str, float]:
 
 def _timing(run: Run, seconds: Mapping[str, float]) -> dict[str, Any]:
     several = len(run.seeds) > 1
-    head = ["Stage", *((f"seed {seed}" for seed in run.seeds) if several else ["Time"]), "Peak memory", "What it made"]
+    head = ["Stage", *((f"seed {seed}" for seed in run.seeds) if several else ["Time"]), "Peak memory", "Output"]
     rows = []
-    for stage, title in (SHARED_STAGES | SEED_STAGES).items():
-        keys = [stage] if stage in SHARED_STAGES else [f"seed{seed}.{stage}" for seed in run.seeds] or [stage]
+    for stage in (stage for stage in stages.STAGES if stage.planned and stage.name != "report"):
+        name = stage.name
+        keys = [name] if stage.shared else [f"seed{seed}.{name}" for seed in run.seeds] or [name]
         cells = [clock(seconds[key]) if key in seconds else _state(run, key) for key in keys]
         cells += [""] * (max(len(run.seeds), 1) - len(cells))
         peak = max((run.ledger.get(key, {}).get("peak_bytes", 0) for key in keys), default=0)
-        rows.append([title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _made(run, stage)])
-    return wording.table(head, rows, numeric=False)
+        rows.append([stage.title, *cells, f"{peak / 1e9:.1f} GB" if peak else "–", _output(run, name)])
+    return table(head, rows, numeric=False)
 
 
 def _state(run: Run, key: str) -> str:
-    """What is known of a stage without a time."""
+    """The state of a stage whose time is unknown."""
     seed, _, stage = key.rpartition(".")
     if not seed:
-        found = {"world": "documents", "synthesize": "tasks", "build_data": "prepared"}.get(stage)
-        return "done" if found in run.data else "not run"
+        return "done" if (run.layout.root / stages.stage_named(stage).output).exists() else "not run"
     number = int(seed.removeprefix("seed"))
     if stage == "evaluate":
         evaluated = [name for name, rows in run.evaluated.items() if any(row.seed == number for row in rows)]
-        return "done" if "ppo" in evaluated else "in part" if evaluated else "not run"
+        return "done" if "ppo" in evaluated else "partial" if evaluated else "not run"
     if stage in run.done.get(number, {}):
         return "done"
-    return "in part" if stage in run.curves.get(number, {}) else "not run"
+    return "partial" if stage in run.curves.get(number, {}) else "not run"
 
 
-def _made(run: Run, stage: str) -> str:
+def _output(run: Run, stage: str) -> str:
     found = run.data
-    if stage == "world" and found.get("documents"):
-        return wording.counted(found["documents"], "page")
+    if stage == "offline_web" and found.get("documents"):
+        return count_of(found["documents"], "page")
     if stage == "synthesize" and found.get("tasks"):
         kept = found.get("trajectories", {}).get("kept", 0)
-        return f"{wording.counted(sum(row['count'] for row in found['tasks']), 'task')}, {wording.counted(kept, 'trajectory', 'trajectories')}"
+        tasks = sum(row["count"] for row in found["tasks"])
+        return f"{count_of(tasks, 'task')}, {count_of(kept, 'trajectory', 'trajectories')}"
     if stage == "build_data" and found.get("prepared"):
         return f"{found['prepared']['tokens']:,} tokens"
     if stage == "evaluate" and run.evaluated:
-        return wording.counted(sum(map(len, run.evaluated.values())), "episode")
+        return count_of(sum(map(len, run.evaluated.values())), "episode")
     curves = run.curves.get(run.first_seed, {}).get(stage)
     if curves and curves.x:
-        unit = "iteration" if stage == "ppo" else "step"
-        return wording.made(curves, unit)
+        return wording.progress_text(curves, stages.stage_named(stage).unit)
     return "–"
 
 
@@ -250,21 +238,21 @@ def _made(run: Run, stage: str) -> str:
 
 def episodes_for_viewer(run: Run, max_bytes: int = viewer.MAX_BYTES) -> list[dict[str, Any]]:
     """A bounded sample: the same held-out tasks at every stage, PPO episodes with token detail, and the teacher's."""
-    tasks = _by(run.path / "corpus" / "tasks.jsonl", Task, "id")
-    rubrics = _by(run.path / "corpus" / "rubrics.jsonl", RubricSet, "task_id")
-    groups = [*_evaluated(run, tasks, rubrics), *_practised(run, tasks, rubrics), _taught(run, tasks)]
-    return viewer.choose([group for group in groups if group], max_bytes)
+    tasks = _by(run.layout.tasks, Task, "id")
+    rubrics = _by(run.layout.rubrics, RubricSet, "task_id")
+    groups = [*_evaluated(run, tasks, rubrics), *_rollouts(run, tasks, rubrics), _teacher_episodes(run, tasks)]
+    return viewer.take_in_turn([group for group in groups if group], max_bytes)
 
 
 def _by(path: Path, kind: type, field: str) -> dict[str, Any]:
-    return {getattr(row, field): row for row in records.read(path, kind)} if path.exists() else {}
+    return {getattr(row, field): row for row in records.read_records(path, kind)} if path.exists() else {}
 
 
 def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
     if not run.evaluated:
         return []
     last = [row for row in run.evaluated[list(run.evaluated)[-1]] if row.sample == 0 and row.seed == run.first_seed]
-    order = viewer.spread(
+    order = viewer.stratify(
         last, lambda row: (row.kind, row.lang, row.correct, row.reward is not None and row.reward >= 1)
     )
     wanted = {row.task_id: rank for rank, row in enumerate(order[:TASKS_IN_VIEWER])}
@@ -275,8 +263,8 @@ def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
             chosen.sort(key=lambda row: wanted[row.task_id])
             groups.append(
                 [
-                    viewer.from_result(
-                        row, tasks.get(row.task_id), rubrics.get(row.task_id), f"held out, {TITLES[stage]}"
+                    viewer.evaluated_episode(
+                        row, tasks.get(row.task_id), rubrics.get(row.task_id), f"held out, {title_of(stage)}"
                     )
                     for row in (chosen if seed == run.first_seed else chosen[:8])
                 ]
@@ -284,7 +272,7 @@ def _evaluated(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
     return groups
 
 
-def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
+def _rollouts(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
     """PPO episodes of some iterations, with values and advantages per token."""
     groups = []
     for seed in run.seeds:
@@ -292,14 +280,14 @@ def _practised(run: Run, tasks, rubrics) -> list[list[dict[str, Any]]]:
         count = min(len(paths), PPO_ITERATIONS if seed == run.first_seed else 2)
         picked = [paths[round(i * (len(paths) - 1) / max(count - 1, 1))] for i in range(count)]
         for file in dict.fromkeys(reversed(picked)):
-            rows = viewer.spread(files.read_jsonl(file), _practice_stratum)
+            rows = viewer.stratify(files.read_jsonl(file), _rollout_stratum)
             rows.sort(key=lambda row: "tokens" not in row)  # few rows have token detail; those come first
             rows = [{"iteration": int(file.stem)} | row for row in rows[:EPISODES_PER_ITERATION]]
-            groups.append([viewer.practised(row, None, seed=seed, tasks=tasks, rubrics=rubrics) for row in rows])
+            groups.append([viewer.rollout_episode(row, None, seed=seed, tasks=tasks, rubrics=rubrics) for row in rows])
     return groups
 
 
-def _practice_stratum(row: Mapping[str, Any]) -> tuple:
+def _rollout_stratum(row: Mapping[str, Any]) -> tuple:
     reward = (row.get("verdict") or {}).get("reward")
     return (
         row["trajectory"]["finish"],
@@ -309,24 +297,27 @@ def _practice_stratum(row: Mapping[str, Any]) -> tuple:
     )
 
 
-def _taught(run: Run, tasks) -> list[dict[str, Any]]:
-    rows = viewer.spread(
-        run.taught, lambda row: (row.get("capability"), row.get("kept", True), str(row.get("drop_reason"))[:24])
+def _teacher_episodes(run: Run, tasks) -> list[dict[str, Any]]:
+    rows = viewer.stratify(
+        run.teacher_episodes,
+        lambda row: (row.get("capability"), row.get("kept", True), str(row.get("drop_reason"))[:24]),
     )
     return [
-        viewer.episode(Trajectory.model_validate(row), None, where="teacher", seed=None, task=tasks.get(row["task_id"]))
+        viewer.episode_row(
+            Trajectory.model_validate(row), None, where="teacher", seed=None, task=tasks.get(row["task_id"])
+        )
         for row in rows[:TEACHER_EPISODES]
     ]
 
 
 def _vocabulary(run: Run, episodes: list[dict[str, Any]]) -> dict[str, Any]:
     ids = {id_ for row in episodes if "tokens" in row for id_ in row["tokens"]["ids"]}
-    path = run.path / "tokenizer" / "tokenizer.json"
-    return viewer.vocabulary(ids, Tokenizer.load(path).piece) if ids and path.exists() else {}
+    path = run.layout.tokenizer
+    return viewer.token_texts(ids, Tokenizer.load(path).piece) if ids and path.exists() else {}
 
 
 def _first(episodes: list[dict[str, Any]]) -> int:
-    """The episode to open with: of the last stage, good, and with the longest way to it."""
+    """The episode to show first: of the last stage, with full reward, with the most steps."""
 
     def rank(index: int) -> tuple:
         row = episodes[index]
@@ -340,12 +331,13 @@ def _viewer_sentence(run: Run, episodes: list[dict[str, Any]]) -> str:
     places = len({row["where"] for row in episodes})
     detailed = sum("tokens" in row for row in episodes)
     sentence = (
-        f"{wording.counted(len(episodes), 'episode')} from {wording.counted(places, 'place')} in the recipe, a sample that keeps "
-        f"this file small; the others are in {run.path}. Citations lead to the passage that the episode observed."
+        f"{count_of(len(episodes), 'episode')} from {count_of(places, 'place')} in the recipe, a sample that keeps "
+        f"this file small; the others are in {run.layout.root}. Citations link to passages that the episode observed."
     )
     if detailed:
         sentence += (
-            " Episodes of PPO iterations also show, for every sampled token, the critic's value, the advantage and both "
-            "log-probabilities; choose one under “where”. All of them: python -m launch.trajectories."
+            " Some episodes of PPO iterations also show, for every sampled token, the critic's value, the advantage "
+            "and the log-probabilities of sampler and trainer; choose an iteration under “where”. For all PPO episodes "
+            "run python -m launch.trajectories."
         )
     return sentence

@@ -1,28 +1,29 @@
-"""A cited answer as a page to read: Markdown, and one self-contained HTML file.
+"""A cited answer as Markdown and as one self-contained HTML file.
 
-Citations become numbered notes. A citation that resolves to no passage of the episode is shown as unresolved, never hidden.
-Everything from the episode is untrusted text: escaped in HTML, and stripped of markup characters that could forge structure
-where it enters Markdown link text.
+Citations become numbered notes. A citation of no passage of the episode is shown as unresolved, never hidden. All text
+from the episode is untrusted: it is escaped in HTML, and in Markdown link text it loses the characters that could forge
+markup.
 """
 
 import html
 import re
 from urllib.parse import urlsplit
 
-import jinja2
 import markupsafe
 
-from stepdr_jax.pages import TEMPLATES
-from stepdr_jax.records import Finish, Source, Trajectory
-from stepdr_jax.reporting.viewer import CITATION, cited, segments
+from stepdr_jax.pages.render import render_page
+from stepdr_jax.records import Finish, ObservedSource, Trajectory
+from stepdr_jax.reporting.viewer import distinct_citations, split_segments
+from stepdr_jax.text.citations import CITATION
+from stepdr_jax.text.scripts import question_language
 
 AUTHORITY = {0: "unknown or unreliable", 1: "ordinary", 2: "authoritative"}
 ENDINGS = {
-    Finish.MAX_TURNS: "the turns were used up",
-    Finish.MAX_TOKENS: "the context was full",
-    Finish.BUDGET: "the tool calls were used up",
+    Finish.MAX_TURNS: "the limit of turns was reached",
+    Finish.MAX_TOKENS: "the limit of tokens was reached",
+    Finish.BUDGET: "the limit of tool calls was reached",
     Finish.FORMAT: "the last turn was neither a tool call nor an answer",
-    Finish.WALL_CLOCK: "the time was up",
+    Finish.WALL_CLOCK: "the time limit was reached",
     Finish.INFRA_FAILED: "the tool host or the model failed",
     Finish.CANCELLED: "it was cancelled",
 }
@@ -50,7 +51,7 @@ def render_markdown(trajectory: Trajectory, query: str) -> str:
         lines.append("")
     searches = _searches(trajectory)
     if searches:
-        lines += ["## How it was found", "", *(f"- {_one_line(text)}" for text in searches), ""]
+        lines += ["## Steps", "", *(f"- {_one_line(text)}" for text in searches), ""]
     lines += ["---", "", _footer(trajectory), ""]
     return "\n".join(lines)
 
@@ -70,30 +71,23 @@ def render_html(trajectory: Trajectory, query: str) -> str:
                 details=_details(source) if source else "",
             )
         )
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    context = dict(
+        query=query,
+        lang=question_language(query),
+        paragraphs=_paragraphs(trajectory.answer or "", numbers, sources),
+        no_answer="" if trajectory.answer else _no_answer(trajectory),
+        notes=notes,
+        steps=_steps(trajectory),
+        footer=_footer(trajectory),
     )
-    return (
-        environment.get_template("research.html.j2")
-        .render(
-            query=query,
-            lang="zh" if re.search(r"[\u4e00-\u9fff]", query) else "en",
-            paragraphs=_paragraphs(trajectory.answer or "", numbers, sources),
-            no_answer="" if trajectory.answer else _no_answer(trajectory),
-            notes=notes,
-            steps=_steps(trajectory),
-            footer=_footer(trajectory),
-            css=markupsafe.Markup((TEMPLATES / "style.css").read_text() + (TEMPLATES / "research.css").read_text()),
-        )
-        .lstrip()
-    )
+    return render_page("research.html.j2", context, styles=["style.css", "research.css"])
 
 
 def _numbers(trajectory: Trajectory) -> dict[str, int]:
-    return {id_: number for number, id_ in enumerate(cited(trajectory.answer), 1)}
+    return {id_: number for number, id_ in enumerate(distinct_citations(trajectory.answer), 1)}
 
 
-def _marks(ids: str, numbers: dict[str, int], sources: dict[str, Source]) -> str:
+def _marks(ids: str, numbers: dict[str, int], sources: dict[str, ObservedSource]) -> str:
     marks = [f"[{numbers[i]}]" if i in sources else f"[{numbers[i]}, unresolved]" for i in _split(ids)]
     return "".join(marks)
 
@@ -102,7 +96,7 @@ def _split(ids: str) -> list[str]:
     return [part.strip() for part in ids.split(",") if part.strip()]
 
 
-def _paragraphs(answer: str, numbers: dict[str, int], sources: dict[str, Source]) -> list[markupsafe.Markup]:
+def _paragraphs(answer: str, numbers: dict[str, int], sources: dict[str, ObservedSource]) -> list[markupsafe.Markup]:
     """Escaped paragraphs with citation marks that link to their notes."""
 
     def mark(ids: str) -> str:
@@ -127,7 +121,7 @@ def _steps(trajectory: Trajectory) -> list[tuple[str, str]]:
     out = []
     for message in trajectory.messages:
         if message.role == "assistant":
-            out += [(kind, text) for kind, text in segments(message.content) if kind != "answer"]
+            out += [(kind, text) for kind, text in split_segments(message.content) if kind != "answer"]
         elif message.role == "tool":
             out.append(("observation", message.content))
     return out
@@ -146,11 +140,11 @@ def _searches(trajectory: Trajectory) -> list[str]:
     return out
 
 
-def _is_web(source: Source) -> bool:
+def _is_web(source: ObservedSource) -> bool:
     return urlsplit(source.url).scheme in ("http", "https")
 
 
-def _details(source: Source) -> str:
+def _details(source: ObservedSource) -> str:
     return ", ".join(
         [source.published_at or "no date", f"authority: {AUTHORITY.get(source.authority, str(source.authority))}"]
     )
@@ -164,7 +158,7 @@ def _no_answer(trajectory: Trajectory) -> str:
 def _footer(trajectory: Trajectory) -> str:
     stats = trajectory.stats
     parts = [f"Written by {trajectory.policy}"]
-    for name, word in (("turns", "turns"), ("tool_calls", "tool calls"), ("sampled_tokens", "tokens written")):
+    for name, word in (("turns", "turns"), ("tool_calls", "tool calls"), ("sampled_tokens", "tokens sampled")):
         if name in stats:
             parts.append(f"{stats[name]:.0f} {word}")
     if "wall_seconds" in stats:

@@ -1,7 +1,7 @@
 """The trajectory page: the recorded episodes of PPO iterations in one HTML file, token by token.
 
-What a list needs of an episode is unpacked when the page opens; everything else lies deflated in blocks that are unpacked when
-one of their episodes is looked at. Nothing is fetched, so the file can be copied off a cluster and opened anywhere.
+The list of episodes is unpacked when the page opens; everything else is in compressed blocks, each of which is unpacked
+when one of its episodes is shown. Nothing is fetched, so the file can be copied from a cluster and opened anywhere.
 """
 
 import json
@@ -14,13 +14,14 @@ import numpy as np
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
+from stepdr_jax.pages.render import embed_json, pack_json
+from stepdr_jax.pages.wording import count_of
 from stepdr_jax.reporting import viewer
-from stepdr_jax.reporting.collect import now
-from stepdr_jax.reporting.sections import wording
+from stepdr_jax.reporting.collect import local_time
 from stepdr_jax.rl import recordings
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
-BLOCK_BYTES = 400_000  # of JSON: small enough to unpack at a key press, large enough to pack well
+BLOCK_BYTES = 400_000  # of JSON: small enough to unpack at a key press, large enough to compress well
 LISTED = (
     "link",
     "iteration",
@@ -38,7 +39,7 @@ LISTED = (
 QUERY_CHARACTERS = 200  # of the question, in the list
 
 
-def iterations_of(directory: Path, wanted: str = "") -> list[int]:
+def select_iterations(directory: Path, wanted: str = "") -> list[int]:
     """The recorded iterations of a folder, in order.
 
     Args:
@@ -63,7 +64,7 @@ def iterations_of(directory: Path, wanted: str = "") -> list[int]:
     return sorted(chosen)
 
 
-def write(
+def write_trajectories_page(
     directory: Path,
     out: Path,
     *,
@@ -78,10 +79,10 @@ def write(
     """Writes the page; returns counts: episodes, shown, bytes.
 
     Args:
-        directory: of recordings.
-        tasks, rubrics: by task id; where they lack one, the page shows the trajectory's own question and no criteria.
-        max_bytes: of packed episodes. Every iteration gets an even share, episodes with values first; the page says what was
-            left out.
+        directory: of recordings. tasks, rubrics: by task id; without them the page shows the trajectory's own
+        question and no criteria. max_bytes: of packed episodes. Every iteration gets an equal share, episodes with
+        values first; the page says how
+            many were omitted.
 
     Raises UserError when a recording is damaged.
     """
@@ -92,8 +93,8 @@ def write(
         seen += len(held)
         held.sort(key=lambda pair: "values" not in pair[0])  # stable
         left = max_bytes * (number + 1) / len(iterations) - sum(map(len, packed))
-        for block in _blocks(recordings.paths(directory, iteration)[0], held, seed, tasks, rubrics):
-            text = viewer.pack([_body(row) for row in block])
+        for block in _blocks(recordings.recording_paths(directory, iteration)[0], held, seed, tasks, rubrics):
+            text = pack_json([_body(row) for row in block])
             if len(text) > left and packed:
                 break
             left -= len(text)
@@ -106,15 +107,15 @@ def write(
             packed.append(text)
     rows.sort(key=lambda row: (row["iteration"], row["index"]))
     detailed = sum(row.get("detailed", False) for row in rows)
-    page = viewer.render(
+    page = viewer.render_viewer_page(
         "trajectories.html.j2",
         dict(
             title=title,
             sentence=_sentence(iterations, rows, seen, detailed),
-            written=f"{directory}, {now()}",
-            rows=viewer.pack(rows),
-            vocabulary=viewer.pack(viewer.vocabulary(ids, tokenizer.piece)),
-            scales=viewer.embed({name: _scale(values) for name, values in sizes.items()}),
+            written=f"{directory}, {local_time()}",
+            rows=pack_json(rows),
+            vocabulary=pack_json(viewer.token_texts(ids, tokenizer.piece)),
+            scales=embed_json({name: _scale(values) for name, values in sizes.items()}),
             blocks=packed,
             first=max(range(len(rows)), key=lambda i: _interest(rows[i]), default=0),
         ),
@@ -124,22 +125,22 @@ def write(
 
 
 def _interest(row: Mapping[str, Any]) -> tuple:
-    """What to open with: values to see, late in training, much done."""
+    """Rank for the episode to show first: with values, late in training, with many turns."""
     return (row.get("detailed", False), row["iteration"], row.get("turns") or 0, row.get("reward") or 0)
 
 
 def _recorded(directory: Path, iteration: int) -> list[tuple[dict, dict | None]]:
-    rows, logs = recordings.paths(directory, iteration)
+    rows, logs = recordings.recording_paths(directory, iteration)
     if logs.exists():
-        return recordings.read(directory, iteration)[1]
-    return [(row, None) for row in files.read_jsonl(rows)]  # an iteration whose token logs were not copied
+        return recordings.read_recording(directory, iteration)[1]
+    return [(row, None) for row in files.read_jsonl(rows)]  # the token logs of this iteration were not copied
 
 
 def _blocks(rows: Path, held, seed, tasks, rubrics) -> Iterator[list[dict]]:
     block, size = [], 0
     for number, (row, log) in enumerate(held):
         try:
-            made = viewer.practised(row, log, seed=seed, tasks=tasks, rubrics=rubrics) | {"index": row["index"]}
+            made = viewer.rollout_episode(row, log, seed=seed, tasks=tasks, rubrics=rubrics) | {"index": row["index"]}
         except (KeyError, TypeError, ValueError) as error:
             said = " ".join(str(error).split())[:160]
             raise UserError(
@@ -155,7 +156,7 @@ def _blocks(rows: Path, held, seed, tasks, rubrics) -> Iterator[list[dict]]:
 
 
 def _listed(row: dict[str, Any], block: int, at: int) -> dict[str, Any]:
-    """What the list shows, filters and sorts by, and where the rest is."""
+    """What the list shows, filters and sorts by, and the block that has the rest."""
     out = {name: row[name] for name in (*LISTED, "index") if row.get(name) is not None}
     out |= {"query": row["query"][:QUERY_CHARACTERS], "seed": row["seed"], "block": block, "at": at}
     out |= {name: row["stats"].get(field) for name, field in (("sampled", "sampled_tokens"), ("turns", "turns"))}
@@ -172,7 +173,7 @@ def _body(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(tokens: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Series that the page colours by, where the episode has them."""
+    """The series of an episode that the page can color by."""
     out = {name: np.asarray(tokens[name], float) for name in ("advantage", "value", "sampler") if name in tokens}
     if "trainer" in tokens and "sampler" in tokens:
         out["gap"] = np.asarray(tokens["trainer"], float) - out["sampler"]
@@ -180,7 +181,7 @@ def _numbers(tokens: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _scale(values: list[np.ndarray]) -> float:
-    """What the strongest colour stands for in all episodes: few tokens are beyond it."""
+    """The value of the strongest color in all episodes: one token in a hundred is beyond it."""
     joined = np.concatenate(values)
     return float(f"{np.quantile(joined, 0.99):.2g}") if joined.size else 0.0
 
@@ -188,7 +189,8 @@ def _scale(values: list[np.ndarray]) -> float:
 def _sentence(iterations: Sequence[int], rows: Sequence[dict], seen: int, detailed: int) -> str:
     several = len(iterations) > 1
     where = f"iterations {iterations[0]} to {iterations[-1]}" if several else f"iteration {iterations[0]}"
-    said = f"{wording.counted(len(rows), 'episode')} of {where}, {detailed:,} with values and advantages."
+    said = f"{count_of(len(rows), 'episode')} of {where}, {detailed:,} with values and advantages."
     if len(rows) < seen:
-        said += f" {seen - len(rows):,} more were left out to keep this file small; --only=ITERATION shows one iteration alone."
+        omitted = f" {seen - len(rows):,} more were omitted to keep this file small"
+        said += f"{omitted}; --only=ITERATION shows a single iteration."
     return said

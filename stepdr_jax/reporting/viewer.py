@@ -1,33 +1,28 @@
-"""The episodes that a report carries for its trajectory viewer: a bounded, stratified sample as plain JSON.
+"""Episodes as plain JSON for the trajectory viewer of the report and of the trajectory page.
 
-Text in episodes comes from web pages and models and is untrusted: it travels as data (`embed` escapes it for a script element)
-and the page's script puts it on screen with textContent only.
+Text in episodes comes from web pages and models and is untrusted: it travels as data (`pages.render.embed_json`), and
+the page's script displays it with textContent only.
 """
 
-import base64
 import json
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import markupsafe
-
 from stepdr_jax.evaluation.results import Result
-from stepdr_jax.pages import TEMPLATES
+from stepdr_jax.pages.render import render_page
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
+from stepdr_jax.text.citations import cited_ids
 
 MAX_BYTES = 3_000_000  # of embedded JSON
-CITATION = re.compile(r"\\cite\{([^{}]*)\}")
 TAGS = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL)
 SCRIPTS = ("page.js", "viewer_tokens.js", "viewer_episode.js", "viewer.js")
 STYLES = ("style.css", "viewer.css")
 KINDS = {"think": "thought", "tool_call": "call", "answer": "answer"}
 
 
-def segments(content: str) -> list[tuple[str, str]]:
+def split_segments(content: str) -> list[tuple[str, str]]:
     """Splits an assistant turn into (thought | call | answer | text, text) in order; unclosed tags run to the end."""
     out, at = [], 0
     for match in TAGS.finditer(content):
@@ -37,13 +32,12 @@ def segments(content: str) -> list[tuple[str, str]]:
     return [(kind, text.strip()) for kind, text in out if text.strip()]
 
 
-def cited(text: str | None) -> list[str]:
+def distinct_citations(text: str | None) -> list[str]:
     """Citation ids of a text in order of first appearance."""
-    ids = (part.strip() for match in CITATION.finditer(text or "") for part in match[1].split(","))
-    return list(dict.fromkeys(id_ for id_ in ids if id_))
+    return list(dict.fromkeys(id_ for id_ in cited_ids(text or "") if id_))
 
 
-def episode(
+def episode_row(
     trajectory: Trajectory,
     verdict: Verdict | None,
     *,
@@ -54,13 +48,13 @@ def episode(
     tokens: Mapping[str, Any] | None = None,
     missing: str | None = None,
 ) -> dict[str, Any]:
-    """One episode for the page. `where` is the stage or iteration as a person would say it."""
+    """One episode for the page. `where` names its stage or iteration for readers."""
     rubrics = {rubric.rid: rubric for rubric in rubric_set.rubrics} if rubric_set else {}
     steps = []
     for message in trajectory.messages:
         step: dict[str, Any] = {"role": message.role}
         if message.role == "assistant":
-            step["parts"] = segments(message.content)
+            step["parts"] = split_segments(message.content)
         else:
             step["text"] = message.content
         if message.error:
@@ -102,12 +96,12 @@ def episode(
         out["missing"] = missing
     if tokens:
         out["tokens"] = dict(tokens)
-    out["outcome"] = outcome(out)
+    out["outcome"] = episode_outcome(out)
     return out
 
 
-def outcome(row: Mapping[str, Any]) -> str:
-    """One word for the filter: how the episode went."""
+def episode_outcome(row: Mapping[str, Any]) -> str:
+    """How the episode ended, for the page's filter."""
     if row.get("dropped"):
         return "dropped"
     if row.get("missing"):
@@ -121,8 +115,8 @@ def outcome(row: Mapping[str, Any]) -> str:
     return "full reward" if row["reward"] >= 1 else "part reward"
 
 
-def from_result(result: Result, task: Task | None, rubric_set: RubricSet | None, where: str) -> dict[str, Any]:
-    return episode(
+def evaluated_episode(result: Result, task: Task | None, rubric_set: RubricSet | None, where: str) -> dict[str, Any]:
+    return episode_row(
         result.trajectory,
         result.verdict,
         where=where,
@@ -133,15 +127,15 @@ def from_result(result: Result, task: Task | None, rubric_set: RubricSet | None,
     )
 
 
-def practised(
+def rollout_episode(
     row: Mapping[str, Any], log: Mapping[str, Any] | None, *, seed: int | None, tasks: Mapping, rubrics: Mapping
 ) -> dict[str, Any]:
-    """A recorded PPO episode.
+    """A recorded episode of PPO.
 
     Args:
         row: of an iteration's .jsonl (rl/recordings.py).
-        log: the arrays of its token log; None where only the row's own lists, which few episodes have, are at hand.
-        tasks, rubrics: by task id; they may lack this one.
+        log: the arrays of its token log; None when only the row's own lists are available, which few episodes have.
+        tasks, rubrics: by task id; this one may be absent.
     """
     trajectory = Trajectory.model_validate(row["trajectory"])
     missing = None
@@ -154,7 +148,7 @@ def practised(
         row[name] if row.get(name) is not None else None if log is None else log[name]
         for name in ("tokens", "sampled", "version")
     )
-    out = episode(
+    out = episode_row(
         trajectory,
         Verdict.model_validate(row["verdict"]) if row.get("verdict") else None,
         where=f"PPO, iteration {row['iteration']}",
@@ -180,14 +174,14 @@ def token_detail(
     series: Mapping[str, Sequence[float] | None],
     version: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """An episode's ids with per-token numbers, short enough to embed: {"ids", "runs", "version", <name of a series>...}.
+    """An episode's token ids and per-token numbers, rounded: {"ids", "runs", "version", <name of a series>...}.
 
-    `runs` are lengths of what was given and sampled in turn, given first. Numbers of given tokens are not kept: nothing was
-    decided there.
+    `runs` are the lengths of alternating runs of observed and sampled tokens, observed first. Only sampled tokens have
+    numbers.
 
     Args:
-        series: name -> numbers [T]; None or a wrong length leaves it out.
-        version: of the weights that sampled, per token.
+        series: name -> numbers [T]; None or another length: left out.
+        version: of the weights that sampled each token.
     """
     flags = [bool(flag) for flag in sampled]
     runs, now = [0], False
@@ -206,8 +200,8 @@ def token_detail(
     return out
 
 
-def vocabulary(ids: Iterable[int], piece: Callable[[int], bytes]) -> dict[str, str | list[int]]:
-    """What the ids stand for: text, or bytes where a token is not whole characters (Chinese ones often are not)."""
+def token_texts(ids: Iterable[int], piece: Callable[[int], bytes]) -> dict[str, str | list[int]]:
+    """Token id -> text, or bytes where a token is not whole characters (frequent in Chinese)."""
     out: dict[str, str | list[int]] = {}
     for id_ in sorted(set(ids)):
         raw = piece(id_)
@@ -218,7 +212,7 @@ def vocabulary(ids: Iterable[int], piece: Callable[[int], bytes]) -> dict[str, s
     return out
 
 
-def choose(groups: Sequence[Sequence[dict[str, Any]]], max_bytes: int = MAX_BYTES) -> list[dict[str, Any]]:
+def take_in_turn(groups: Sequence[Sequence[dict[str, Any]]], max_bytes: int = MAX_BYTES) -> list[dict[str, Any]]:
     """Takes episodes from every group in turn, each group in its own order, until the JSON would pass `max_bytes`."""
     taken: list[list[dict[str, Any]]] = [[] for _ in groups]
     size, rank = 0, 0
@@ -234,7 +228,7 @@ def choose(groups: Sequence[Sequence[dict[str, Any]]], max_bytes: int = MAX_BYTE
     return [row for rows in taken for row in rows]
 
 
-def spread(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
+def stratify(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
     """Reorders rows so that every prefix has as many different keys as it can: round robin over strata."""
     strata: dict[Any, list[Any]] = {}
     for row in rows:
@@ -247,41 +241,9 @@ def spread(rows: Iterable[Any], key: Callable[[Any], Any]) -> list[Any]:
     return out
 
 
-def embed(value: Any) -> str:
-    """JSON that is safe inside <script type="application/json">: no character that could end the element."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character, escaped in (
-        ("<", "\\u003c"),
-        (">", "\\u003e"),
-        ("&", "\\u0026"),
-        ("\u2028", "\\u2028"),
-        ("\u2029", "\\u2029"),
-    ):
-        text = text.replace(character, escaped)
-    return text
-
-
-def pack(value: Any) -> str:
-    """JSON, deflated, in base64: text for <script type="text/plain"> that the page unpacks when it is looked at."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    squeezed = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)  # without zlib's header: "deflate-raw" of browsers
-    return base64.b64encode(squeezed.compress(text.encode()) + squeezed.flush()).decode()
-
-
-def render(template: str, context: Mapping[str, Any]) -> str:
-    """A page of `templates`, with the styles and scripts of the viewer as `css` and `script`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    assets = {
-        name: markupsafe.Markup("".join((TEMPLATES / file).read_text() for file in parts))
-        for name, parts in (("css", STYLES), ("script", SCRIPTS))
-    }
-    return environment.get_template(template).render({**context, **assets}).lstrip()
+def render_viewer_page(template: str, context: Mapping[str, Any]) -> str:
+    """A page with the styles and scripts of the viewer."""
+    return render_page(template, context, styles=STYLES, scripts=SCRIPTS)
 
 
 def _short(value: float | None, digits: int = 4) -> float | None:

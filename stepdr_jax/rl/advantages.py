@@ -1,7 +1,8 @@
-"""Advantages over sampled tokens. One action mask decides everything; observation tokens do not exist here.
+"""Advantages over sampled tokens, selected by one action mask; observation tokens are skipped.
 
-Arrays are episode-major [B, T] and indexed by the token: at a sampled token t, `values` is the critic's value of the state
-that t was sampled in, that is of tokens 0..t-1. Whatever stands at given tokens has no influence on any result.
+Shape suffixes: B episodes, T tokens of an episode, M tokens under a mask. Arrays are indexed by token: at a sampled
+token t, `values` is the critic's value of the state in which t was sampled, i.e. of tokens 0..t-1. Values at observed
+tokens have no influence on any result.
 """
 
 import jax
@@ -25,8 +26,8 @@ def place_rewards(rewards_B: np.ndarray, action_mask_BT: np.ndarray) -> np.ndarr
 def gae(rewards_BT, values_BT, action_mask_BT, gamma, lam) -> tuple[jax.Array, jax.Array]:
     """Generalised advantage estimation along the sampled tokens of each row.
 
-    Time counts sampled tokens: the value that follows a turn's last token is that of the next turn's first one, however
-    long the observation between them. After the last sampled token the value is 0 (the episode has ended). With
+    Time counts sampled tokens: after a turn's last token comes the next turn's first one, however long the observation
+    between them. After the last sampled token the value is 0 (the episode has ended). With
     gamma = lam = 1 an advantage is the return minus the value.
 
     Args:
@@ -36,7 +37,7 @@ def gae(rewards_BT, values_BT, action_mask_BT, gamma, lam) -> tuple[jax.Array, j
         gamma, lam: discount and trace decay per sampled token.
 
     Returns:
-        (advantages_BT, returns_BT) float32, zero at given tokens; returns = advantages + values.
+        (advantages_BT, returns_BT) float32, zero at observed tokens; returns = advantages + values.
     """
     rewards_BT = jnp.where(action_mask_BT, rewards_BT, 0.0).astype(jnp.float32)
     values_BT = jnp.where(action_mask_BT, values_BT, 0.0).astype(jnp.float32)
@@ -69,7 +70,7 @@ def whiten(values_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
 
 
 def explained_variance(values_BT: np.ndarray, returns_BT: np.ndarray, mask_BT: np.ndarray) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 perfect, 0 no better than a constant. 0 if undefined."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 perfect, 0 no better than a constant, or undefined."""
     returns_M = returns_BT[mask_BT].astype(np.float64)
     if returns_M.size == 0 or returns_M.var() < 1e-12:
         return 0.0

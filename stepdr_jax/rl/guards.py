@@ -1,20 +1,21 @@
-"""What an iteration of PPO may look like before the run stops, or leaves the actor as it was: `ppo.guard`.
+"""Limits on an iteration of PPO (`ppo.guard`): beyond one the run stops, or the actor keeps its weights.
 
-Gradients that are not finite are skipped by the optimizer step itself (`ppo.apply`); here are the ways in which a policy
-goes wrong with finite numbers. Every judgement is a function of one iteration, so a run that is resumed judges the same.
+The optimizer step skips gradients that are not finite (`ppo.apply_gradient`); these limits catch a policy that degrades
+with finite numbers. Each check is a function of one iteration, so a resumed run decides the same.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
-ACTIONS = ("stop", "skip")
+from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """Limits; 0 means none. With `skip` an iteration that breaks one leaves the actor as it was, else it ends the run.
+    """Limits; 0 means none. An iteration beyond one ends the run or, with `skip`, leaves the actor unchanged.
 
-    max_kl: of kl_after. min_entropy: nats a sampled token. max_repetition: share of episodes that repeat themselves.
+    max_kl: of kl_after. min_entropy: nats a sampled token. max_repetition: share of episodes with repetitive text.
     """
 
     max_kl: float = 0.0
@@ -23,17 +24,17 @@ class Guard:
     skip: bool = False
 
     @classmethod
-    def of(cls, section) -> "Guard":
-        """From the config's ppo.guard."""
+    def from_config(cls, section: ConfigDict) -> "Guard":
+        """Reads the config's ppo.guard."""
         return cls(section.max_kl, section.min_entropy, section.max_repetition, section.action == "skip")
 
     @property
-    def undoes(self) -> bool:
-        """Whether an update that has been made may have to be undone: its KL divergence is known only afterwards."""
+    def may_undo(self) -> bool:
+        """Whether a finished update may have to be undone: its KL divergence is known only afterwards."""
         return self.skip and self.max_kl > 0
 
     def problem(self, metrics: Mapping[str, float | None]) -> str | None:
-        """Which metric is beyond its limit, with both values; None when all that are there are within."""
+        """A sentence about the first metric beyond its limit, with both values; None when all are within."""
         for name, limit, low, what in (
             ("entropy", self.min_entropy, True, "min_entropy"),
             ("repetition", self.max_repetition, False, "max_repetition"),
@@ -47,12 +48,12 @@ class Guard:
         return None
 
 
-class Stop(Exception):
-    """An iteration broke a limit, and the guard says to stop. The message is `Guard.problem`'s."""
+class GuardStop(Exception):
+    """An iteration is beyond a limit and the guard's action is stop. The message is that of `Guard.problem`."""
 
 
-def advice(problem: str, home, iteration: int, saved: int) -> str:
-    """The one line that a person reads: what happened, where to look, what to do."""
+def advice(problem: str, directory: Path, iteration: int, saved: int) -> str:
+    """The one line for the user: what happened, where to look, what to do. `directory` is that of the stage."""
     field = problem.split("ppo.guard.")[1].split(" ")[0]
     remedy = {
         "min_entropy": "a higher ppo.entropy_coefficient or a lower ppo.actor_learning_rate",
@@ -60,7 +61,8 @@ def advice(problem: str, home, iteration: int, saved: int) -> str:
         "max_kl": "a lower ppo.actor_learning_rate or fewer ppo.actor_minibatches",
     }[field]
     return (
-        f"ppo iteration {iteration}: {problem}; read its episodes in {home}/iterations/{iteration:04d}.jsonl. The checkpoint "
-        f"of iteration {saved} and the episodes since are kept: the same command with --config.ppo.guard.{field}=VALUE (0 = "
-        f"no limit) or --config.ppo.guard.action=skip goes on from there; to train anew with {remedy}, delete {home}"
+        f"ppo iteration {iteration}: {problem}; read its episodes in {directory}/iterations/{iteration:04d}.jsonl. The "
+        f"checkpoint of iteration {saved} and the episodes since are kept: to continue, run the same command with "
+        f"--config.ppo.guard.{field}=VALUE (0 = no limit) or --config.ppo.guard.action=skip; to start again with "
+        f"{remedy}, delete {directory}"
     )

@@ -1,7 +1,9 @@
-"""One PPO iteration on finished episodes: values, advantages, critic updates, actor updates, and what they did.
+"""One PPO iteration on finished rollouts: values, advantages, critic updates, actor updates and their metrics.
 
-With `PPOConfig.offload` a part of the state is in device memory only while a program of its network runs; between calls all
-of it waits in pinned host memory. Numbers do not depend on it.
+With `PPOConfig.offload` a part of the state is in device memory only while a program of its network runs; otherwise it
+is in pinned host memory. Results do not depend on it.
+
+Shape suffixes: E episodes, T tokens of an episode, A actions of a microbatch, M tokens or episodes under a mask.
 """
 
 import concurrent.futures
@@ -9,7 +11,7 @@ import dataclasses
 import enum
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,19 +24,22 @@ from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.rl import advantages, guards, ppo
 from stepdr_jax.rl.guards import Guard
+from stepdr_jax.rl.rollout_metrics import evenly_spaced
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
 from stepdr_jax.training.program import order_of, parallel_of
 
-KL_EPISODES = 16  # of an iteration, on which the policy before and after an update are compared
+Params = dict[str, Any]  # a tree of arrays, as of `qwen2.param_shapes`
+LearnerState = dict[str, Params]  # of `init_state`
+KL_EPISODES = 16  # of an iteration, on which the policies before and after the update are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """The `ppo` section as the learner reads it, plus the row length and the seed."""
+    """The `ppo` section as the learner reads it, plus the length of a packed row and the seed."""
 
-    settings: ppo.Settings
+    settings: ppo.ProgramSettings
     actor_optimizer: optax.GradientTransformation
     critic_optimizer: optax.GradientTransformation
     gamma: float
@@ -45,26 +50,26 @@ class PPOConfig:
     loss_aggregation: str
     whiten: bool
     tis_cap: float
-    rows: int
-    context: int
+    microbatch_sequences: int  # packed rows
+    seq_len: int  # tokens of a packed row
     seed: int
     order: np.ndarray | None = None  # of a row's tokens on a mesh; None gathers actions instead
-    offload: bool = False  # what is not at work waits in pinned host memory
-    staleness: int = 0  # iterations that the sampler's weights are behind; above 0 the state keeps those weights
+    offload: bool = False  # keep idle state in pinned host memory
+    staleness: int = 0  # iterations that the sampler's weights lag behind; above 0 the state holds those weights
     guard: Guard = Guard()
 
     @classmethod
     def from_config(cls, config: ConfigDict, model: Qwen2Config, mesh: jax.sharding.Mesh | None = None) -> "PPOConfig":
-        """From the config; with a mesh, rows are split over it. Raises UserError for sizes that it does not divide."""
+        """From the config; rows are sharded over `mesh`. Raises UserError for sizes that it does not divide."""
         c = config.ppo
-        context = config.agent.max_episode_tokens
+        seq_len = config.agent.max_episode_tokens
         parallel, order = Parallel(remat=c.remat), None
         if mesh is not None and mesh.size > 1:
             parallel = parallel_of(config, "ppo", mesh, model)
-            order = order_of(parallel, context)
-            order = np.arange(context) if order is None else order
+            order = order_of(parallel, seq_len)
+            order = np.arange(seq_len) if order is None else order
         return cls(
-            settings=ppo.Settings(
+            settings=ppo.ProgramSettings(
                 model=model,
                 temperature=c.temperature,
                 clip=c.clip,
@@ -84,23 +89,28 @@ class PPOConfig:
             loss_aggregation=c.loss_aggregation,
             whiten=c.whiten,
             tis_cap=c.tis_cap,
-            rows=c.microbatch_sequences,
-            context=context,
+            microbatch_sequences=c.microbatch_sequences,
+            seq_len=seq_len,
             seed=config.seed,
             order=order,
             offload=config.placement.offload == "idle",
             staleness=c.staleness,
-            guard=Guard.of(c.guard),
+            guard=Guard.from_config(c.guard),
         )
 
+    def pack(self, episodes: EpisodeArrays, members: Sequence[int] | np.ndarray, *, tight: bool = True):
+        """`ppo.pack` with this config's shapes."""
+        rows, seq_len = self.microbatch_sequences, self.seq_len
+        return ppo.pack(episodes, members, rows=rows, seq_len=seq_len, tight=tight, order=self.order)
 
-def init_state(actor: dict, config: PPOConfig, key: jax.Array) -> dict[str, Any]:
+
+def init_state(actor: Params, config: PPOConfig, key: jax.Array) -> LearnerState:
     """{"params", "critic", "params_moments", "critic_moments"}: the actor is "params", as in every stage's checkpoint.
 
-    The critic's decoder starts as the actor's, its head at zero. With staleness there is "behaviour", too: the weights that
-    the next iteration's episodes are sampled with.
+    The critic's decoder starts as a copy of the actor's, its head at zero. With staleness there is also "behaviour":
+    the weights that sample the next iteration's episodes.
     """
-    actor = jax.tree.map(jax.numpy.copy, actor)  # steps donate their parameters; the caller's stay alive
+    actor = jax.tree.map(jax.numpy.copy, actor)  # updates donate their parameters; the caller's stay valid
     critic = value_head.init_value_params(actor, config.settings.model, key)
     behaviour = {"behaviour": jax.tree.map(jax.numpy.copy, actor)} if config.staleness else {}
     return behaviour | {
@@ -113,7 +123,7 @@ def init_state(actor: dict, config: PPOConfig, key: jax.Array) -> dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Details:
-    """Per token, for logs and the trajectory viewer: float32[E, T], zero where nothing was sampled."""
+    """Per token, for logs and the trajectory viewer: float32[E, T], 0 at observed tokens."""
 
     values_ET: np.ndarray
     advantages_ET: np.ndarray  # before whitening
@@ -121,38 +131,67 @@ class Details:
 
 
 def update(
-    state: dict[str, Any],
+    state: LearnerState,
     episodes: EpisodeArrays,
     config: PPOConfig,
     iteration: int,
-    reference: dict | None = None,
+    reference: Params | None = None,
     known: Mapping[str, Any] = types.MappingProxyType({}),
-) -> tuple[dict[str, Any], dict[str, float], Details]:
+) -> tuple[LearnerState, dict[str, float], Details]:
     """Runs one iteration; `state` is consumed (its arrays are donated).
 
-    Old log-probabilities and values are the trainer's own, computed before any update. Masked episodes enter nothing.
-    With no episode left the state comes back unchanged.
+    Old log-probabilities and values are the trainer's own, computed before any update. Masked episodes have no
+    influence. If no episode is left the parameters come back unchanged.
 
     Args:
         state: of `init_state`.
-        episodes: arrays of `rollouts.arrays`.
+        episodes: arrays of `rollouts.rollout_arrays`.
         config: see PPOConfig.
         iteration: number of this iteration; decides the minibatch order and whether the actor is trained yet.
         reference: frozen policy parameters, needed when kl_coefficient is not 0.
-        known: metrics of these episodes that the guard looks at beside the learner's own.
+        known: metrics of these episodes that the guard checks beside the learner's own.
 
     Returns:
         (state, metrics, details).
 
     Raises:
-        guards.Stop: a limit of the guard is broken, and it does not skip.
+        guards.GuardStop: a metric is beyond a limit of the guard, whose action is stop.
     """
-    state, mask_ET = dict(state), episodes.action_mask_ET
+    state = dict(state)
     if config.staleness:
-        [state["behaviour"]] = _kept(config, state["params"])
-    (old_ET, entropy_ET, reference_ET), values_ET = _at_once(
-        lambda: _old_logprobs(*_for_reading(state["params"], reference), episodes, config),
-        lambda: _old_values(*_for_reading(state["critic"]), episodes, config),
+        [state["behaviour"]] = _copies(config, state["params"])
+    per_action, metrics, details = _targets(state, episodes, config, reference)
+    if not episodes.action_mask_ET.any():
+        return state, metrics | {"skipped_updates": 0.0, "guarded_updates": 0.0}, details
+    train_actor = iteration >= config.critic_warmup_iterations
+    guarded = train_actor and _exceeds(config.guard, {**known, **metrics})
+    train_actor = train_actor and not guarded
+    names = ("params", "params_moments")
+    before = _copies(config, *(state[name] for name in names)) if train_actor and config.guard.may_undo else []
+    networks = list(_Network) if train_actor else [_Network.CRITIC]
+    trained = _run_independent(
+        *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks), config=config
+    )
+    skipped = 0.0
+    for new_metrics, bad in trained:
+        metrics, skipped = metrics | new_metrics, skipped + bad
+    if train_actor and config.guard.max_kl:
+        metrics["kl_after"] = _kl_after(_on_device(state["params"]), details.logprobs_ET, episodes, config)
+        guarded = _exceeds(config.guard, metrics)
+        if guarded:
+            state |= dict(zip(names, before, strict=True))
+    metrics["guarded_updates"] = float(guarded)
+    return state, metrics | {"skipped_updates": skipped}, details
+
+
+def _targets(
+    state: LearnerState, episodes: EpisodeArrays, config: PPOConfig, reference: Params | None
+) -> tuple[dict[str, np.ndarray], dict[str, float], Details]:
+    """What the losses need per action, [E, T] each, with the metrics known before the update, and the details."""
+    mask_ET = episodes.action_mask_ET
+    (old_ET, entropy_ET, reference_ET), values_ET = _run_independent(
+        lambda: _old_logprobs(_on_device(state["params"]), reference and _on_device(reference), episodes, config),
+        lambda: _old_values(_on_device(state["critic"]), episodes, config),
         config=config,
     )
     rewards_ET = advantages.place_rewards(episodes.rewards_E, mask_ET)
@@ -164,10 +203,6 @@ def update(
     if config.tis_cap:
         importance_ET, more = _importance(old_ET, episodes, config.tis_cap)
         metrics |= more
-    details = Details(values_ET, raw_ET, old_ET)
-    if not mask_ET.any():
-        return state, metrics | {"skipped_updates": 0.0, "guarded_updates": 0.0}, details
-
     per_action = dict(
         advantage=advantages.whiten(raw_ET, mask_ET) if config.whiten else raw_ET,
         old_logprob=old_ET,
@@ -176,31 +211,13 @@ def update(
         reference_logprob=reference_ET,
         importance=importance_ET,
     )
-    acts = iteration >= config.critic_warmup_iterations
-    guarded = acts and _breaks(config.guard, {**known, **metrics})
-    acts = acts and not guarded
-    parts = ("params", "params_moments")
-    before = _kept(config, *(state[part] for part in parts)) if acts and config.guard.undoes else []
-    networks = list(_Network) if acts else [_Network.CRITIC]
-    trained = _at_once(
-        *(functools.partial(_train, n, state, episodes, per_action, config, iteration) for n in networks), config=config
-    )
-    skipped = 0.0
-    for new_metrics, bad in trained:
-        metrics, skipped = metrics | new_metrics, skipped + bad
-    if acts and config.guard.max_kl:
-        metrics["kl_after"] = _kl_after(*_for_reading(state["params"]), old_ET, episodes, config)
-        guarded = _breaks(config.guard, metrics)
-        if guarded:
-            state |= dict(zip(parts, before, strict=True))
-    metrics["guarded_updates"] = float(guarded)
-    return state, metrics | {"skipped_updates": skipped}, details
+    return per_action, metrics, Details(values_ET, raw_ET, old_ET)
 
 
-def _breaks(guard: Guard, metrics: Mapping[str, float]) -> bool:
+def _exceeds(guard: Guard, metrics: Mapping[str, float | None]) -> bool:
     problem = guard.problem(metrics)
     if problem and not guard.skip:
-        raise guards.Stop(problem)
+        raise guards.GuardStop(problem)
     return problem is not None
 
 
@@ -211,13 +228,15 @@ class _Network(enum.StrEnum):
     ACTOR = "params"
 
 
-def _at_once(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
-    """Results of independent works. On a CPU in threads: their small programs leave cores idle. Same results either way.
+def _run_independent(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
+    """Runs independent functions and returns their results, which do not depend on how they run.
+
+    On a CPU in threads: their small programs leave cores idle.
 
     Elsewhere one after the other: programs with collectives must start in the same order on every device and host, and
-    what is to wait on the host must make room first.
+    idle state must be moved to the host first.
     """
-    if len(works) == 1 or jax.default_backend() != "cpu" or config.settings.sharded or config.offload:
+    if len(works) == 1 or jax.default_backend() != "cpu" or config.settings.mesh is not None or config.offload:
         return [work() for work in works]
     with concurrent.futures.ThreadPoolExecutor(len(works)) as threads:
         return [running.result() for running in [threads.submit(work) for work in works]]
@@ -226,60 +245,60 @@ def _at_once(*works: Callable[[], Any], config: PPOConfig) -> list[Any]:
 _copied = jax.jit(lambda tree: jax.tree.map(jax.numpy.copy, tree))
 
 
-def _kept(config: PPOConfig, *trees: Any) -> list[Any]:
-    """Copies that outlive an update, where the state waits."""
-    copies = (_copied(memory.copied(tree, memory.DEVICE)) for tree in trees)
+def _copies(config: PPOConfig, *trees: Any) -> list[Any]:
+    """Copies that outlive an update, in the memory where the state rests."""
+    copies = (_copied(_on_device(tree)) for tree in trees)
     return [memory.moved(copy, memory.HOST) if config.offload else copy for copy in copies]
 
 
-def _for_reading(*trees: Any) -> list[Any]:
-    """The trees in device memory; what waits on the host stays there, too."""
-    return [None if tree is None else memory.copied(tree, memory.DEVICE) for tree in trees]
+def _on_device(tree: Any) -> Any:
+    """The tree in device memory; a copy on the host is kept."""
+    return memory.copied(tree, memory.DEVICE)
 
 
-def _old_logprobs(actor, reference, episodes: EpisodeArrays, config: PPOConfig):
+def _old_logprobs(
+    actor: Params, reference: Params | None, episodes: EpisodeArrays, config: PPOConfig
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Log-probability and entropy of every action now, and its log-probability under the reference (0 without one)."""
     old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
-    for micro in ppo.pack(episodes, range(len(old_ET)), rows=config.rows, context=config.context, order=config.order):
-        logprob_N, entropy_N = ppo.logprobs(actor, micro.rows, settings=config.settings)
-        micro.scatter(distributed.whole(logprob_N), old_ET)
-        micro.scatter(distributed.whole(entropy_N), entropy_ET)
+    for micro in config.pack(episodes, range(len(old_ET))):
+        logprob_A, entropy_A = ppo.logprobs(actor, micro.rows, settings=config.settings)
+        micro.scatter(distributed.whole(logprob_A), old_ET)
+        micro.scatter(distributed.whole(entropy_A), entropy_ET)
         if config.settings.kl_coefficient:
-            expected_N = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
-            micro.scatter(distributed.whole(expected_N), reference_ET)
+            expected_A = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
+            micro.scatter(distributed.whole(expected_A), reference_ET)
     return old_ET, entropy_ET, reference_ET
 
 
-def _kl_after(actor, old_ET, episodes: EpisodeArrays, config: PPOConfig) -> float:
-    """Mean k3 estimate a token of KL(policy before || policy now) on at most KL_EPISODES episodes, evenly spaced."""
+def _kl_after(actor: Params, old_ET: np.ndarray, episodes: EpisodeArrays, config: PPOConfig) -> float:
+    """Mean k3 estimate per token of KL(policy before || policy now) on at most KL_EPISODES episodes, evenly spaced."""
     kept = np.flatnonzero(episodes.kept_E)
-    members = kept[np.linspace(0, len(kept) - 1, min(KL_EPISODES, len(kept))).round().astype(int)]
+    members = kept[evenly_spaced(len(kept), KL_EPISODES)]
     now_ET, read_ET = np.zeros_like(old_ET), np.zeros(old_ET.shape, bool)
-    for micro in ppo.pack(episodes, members, rows=config.rows, context=config.context, order=config.order):
+    for micro in config.pack(episodes, members):
         micro.scatter(distributed.whole(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
     read_ET[members] = episodes.action_mask_ET[members]
-    change_N = (now_ET - old_ET)[read_ET].astype(np.float64)
-    return float(np.mean(np.exp(change_N) - 1 - change_N))
+    change_A = (now_ET - old_ET)[read_ET].astype(np.float64)
+    return float(np.mean(np.exp(change_A) - 1 - change_A))
 
 
-def _old_values(critic, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:
+def _old_values(critic: Params, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:
     values_ET = np.zeros(episodes.tokens_ET.shape, np.float32)
-    for micro in ppo.pack(
-        episodes, range(len(values_ET)), rows=config.rows, context=config.context, tight=False, order=config.order
-    ):
+    for micro in config.pack(episodes, range(len(values_ET)), tight=False):
         micro.scatter(distributed.whole(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
     return values_ET
 
 
 def _train(
     network: _Network,
-    state: dict[str, Any],
+    state: LearnerState,
     episodes: EpisodeArrays,
     per_action: dict[str, np.ndarray],
     config: PPOConfig,
     iteration: int,
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step a minibatch, on this network's part of `state`: (mean metrics, steps skipped as not finite)."""
+    """One optimizer step per minibatch, on this network's part of `state`: (mean metrics, number of skipped steps)."""
     is_actor = network == _Network.ACTOR
     gradients = ppo.actor_gradients if is_actor else ppo.critic_gradients
     optimizer = config.actor_optimizer if is_actor else config.critic_optimizer
@@ -289,7 +308,7 @@ def _train(
     mask_ET = episodes.action_mask_ET
     sums: dict[str, float] = {}
     norms, skipped = [], 0.0
-    kept_M = np.flatnonzero(episodes.kept_E)  # minibatches are those of the surviving episodes alone
+    kept_M = np.flatnonzero(episodes.kept_E)  # minibatches are made of the unmasked episodes alone
     for places in ppo.minibatches(len(kept_M), count, seed=config.seed, iteration=iteration, purpose=int(is_actor)):
         members = kept_M[places]
         kept_ET = np.zeros_like(mask_ET)
@@ -301,26 +320,26 @@ def _train(
             weight_ET = weight_ET * per_action["importance"]
         share_ET = ppo.action_weights(kept_ET, "token_mean")
         total = ppo.zeros_like(params)
-        for micro in ppo.pack(
-            episodes, members, rows=config.rows, context=config.context, tight=is_actor, order=config.order
-        ):
+        for micro in config.pack(episodes, members, tight=is_actor):
             actions = micro.gather(weight=weight_ET, share=share_ET, **per_action)
             total, more = gradients(params, total, micro.rows, actions, settings=config.settings)
             for key, value in more.items():
                 sums[key] = sums.get(key, 0.0) + float(value)
-        params, moments, norm, bad = ppo.apply(params, moments, total, optimizer=optimizer)
+        params, moments, norm, bad = ppo.apply_gradient(params, moments, total, optimizer=optimizer)
         norms.append(float(norm))
         skipped += float(bad)
     metrics = {key: value / max(len(norms), 1) for key, value in sums.items()}
     metrics["actor_grad_norm" if is_actor else "critic_grad_norm"] = float(np.mean(norms))
-    rest = memory.HOST if config.offload else memory.DEVICE
-    state |= {part: memory.moved(tree, rest) for part, tree in zip(parts, (params, moments), strict=True)}
+    resting = memory.HOST if config.offload else memory.DEVICE
+    state |= {part: memory.moved(tree, resting) for part, tree in zip(parts, (params, moments), strict=True)}
     return metrics, skipped
 
 
-def _importance(old_ET, episodes: EpisodeArrays, cap: float) -> tuple[np.ndarray, dict[str, float]]:
-    """min(trainer's / sampler's probability, cap) of every action: corrects for samples of older weights, or of a sampler
-    whose numbers differ, as far as the cap lets the variance grow (truncated importance sampling)."""
+def _importance(old_ET: np.ndarray, episodes: EpisodeArrays, cap: float) -> tuple[np.ndarray, dict[str, float]]:
+    """Truncated importance sampling (TIS): min(trainer's / sampler's probability, cap) of every action, and metrics.
+
+    Corrects for samples of older weights or of a sampler with other numerics; the cap limits the variance.
+    """
     mask_ET = episodes.action_mask_ET
     ratio_ET = np.exp(np.clip(np.where(mask_ET, old_ET - episodes.logprobs_ET, 0.0), -20.0, 20.0))
     kept_M = ratio_ET[mask_ET]
@@ -332,8 +351,15 @@ def _importance(old_ET, episodes: EpisodeArrays, cap: float) -> tuple[np.ndarray
     return np.minimum(ratio_ET, cap).astype(np.float32), metrics
 
 
-def _batch_metrics(episodes, old_ET, entropy_ET, values_ET, returns_ET, raw_ET) -> dict[str, float]:
-    """What is known before any update. The gap compares the sampler's log-probabilities with the trainer's."""
+def _batch_metrics(
+    episodes: EpisodeArrays,
+    old_ET: np.ndarray,
+    entropy_ET: np.ndarray,
+    values_ET: np.ndarray,
+    returns_ET: np.ndarray,
+    raw_ET: np.ndarray,
+) -> dict[str, float]:
+    """Metrics known before any update. The gap compares the sampler's log-probabilities with the trainer's."""
     mask_ET = episodes.action_mask_ET
     if not mask_ET.any():
         return {}

@@ -1,14 +1,17 @@
 """PPO on sampled tokens: losses, packing of episodes into rows, and the learner's compiled programs.
 
-A batch is a list of microbatches of fixed shape: R packed rows of T tokens for the two networks, and N sampled tokens
-("actions") gathered from them. Losses see the actions only. Their weights carry the whole normalisation, so gradients of
-microbatches add up to the gradient of the batch, however it was split.
+A batch is a list of microbatches of fixed shape: packed rows of tokens for the two networks, and the sampled tokens
+("actions") gathered from them. Losses see the actions only. Their weights contain the whole normalization, so gradients
+of microbatches add up to the gradient of the batch, however it was split.
 
-Alignment: action n is the token at flat index i of the rows; its log-probability and its value are read from the hidden
-state at i - 1, the state in which it was sampled. The first token of an episode is given, so i - 1 is of the same episode.
+Shape suffixes: E episodes, T tokens of an episode or row, R packed rows, A actions of a microbatch, D model width.
 
-On a mesh actions are not gathered: they stay in [R, T] at the place of the state they are read from, so that every array is
-split as the rows are, and states in which nothing was sampled weigh nothing.
+Alignment: an action is the token at flat index i of the rows; its log-probability and its value are read from the
+hidden state at i - 1, the state in which it was sampled. The first token of an episode is observed, so i - 1 is in the
+same episode.
+
+On a mesh actions are not gathered: they keep the shape [R, T], each at the position of the state it is read from, so
+that every array is sharded as the rows are; states in which nothing was sampled have weight 0.
 """
 
 import dataclasses
@@ -33,40 +36,40 @@ AGGREGATIONS = ("token_mean", "seq_mean", "seq_sum")
 # ----------------------------------------------------------------------------------------------------------- losses
 
 
-def policy_loss(logprob_N, old_logprob_N, advantage_N, weight_N, clip: float, dual_clip: float = 0.0):
-    """Clipped surrogate, weighted sum over actions: (loss, clipped_N bool). Where clipped, no gradient flows.
+def policy_loss(logprob_A, old_logprob_A, advantage_A, weight_A, clip: float, dual_clip: float = 0.0):
+    """Clipped surrogate, weighted sum over actions: (loss, clipped_A bool). Where clipped, no gradient flows.
 
-    With dual_clip above 1 an action of negative advantage loses at most dual_clip times its advantage, however much more
-    probable it has become (Ye et al. 2020, section 3.2); 0 is off.
+    With dual_clip above 1 the loss of an action with negative advantage is at most dual_clip times the advantage's
+    size, however much more probable it has become (Ye et al. 2020, section 3.2); 0 is off.
     """
-    ratio_N = jnp.exp(logprob_N - old_logprob_N)
-    free_N = ratio_N * advantage_N
-    bound_N = jnp.clip(ratio_N, 1 - clip, 1 + clip) * advantage_N
-    surrogate_N, clipped_N = jnp.minimum(free_N, bound_N), bound_N < free_N
+    ratio_A = jnp.exp(logprob_A - old_logprob_A)
+    free_A = ratio_A * advantage_A
+    bound_A = jnp.clip(ratio_A, 1 - clip, 1 + clip) * advantage_A
+    surrogate_A, clipped_A = jnp.minimum(free_A, bound_A), bound_A < free_A
     if dual_clip:
-        floor_N = jnp.where(advantage_N < 0, dual_clip * advantage_N, -jnp.inf)
-        surrogate_N, clipped_N = jnp.maximum(surrogate_N, floor_N), clipped_N | (surrogate_N < floor_N)
-    return -jnp.sum(weight_N * surrogate_N), clipped_N
+        floor_A = jnp.where(advantage_A < 0, dual_clip * advantage_A, -jnp.inf)
+        surrogate_A, clipped_A = jnp.maximum(surrogate_A, floor_A), clipped_A | (surrogate_A < floor_A)
+    return -jnp.sum(weight_A * surrogate_A), clipped_A
 
 
-def value_loss(value_N, old_value_N, return_N, weight_N, clip: float):
-    """Half squared error, the larger of the free and the clipped one (Open-Reasoner-Zero), weighted sum over actions."""
-    near_N = old_value_N + jnp.clip(value_N - old_value_N, -clip, clip)
-    error_N = jnp.maximum((value_N - return_N) ** 2, (near_N - return_N) ** 2)
-    return 0.5 * jnp.sum(weight_N * error_N)
+def value_loss(value_A, old_value_A, return_A, weight_A, clip: float):
+    """Weighted sum of half the squared error, the larger of free and clipped (Open-Reasoner-Zero)."""
+    near_A = old_value_A + jnp.clip(value_A - old_value_A, -clip, clip)
+    error_A = jnp.maximum((value_A - return_A) ** 2, (near_A - return_A) ** 2)
+    return 0.5 * jnp.sum(weight_A * error_A)
 
 
-def kl_to_reference(logprob_N, reference_N):
-    """The k3 estimate of KL(policy || reference) per action: exp(d) - d - 1 with d = reference - policy; never negative."""
-    difference_N = reference_N - logprob_N
-    return jnp.exp(difference_N) - difference_N - 1
+def kl_to_reference(logprob_A, reference_A):
+    """The k3 estimate of KL(policy || reference) per action: exp(d) - d - 1, d = reference - policy; not negative."""
+    difference_A = reference_A - logprob_A
+    return jnp.exp(difference_A) - difference_A - 1
 
 
 def action_weights(action_mask_ET: np.ndarray, aggregation: str) -> np.ndarray:
-    """float32[E, T]: each action's share of the loss; all a batch's normalisation is here.
+    """float32[E, T]: each action's weight in the loss; the whole normalization of a batch is here.
 
-    token_mean: every action alike. seq_mean: every episode alike, its actions sharing. seq_sum: every action as
-    token_mean does, but divided by episodes instead of tokens (the paper's equation 1: sums, no length normalisation).
+    token_mean: 1 / tokens. seq_mean: every episode has the same weight, shared by its actions. seq_sum: 1 / episodes
+    (the paper's equation 1: sums, no length normalization).
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"expected loss_aggregation among {', '.join(AGGREGATIONS)}, got {aggregation!r}")
@@ -89,45 +92,45 @@ def action_weights(action_mask_ET: np.ndarray, aggregation: str) -> np.ndarray:
 class Microbatch:
     """Rows and actions of fixed shape, and where each action comes from.
 
-    rows: tokens, positions, segment_ids int32[R, T]; target int32, the action (0 where unused); and, where actions are
-    gathered, state int32[N], the flat index of the state that each is read from (0 where unused). used_N: which are
-    actions. episode_N, token_N: row and column of the action in the episode arrays (0 where unused). Arrays of actions
-    have the shape [N], or [R, T] where they are not gathered.
+    rows: tokens, positions, segment_ids int32[R, T]; target int32, the action (0 where unused); and, if actions are
+    gathered, state int32[A], the flat index of the state that each is read from (0 where unused). used_A bool: false
+    for padding. episode_A, token_A: row and column of the action in the episode arrays (0 where unused). Arrays of
+    actions have the shape [A], or [R, T] if actions are not gathered.
     """
 
     rows: dict[str, np.ndarray]
-    used_N: np.ndarray
-    episode_N: np.ndarray
-    token_N: np.ndarray
+    used_A: np.ndarray
+    episode_A: np.ndarray
+    token_A: np.ndarray
 
     def gather(self, **values_ET: np.ndarray) -> dict[str, np.ndarray]:
         """The named [E, T] arrays at the actions, 0 where unused."""
         return {
-            name: np.where(self.used_N, array[self.episode_N, self.token_N], 0).astype(np.float32)
+            name: np.where(self.used_A, array[self.episode_A, self.token_A], 0).astype(np.float32)
             for name, array in values_ET.items()
         }
 
-    def scatter(self, values_N, out_ET: np.ndarray) -> None:
+    def scatter(self, values_A, out_ET: np.ndarray) -> None:
         """Writes per-action values back into an [E, T] array."""
-        out_ET[self.episode_N[self.used_N], self.token_N[self.used_N]] = np.asarray(values_N)[self.used_N]
+        out_ET[self.episode_A[self.used_A], self.token_A[self.used_A]] = np.asarray(values_A)[self.used_A]
 
 
 def pack(
     episodes: EpisodeArrays,
-    members: Sequence[int],
+    members: Sequence[int] | np.ndarray,
     *,
     rows: int,
-    context: int,
+    seq_len: int,
     tight: bool = True,
     order: np.ndarray | None = None,
 ) -> list[Microbatch]:
-    """Packs the unmasked episodes among `members` into microbatches of `rows` rows of `context` tokens.
+    """Packs the unmasked episodes among `members` into microbatches of `rows` rows of `seq_len` tokens.
 
-    First fit by decreasing length, ties by index: a function of the lengths alone. The width N of a microbatch is its
-    number of actions rounded up to half of its tokens, so that the vocabulary loss does little in vain and few
-    shapes are compiled; not `tight`, it is all tokens and one shape (for the critic, whose head costs nothing).
+    First fit by decreasing length, ties by index: a function of the lengths alone. The number A of action slots of a
+    microbatch is its number of actions rounded up to half of its tokens, so that the vocabulary loss wastes little and
+    few shapes are compiled; without `tight` it is all tokens and one shape (for the critic, whose head costs nothing).
 
-    With `order`, a permutation of every row (of `training.program.order_of`, or any for a mesh), actions are not gathered.
+    With `order`, a permutation of each row's tokens (`training.program.order_of`), actions are not gathered.
     """
     lengths = episodes.lengths_E
     longest_first = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))
@@ -138,20 +141,22 @@ def pack(
         if place is None:
             place = len(packed)
             packed.append([])
-            room.append(context)
+            room.append(seq_len)
         packed[place].append(e)
         room[place] -= int(lengths[e])
     groups = [packed[start : start + rows] for start in range(0, len(packed), rows)]
-    return [_microbatch(episodes, group, rows, context, tight, order) for group in groups]
+    return [_microbatch(episodes, group, rows, seq_len, tight, order) for group in groups]
 
 
-def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows, context, tight, order) -> Microbatch:
+def _microbatch(
+    episodes: EpisodeArrays, group: list[list[int]], rows: int, seq_len: int, tight: bool, order: np.ndarray | None
+) -> Microbatch:
     actions = int(episodes.action_mask_ET[[e for row in group for e in row]].sum())
-    half = max(rows * context // 2, 1)
-    width = -(-actions // half) * half if tight and order is None else rows * context
-    tokens, positions, segments = (np.zeros((rows, context), np.int32) for _ in range(3))
-    state_N, used_N = np.zeros(width, np.int32), np.zeros(width, bool)
-    target_N, episode_N, token_N = (np.zeros(width, np.int32) for _ in range(3))
+    half = max(rows * seq_len // 2, 1)
+    width = -(-actions // half) * half if tight and order is None else rows * seq_len
+    tokens, positions, segments = (np.zeros((rows, seq_len), np.int32) for _ in range(3))
+    state_A, used_A = np.zeros(width, np.int32), np.zeros(width, bool)
+    target_A, episode_A, token_A = (np.zeros(width, np.int32) for _ in range(3))
     filled = 0
     for row, members in enumerate(group):
         start = 0
@@ -162,18 +167,20 @@ def _microbatch(episodes: EpisodeArrays, group: list[list[int]], rows, context, 
             positions[row, span] = np.arange(length)
             segments[row, span] = segment
             at = np.flatnonzero(episodes.action_mask_ET[e])
-            state = row * context + start + at - 1
+            state = row * seq_len + start + at - 1
             here = slice(filled, filled + len(at)) if order is None else state
-            state_N[here], used_N[here] = state, True
-            target_N[here], episode_N[here], token_N[here] = episodes.tokens_ET[e, at], e, at
+            state_A[here], used_A[here] = state, True
+            target_A[here], episode_A[here], token_A[here] = episodes.tokens_ET[e, at], e, at
             filled += len(at)
             start += length
     arrays = dict(tokens=tokens, positions=positions, segment_ids=segments)
     if order is None:
-        return Microbatch(arrays | dict(target=target_N, state=state_N), used_N, episode_N, token_N)
-    target_N, used_N, episode_N, token_N = (a.reshape(rows, context) for a in (target_N, used_N, episode_N, token_N))
-    arrays = {name: array[:, order] for name, array in (arrays | dict(target=target_N)).items()}
-    return Microbatch(arrays, used_N[:, order], episode_N[:, order], token_N[:, order])
+        return Microbatch(arrays | dict(target=target_A, state=state_A), used_A, episode_A, token_A)
+    target_RT, used_RT, episode_RT, token_RT = (
+        a.reshape(rows, seq_len)[:, order] for a in (target_A, used_A, episode_A, token_A)
+    )
+    arrays = {name: array[:, order] for name, array in arrays.items()} | dict(target=target_RT)
+    return Microbatch(arrays, used_RT, episode_RT, token_RT)
 
 
 def minibatches(count: int, parts: int, *, seed: int, iteration: int, purpose: int) -> Iterator[np.ndarray]:
@@ -186,8 +193,8 @@ def minibatches(count: int, parts: int, *, seed: int, iteration: int, purpose: i
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What the programs are compiled for. Values and their sources are in the config's `ppo` section."""
+class ProgramSettings:
+    """Static arguments of the programs. The config's `ppo` section has values and their sources."""
 
     model: Qwen2Config
     temperature: float
@@ -195,16 +202,18 @@ class Settings:
     value_clip: float
     kl_coefficient: float
     entropy_coefficient: float
-    parallel: Parallel = Parallel()  # how rows of microbatches are split
+    parallel: Parallel = Parallel()  # how rows of microbatches are sharded
     loss_chunk: int = 2048  # actions per slice of the vocabulary
     dual_clip: float = 0.0  # see policy_loss
 
     @property
-    def sharded(self) -> bool:
-        return self.parallel.mesh is not None and self.parallel.mesh.size > 1
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """None on one device."""
+        mesh = self.parallel.mesh
+        return mesh if mesh is not None and mesh.size > 1 else None
 
 
-@functools.cache  # one object per setting: it is a static argument of `apply`
+@functools.cache  # one object per setting: it is a static argument of `apply_gradient`
 def make_optimizer(
     learning_rate: float, warmup_steps: int, beta2: float, clip_norm: float
 ) -> optax.GradientTransformation:
@@ -219,13 +228,13 @@ def make_optimizer(
 
 
 def _states(x_RTX, rows):
-    """What stands at the states of the actions: [N, ...]."""
+    """The values at the states of the actions: [N, ...]."""
     flat_XX = x_RTX.reshape(-1, *x_RTX.shape[2:])
     return flat_XX[rows["state"]] if "state" in rows else flat_XX
 
 
-def _action_stats(params, rows, settings: Settings):
-    """(logprob_N, entropy_N) of the actions under the policy, at the sampling temperature."""
+def _action_stats(params, rows, settings: ProgramSettings):
+    """(logprob_A, entropy_A) of the actions under the policy, at the sampling temperature."""
     parallel, placement = settings.parallel, settings.parallel.placement(settings.model)
     x_RTD = qwen2.hidden_states(
         params,
@@ -236,7 +245,7 @@ def _action_stats(params, rows, settings: Settings):
         placement=placement,
         remat=parallel.remat,
     )
-    logprob_N, entropy_N, _ = token_stats(
+    logprob_A, entropy_A, _ = token_stats(
         _states(x_RTD, rows),
         qwen2.unembedding(params),
         rows["target"].reshape(-1),
@@ -244,10 +253,10 @@ def _action_stats(params, rows, settings: Settings):
         temperature=settings.temperature,
         head=placement.head(tied=settings.model.tie_embeddings, tiles=parallel.vocab_tiles),
     )
-    return logprob_N, entropy_N
+    return logprob_A, entropy_A
 
 
-def _action_values(params, rows, settings: Settings):
+def _action_values(params, rows, settings: ProgramSettings):
     v_RT = value_head.values(
         params,
         rows["tokens"],
@@ -260,20 +269,18 @@ def _action_values(params, rows, settings: Settings):
     return _states(v_RT, rows)
 
 
-def _each(read, params, rows, settings: Settings):
-    """`read(params, rows)`, a tree of one number an action, in the actions' own shape."""
+def _per_action(read, params, rows, settings: ProgramSettings):
+    """`read(params, rows, settings)`, a tree with one number per action, in the shape of the actions."""
 
     def local(params, rows):
         return jax.tree.map(lambda a: a.reshape(rows["target"].shape), read(params, rows, settings))
 
-    return (
-        spmd.on_every_device(local, params, rows, settings.parallel.mesh, gives=spmd.ROWS)
-        if settings.sharded
-        else local(params, rows)
-    )
+    if settings.mesh is None:
+        return local(params, rows)
+    return spmd.on_every_device(local, params, rows, settings.mesh, gives=spmd.ROWS)
 
 
-def _gradient(loss, params, total, rows, actions, settings: Settings):
+def _gradient(loss, params, total, rows, actions, settings: ProgramSettings):
     """Adds to `total` the gradient of `loss(params, rows, actions)` -> (objective, sums); returns (total, sums)."""
 
     def local(params, batch):
@@ -282,50 +289,50 @@ def _gradient(loss, params, total, rows, actions, settings: Settings):
         return jax.grad(loss, has_aux=True)(params, batch, flat)
 
     batch = rows | {"action " + name: array for name, array in actions.items()}
-    if settings.sharded:
-        gradient, sums = spmd.on_every_device(local, params, batch, settings.parallel.mesh, gives=spmd.GRADIENT)
-    else:
+    if settings.mesh is None:
         gradient, sums = local(params, batch)
+    else:
+        gradient, sums = spmd.on_every_device(local, params, batch, settings.mesh, gives=spmd.GRADIENT)
     return jax.tree.map(jnp.add, total, gradient), sums
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def logprobs(params, rows, *, settings: Settings):
-    """(logprob_N, entropy_N) float32 of a microbatch's actions."""
-    return _each(_action_stats, params, rows, settings)
+def logprobs(params, rows, *, settings: ProgramSettings):
+    """(logprob_A, entropy_A) float32 of a microbatch's actions."""
+    return _per_action(_action_stats, params, rows, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def values(params, rows, *, settings: Settings):
-    """value_N float32: the critic's value of the state in which each action was sampled."""
-    return _each(_action_values, params, rows, settings)
+def values(params, rows, *, settings: ProgramSettings):
+    """value_A float32: the critic's value of the state in which each action was sampled."""
+    return _per_action(_action_values, params, rows, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
-def actor_gradients(params, total, rows, actions, *, settings: Settings):
+def actor_gradients(params, total, rows, actions, *, settings: ProgramSettings):
     """Adds a microbatch's gradient of the policy loss to `total` (donated); returns (total, sums for metrics).
 
-    actions: weight, share (weight for metrics: one over the tokens), advantage, old_logprob float32[N];
-    reference_logprob too, used when kl_coefficient is not 0.
+    actions: weight, share (weight for metrics: 1 / tokens), advantage, old_logprob and reference_logprob float32[A];
+    the last is used when kl_coefficient is not 0.
     """
 
     def loss(params, rows, actions):
-        logprob_N, entropy_N = _action_stats(params, rows, settings)
-        weight_N = actions["weight"]
-        # States without an action have a meaningless log-probability, which must not meet an exponential.
-        logprob_N = jnp.where(weight_N > 0, logprob_N, actions["old_logprob"])
-        surrogate, clipped_N = policy_loss(
-            logprob_N, actions["old_logprob"], actions["advantage"], weight_N, settings.clip, settings.dual_clip
+        logprob_A, entropy_A = _action_stats(params, rows, settings)
+        weight_A = actions["weight"]
+        # The log-probability of a state without an action is meaningless: it must not reach an exponential.
+        logprob_A = jnp.where(weight_A > 0, logprob_A, actions["old_logprob"])
+        surrogate, clipped_A = policy_loss(
+            logprob_A, actions["old_logprob"], actions["advantage"], weight_A, settings.clip, settings.dual_clip
         )
-        objective = surrogate - settings.entropy_coefficient * jnp.sum(weight_N * entropy_N)
-        log_ratio_N = logprob_N - actions["old_logprob"]
+        objective = surrogate - settings.entropy_coefficient * jnp.sum(weight_A * entropy_A)
+        log_ratio_A = logprob_A - actions["old_logprob"]
         sums = {
             "policy_loss": surrogate,
-            "clip_fraction": jnp.sum(actions["share"] * clipped_N),
-            "kl": jnp.sum(actions["share"] * (jnp.exp(log_ratio_N) - 1 - log_ratio_N)),
+            "clip_fraction": jnp.sum(actions["share"] * clipped_A),
+            "kl": jnp.sum(actions["share"] * (jnp.exp(log_ratio_A) - 1 - log_ratio_A)),
         }
         if settings.kl_coefficient:
-            kl = jnp.sum(weight_N * kl_to_reference(logprob_N, actions["reference_logprob"]))
+            kl = jnp.sum(weight_A * kl_to_reference(logprob_A, actions["reference_logprob"]))
             objective = objective + settings.kl_coefficient * kl
         return objective, sums
 
@@ -333,16 +340,16 @@ def actor_gradients(params, total, rows, actions, *, settings: Settings):
 
 
 @functools.partial(jax.jit, static_argnames="settings", donate_argnames="total")
-def critic_gradients(params, total, rows, actions, *, settings: Settings):
+def critic_gradients(params, total, rows, actions, *, settings: ProgramSettings):
     """Adds a microbatch's gradient of the value loss to `total` (donated); returns (total, sums for metrics).
 
-    actions: weight, old_value, return_ float32[N].
+    actions: weight, old_value, return_ float32[A].
     """
 
     def loss(params, rows, actions):
-        value_N = _action_values(params, rows, settings)
+        value_A = _action_values(params, rows, settings)
         total_loss = value_loss(
-            value_N, actions["old_value"], actions["return_"], actions["weight"], settings.value_clip
+            value_A, actions["old_value"], actions["return_"], actions["weight"], settings.value_clip
         )
         return total_loss, {"value_loss": total_loss}
 
@@ -350,7 +357,7 @@ def critic_gradients(params, total, rows, actions, *, settings: Settings):
 
 
 @functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "moments"))
-def apply(params, moments, gradient, *, optimizer: optax.GradientTransformation):
+def apply_gradient(params, moments, gradient, *, optimizer: optax.GradientTransformation):
     """One optimizer step (params and moments donated); returns (params, moments, norm of the gradient, skipped).
 
     A gradient that is not finite changes nothing: neither parameters nor moments nor the step count.
@@ -367,7 +374,7 @@ def apply(params, moments, gradient, *, optimizer: optax.GradientTransformation)
 
 
 def zeros_like(params):
-    """A gradient to add to, split over devices as the parameters are."""
+    """A zero gradient to accumulate into, sharded as the parameters are."""
     leaves, structure = jax.tree.flatten(params)
     program = _zeros(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))
     return jax.tree.unflatten(structure, program())

@@ -1,38 +1,37 @@
-"""Episodes for training: run concurrently, returned in order, and laid out as arrays.
+"""Rollouts: episodes with their rewards, run concurrently, returned in order, and laid out as arrays.
 
-Which episode gets which reward depends on its index and seed only, never on the order in which episodes end.
+Shape suffixes: E episodes, T tokens of an episode.
 """
 
-import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from stepdr_jax.agent import react
+from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import Policy
 from stepdr_jax.judge.judges import Judge
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Finish, RubricSet, Task, Trajectory
 from stepdr_jax.rl import reward
 from stepdr_jax.tokens.log import TokenLog
-from tools_env.client import ToolsClient
 
 
 @dataclasses.dataclass(frozen=True)
-class Episode:
-    """One finished episode of a batch. `log` is None when it broke before a token was sampled (then it is masked)."""
+class Rollout:
+    """One finished and scored episode. `log` is None when it failed before a token was sampled; it is then masked."""
 
     index: int
     task: Task
     seed: int
     trajectory: Trajectory
     log: TokenLog | None
-    scored: reward.Scored
+    scored: Scored
 
     @property
     def masked(self) -> str | None:
-        """Why the episode is masked, or None. One that sampled nothing has nothing to train on."""
+        """Why the episode is masked, or None. An episode without a sampled token has nothing to train on."""
         if self.scored.masked is None and (self.log is None or self.log.sampled_count == 0):
             return "empty"
         return self.scored.masked
@@ -40,10 +39,11 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeArrays:
-    """Episodes row by row, padded behind to T. Masked episodes are rows like any other, with weight 0.
+    """One episode a row, padded at the end to T. A masked episode is a row of zeros.
 
-    tokens_ET int32; lengths_E int32; action_mask_ET bool, true at sampled tokens of unmasked episodes; logprobs_ET float32
-    of the sampler (0 where given); rewards_E float32 (0 where masked); kept_E bool, true for unmasked episodes.
+    tokens_ET int32; lengths_E int32; action_mask_ET bool, true at sampled tokens of unmasked episodes; logprobs_ET
+    float32 of the sampler (0 where observed); rewards_E float32 (0 where masked); kept_E bool, true for unmasked
+    episodes.
     """
 
     tokens_ET: np.ndarray
@@ -54,10 +54,10 @@ class EpisodeArrays:
     kept_E: np.ndarray
 
 
-def arrays(episodes: Sequence[Episode], max_len: int) -> EpisodeArrays:
-    """Lays out token logs as arrays with T = max_len. Raises ValueError for a log longer than that.
+def rollout_arrays(episodes: Sequence[Rollout], max_len: int) -> EpisodeArrays:
+    """Lays out token logs as arrays with T = max_len. Raises ValueError for a longer log.
 
-    What follows the last sampled token (an observation that ended the episode) is left out: nothing depends on it.
+    Tokens after the last sampled one (an observation that ended the episode) are left out: nothing depends on them.
     """
     E = len(episodes)
     tokens_ET = np.zeros((E, max_len), np.int32)
@@ -65,7 +65,7 @@ def arrays(episodes: Sequence[Episode], max_len: int) -> EpisodeArrays:
     logprobs_ET = np.zeros((E, max_len), np.float32)
     lengths_E, rewards_E, kept_E = np.zeros(E, np.int32), np.zeros(E, np.float32), np.zeros(E, bool)
     for row, episode in enumerate(episodes):
-        if episode.masked is not None:
+        if episode.masked is not None or episode.log is None:
             continue
         log = episode.log.arrays()
         length = int(np.flatnonzero(log["sampled"])[-1]) + 1
@@ -78,11 +78,11 @@ def arrays(episodes: Sequence[Episode], max_len: int) -> EpisodeArrays:
     return EpisodeArrays(tokens_ET, lengths_E, action_mask_ET, logprobs_ET, rewards_E, kept_E)
 
 
-async def collect(
+async def collect_rollouts(
     tasks: Sequence[Task],
     seeds: Sequence[int],
     policy: Policy,
-    tools: Callable[[], Awaitable[ToolsClient]],
+    tools: runner.ToolsProvider,
     judge: Judge,
     rubric_sets: dict[str, RubricSet],
     limits: Limits,
@@ -91,58 +91,51 @@ async def collect(
     as_of: str = "",
     concurrency: int = 64,
     attempts: int = 2,
-    unfinished: str = "worst",
-    run_episode=react.run_episode,
-    before: Sequence[Episode] = (),
-) -> list[Episode]:
-    """Runs one episode per (task, seed) and returns them in that order.
+    truncated: str = "worst",
+    run_episode: runner.EpisodeLoop = react.run_episode,
+    before: Sequence[Rollout] = (),
+) -> list[Rollout]:
+    """Runs one episode per (task, seed) and returns the rollouts in that order.
 
-    Raises what `tools` raises, after ending every other episode; what breaks inside an episode masks that episode.
+    Raises what `tools` raises, after ending every other episode; a failure inside an episode masks that episode.
 
     Args:
         tasks, seeds: of equal length; an episode's sampled tokens are a function of its task, its seed and the weights.
-        policy: who acts.
-        tools: returns a client of a healthy tool host; called before every attempt, so it may restart a dead one.
+        policy, tools, limits, prompt, as_of, attempts, run_episode: of `runner.run_with_retries`.
         judge: see `reward.score`.
         rubric_sets: by task id.
-        limits, prompt, as_of: of the episode loop.
-        concurrency: episodes at once; not above the sampler's slots, or sessions push each other out of the cache.
-        attempts: how often an episode that infrastructure broke is run, with the same seed: the second attempt samples
-            what the first would have. A judge that fails has made its own attempts.
-        unfinished: rule of `reward.unfinished_reward`.
-        run_episode: the episode loop.
-        before: what came of the same tasks and seeds earlier; an episode that only lacks its verdict is not run again.
+        concurrency: episodes that sample at once; above the sampler's max_num_seqs, sessions evict each other's K/V.
+        truncated: rule of `reward.truncated_reward`.
+        before: earlier rollouts of the same tasks and seeds; an episode that only lacks its verdict is not run again.
     """
-    gate = asyncio.Semaphore(concurrency)
 
-    async def one(index: int) -> Episode:
-        task, seed = tasks[index], seeds[index]
+    async def sample(index: int) -> tuple[Trajectory, TokenLog | None]:
         if before and before[index].scored.masked == Finish.JUDGE_FAILED:
-            trajectory, log = before[index].trajectory, before[index].log
-        else:
-            async with gate:  # held while the sampler is needed, not while a judge thinks
-                for _ in range(attempts):
-                    done = await run_episode(task, policy, await tools(), limits, prompt=prompt, as_of=as_of, seed=seed)
-                    trajectory, log = done.trajectory, done.log
-                    if trajectory.finish == Finish.CANCELLED:
-                        raise asyncio.CancelledError
-                    if trajectory.finish.is_policy_outcome:
-                        break
-        scored = await reward.score(judge, task, rubric_sets.get(task.id), trajectory, unfinished)
-        return Episode(index, task, seed, trajectory, log, scored)
+            return before[index].trajectory, before[index].log
+        episode, _ = await runner.run_with_retries(
+            tasks[index],
+            policy,
+            tools,
+            limits,
+            prompt=prompt,
+            as_of=as_of,
+            seed=seeds[index],
+            attempts=attempts,
+            run_episode=run_episode,
+        )
+        return episode.trajectory, episode.log
 
-    running = [asyncio.create_task(one(index)) for index in range(len(tasks))]
-    try:
-        return await asyncio.gather(*running)
-    except BaseException:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        raise
+    async def score(index: int, sampled: tuple[Trajectory, TokenLog | None]) -> Rollout:
+        task, (trajectory, log) = tasks[index], sampled
+        scored = await reward.score(judge, task, rubric_sets[task.id], trajectory, truncated)
+        return Rollout(index, task, seeds[index], trajectory, log, scored)
+
+    jobs = {index: index for index in range(len(tasks))}
+    return list((await runner.run_all(jobs, sample, score, concurrency=concurrency)).values())
 
 
 def choose_tasks(count: int, prompts: int, *, seed: int, iteration: int) -> list[int]:
-    """Indices of an iteration's tasks: arithmetic on (seed, iteration), so that resuming needs no replay.
+    """Indices of an iteration's tasks: a function of (seed, iteration), so a resumed run needs no saved position.
 
     Each pass over the `count` tasks has its own order; an iteration may span two passes.
     """

@@ -1,4 +1,4 @@
-"""Where PPO's episodes come from: live, sampled against tools and judged, or recorded by an earlier run."""
+"""Where PPO's rollouts come from: online, sampled against tools and judged, or replayed from recordings."""
 
 import asyncio
 import dataclasses
@@ -7,161 +7,190 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 from ml_collections import ConfigDict
 
-from stepdr_jax.agent import react
+from stepdr_jax.agent import react, runner
 from stepdr_jax.agent.budget import Limits
 from stepdr_jax.agent.policy import EnginePolicy
 from stepdr_jax.agent.tools import Tools
 from stepdr_jax.engine import factory
+from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import Judge
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.records import RubricSet, Task
 from stepdr_jax.rl import hosts, recordings, rollouts
-from stepdr_jax.rl.roles import Roles
-from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.rl.learner import Params
+from stepdr_jax.rl.placement import DevicePlacement
+from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tools_env.client import ToolInfraError
 
-ROUNDS = 3  # times an iteration's masked episodes are sampled again before the run stops
-HEARD = 0.2  # seconds after which a notice to end is heard while episodes are sampled
-READY_SECONDS = 30.0  # given to a tool host that is not ours to come back between rounds
+ROUNDS = 3  # an iteration's masked episodes are sampled at most so often, then the run stops
+PREEMPTION_POLL_SECONDS = 0.2  # while episodes are sampled
+READY_SECONDS = 30.0  # for a tool host that others run to come back between rounds
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """What the loop works with; `prepare` reads it from a run directory.
+class PPOInputs:
+    """What PPO reads from a run directory (`loop.read_inputs`).
 
-    actor: reads the parameters that the policy begins with. origin: a name for them and for the tasks, compared when a run is continued.
+    read_actor: reads the parameters that the policy starts with. origin: identifies them and the tasks; compared when a
+    run continues. connect_tools: set once the tool host runs.
     """
 
     tokenizer: Tokenizer
     model: Qwen2Config
-    actor: Callable[[], dict]
+    read_actor: Callable[[], Params]
     tasks: Sequence[Task]
     rubric_sets: dict[str, RubricSet]
     judge: Judge
     origin: str
-    tools: Callable[[], Tools] | None = None  # known once the tool host runs
-    run_episode: Any = react.run_episode
+    connect_tools: Callable[[], Tools] | None = None
+    run_episode: runner.EpisodeLoop = react.run_episode
 
 
-class Source(Protocol):
-    """What the loop asks for episodes. devices: held by whoever runs programs of all processes, in the same order in all."""
+class RolloutSource(Protocol):
+    """Where the loop gets rollouts from.
 
-    devices: asyncio.Lock
+    collective_lock: held while this process runs programs of all processes, which must run in the same order in all.
+    """
 
-    async def episodes(self, iteration: int) -> list[Episode]: ...
+    collective_lock: asyncio.Lock
 
-    async def rest(self) -> None: ...
+    async def rollouts(self, iteration: int) -> list[Rollout]: ...
 
-    async def take(self, params: dict, version: int) -> None: ...
+    async def sleep(self) -> None: ...
+
+    async def update_weights(self, params: Params, version: int) -> None: ...
 
     def stats(self) -> dict[str, float]: ...
 
     async def close(self) -> None: ...
 
 
-def start(source: Source, iteration: int) -> asyncio.Task:
-    """Begins to sample an iteration: (episodes, seconds that it took)."""
+Timed = tuple[list[Rollout], float]  # with the seconds that sampling took
 
-    async def timed() -> tuple[list[Episode], float]:
+
+def start_sampling(source: RolloutSource, iteration: int) -> asyncio.Task[Timed]:
+    """Starts to sample an iteration in the background."""
+
+    async def timed() -> Timed:
         began = time.monotonic()
-        return await source.episodes(iteration), time.monotonic() - began
+        return await source.rollouts(iteration), time.monotonic() - began
 
     return asyncio.create_task(timed())
 
 
-async def unless_told(sampling_now: asyncio.Task, notice: distributed.Notice):
-    """What the task gives; None when this process is told to end, and then an iteration in the middle is given up.
+async def wait_unless_preempted(sampling: asyncio.Task[Timed], preemption: distributed.Notice) -> Timed | None:
+    """The result of `sampling`; None when the process is preempted: a single process then abandons the iteration.
 
-    Several processes look only when all have their episodes: they have to stop at the same place.
+    Several processes look only when all have their rollouts: they must stop at the same iteration.
     """
-    while jax.process_count() == 1 and not sampling_now.done() and not notice.reached():
-        await asyncio.wait([sampling_now], timeout=HEARD)
-    if jax.process_count() == 1 and not sampling_now.done():
-        sampling_now.cancel()
-        await asyncio.wait([sampling_now])
-        return None
-    sampled = await sampling_now
-    return None if notice.reached() else sampled
+    if jax.process_count() == 1:
+        while not sampling.done() and not preemption.reached():
+            await asyncio.wait([sampling], timeout=PREEMPTION_POLL_SECONDS)
+        if not sampling.done():
+            await cancel_sampling(sampling)
+            return None
+    sampled = await sampling
+    return None if preemption.reached() else sampled
 
 
-class Live:
-    """Samples an iteration's episodes with the weights it has, and records them before they are used.
+async def cancel_sampling(sampling: asyncio.Task[Timed]) -> None:
+    sampling.cancel()
+    await asyncio.wait([sampling])
 
-    What is recorded already, by a run of the same settings that was killed before its next checkpoint, is not sampled
-    again: everything an iteration does is a function of the settings, so it would be the same.
+
+def build_engine(
+    config: ConfigDict, inputs: PPOInputs, params: Params, *, version: int, placement: DevicePlacement
+) -> JaxEngine | RemoteEngine:
+    """The sampler that `config.sampler` describes, with the actor's parameters of `version`, in whatever memory."""
+    return factory.make_engine(
+        config,
+        memory.copied(params, memory.DEVICE),
+        inputs.model,
+        inputs.tokenizer,
+        version=version,
+        devices=placement.sampler_devices,
+        weight_sync_bytes=placement.bucket_bytes,
+    )
+
+
+class OnlineRollouts:
+    """Samples an iteration's episodes with the current weights, and records them before they are used.
+
+    Recordings of an earlier run with the same settings, killed before its next checkpoint, are used instead of
+    sampling: an iteration is a function of the settings, so the episodes would be the same.
 
     Args:
-        params: the actor's, in whatever memory.
-        version: of these weights.
+        engine: samples; released with `sleep` while the learner works, if the placement says so.
         directory: of the recordings.
-        mark: names all settings that episodes are a function of.
-        roles: who works where.
+        fingerprint: identifies all settings that episodes are a function of.
+        placement: of learner and sampler.
     """
 
     def __init__(
-        self, config: ConfigDict, parts: Parts, params: dict, *, version: int, directory: Path, mark: str, roles: Roles
+        self,
+        config: ConfigDict,
+        inputs: PPOInputs,
+        engine: JaxEngine | RemoteEngine,
+        *,
+        directory: Path,
+        fingerprint: str,
+        placement: DevicePlacement,
     ):
-        settings = config.ppo
-        self.config, self.parts, self.directory, self.mark = config, parts, directory, mark
-        self.roles, self.devices = roles, asyncio.Lock()
-        self.engine = factory.make_engine(
-            config,
-            memory.copied(params, memory.DEVICE),
-            parts.model,
-            parts.tokenizer,
-            version=version,
-            devices=roles.sampler,
-            weight_sync_bytes=roles.transfer_bytes,
-        )
-        self.tools = parts.tools()
+        if inputs.connect_tools is None:
+            raise ValueError("inputs.connect_tools is not set")
+        self.config, self.inputs, self.directory, self.fingerprint = config, inputs, directory, fingerprint
+        self.engine, self.placement, self.collective_lock = engine, placement, asyncio.Lock()
+        self.tools = inputs.connect_tools()
         self._collect = functools.partial(
-            rollouts.collect,
-            policy=EnginePolicy(self.engine, parts.tokenizer, settings.temperature, name="ppo"),
+            rollouts.collect_rollouts,
+            policy=EnginePolicy(self.engine, inputs.tokenizer, config.ppo.temperature, name="ppo"),
             tools=self.tools.client,
-            judge=parts.judge,
-            rubric_sets=parts.rubric_sets,
+            judge=inputs.judge,
+            rubric_sets=inputs.rubric_sets,
             limits=Limits.from_config(config.agent),
             prompt=config.agent.prompt,
             as_of=config.offline_web.as_of,
             concurrency=config.sampler.max_num_seqs,
-            unfinished=settings.truncated_reward,
-            run_episode=parts.run_episode,
+            truncated=config.ppo.truncated_reward,
+            run_episode=inputs.run_episode,
         )
 
-    async def episodes(self, iteration: int) -> list[Episode]:
-        """The episodes of one iteration. Raises UserError when too many of them stay broken."""
-        config, parts = self.config, self.parts
-        known = {task.id: task for task in parts.tasks}
-        recorded = hosts.of_lead(lambda: recordings.load(self.directory, iteration, known, self.mark), known)
+    async def rollouts(self, iteration: int) -> list[Rollout]:
+        """The rollouts of one iteration. Raises UserError when too many of them stay masked."""
+        config, inputs = self.config, self.inputs
+        known = {task.id: task for task in inputs.tasks}
+        recorded = hosts.read_on_lead(
+            lambda: recordings.load_rollouts(self.directory, iteration, known, self.fingerprint), known
+        )
         if recorded is not None:
             return recorded
         chosen = rollouts.choose_tasks(
-            len(parts.tasks), config.ppo.prompts_per_iteration, seed=config.seed, iteration=iteration
+            len(inputs.tasks), config.ppo.prompts_per_iteration, seed=config.seed, iteration=iteration
         )
-        tasks = [parts.tasks[index] for index in chosen for _ in range(config.ppo.samples_per_prompt)]
+        tasks = [inputs.tasks[index] for index in chosen for _ in range(config.ppo.samples_per_prompt)]
         seeds = [rollouts.episode_seed(config.seed, iteration, index) for index in range(len(tasks))]
-        episodes = await self._enough(tasks, seeds, iteration)
+        episodes = await self._collect_enough(tasks, seeds, iteration)
         if distributed.is_lead():
-            recordings.save(self.directory, iteration, episodes, self.mark)
+            recordings.save_rollouts(self.directory, iteration, episodes, self.fingerprint)
         return episodes
 
-    async def rest(self) -> None:
-        """The learner works next: where it does so by turns with the sampler, that gives its memory back."""
-        if self.roles.by_turns:
+    async def sleep(self) -> None:
+        """Frees the sampler's memory before the learner works, if they share devices."""
+        if self.placement.sampler_sleeps:
             await self.engine.sleep()
 
-    async def take(self, params: dict, version: int) -> None:
-        """Takes the weights that `version` iterations of learning made, for what is sampled from now on."""
+    async def update_weights(self, params: Params, version: int) -> None:
+        """Gives the sampler the weights after `version` iterations, for everything sampled from now on."""
         if version != self.engine.version or self.engine.sleeping:
             await self.engine.update_weights(memory.copied(params, memory.DEVICE), version)
 
@@ -175,69 +204,71 @@ class Live:
 
     async def close(self) -> None:
         await self.tools.close()
-        await self.parts.judge.close()
+        await self.inputs.judge.close()
         if isinstance(self.engine, RemoteEngine):
             await self.engine.stop()
 
-    async def _enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Episode]:
-        """Collects an iteration; while too large a share is masked, the masked episodes are sampled again, with their seeds.
+    async def _collect_enough(self, tasks: Sequence[Task], seeds: Sequence[int], iteration: int) -> list[Rollout]:
+        """Collects an iteration; while too large a share is masked, samples masked episodes again, with their seeds.
 
-        Raises UserError after ROUNDS rounds: a batch of what happened to survive is a biased one.
+        Raises UserError after ROUNDS rounds: a batch of the surviving episodes alone is biased.
         """
-        episodes = await hosts.collect(self._collect, self.devices, tasks, seeds)
+        episodes = await hosts.collect_over_hosts(self._collect, self.collective_lock, tasks, seeds)
         for tried in range(1, ROUNDS + 1):
             masked = [episode.index for episode in episodes if episode.masked is not None]
             if len(masked) <= self.config.ppo.max_masked_share * len(episodes):
                 return episodes
             causes = Counter(_cause(episodes[index]) for index in masked).most_common(1)
-            share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked, mostly by {causes[0][0]}"
+            share = f"{len(masked)} of {len(episodes)} episodes of iteration {iteration} are masked"
+            share += f", mostly by {causes[0][0]}"
             if tried == ROUNDS:
                 break
             distributed.say(f"ppo  {share}; sampling them again")
             try:
                 await (await self.tools.client()).wait_ready(READY_SECONDS)
             except ToolInfraError as error:
-                raise UserError(f"{share}; {error}; start the tool host again and run the same command") from None
-            again = await hosts.collect(
+                raise UserError(f"{share}; {error}; restart the tool host and run the same command") from None
+            again = await hosts.collect_over_hosts(
                 self._collect,
-                self.devices,
-                *([of[index] for index in masked] for of in (tasks, seeds)),
+                self.collective_lock,
+                [tasks[index] for index in masked],
+                [seeds[index] for index in masked],
                 before=[episodes[index] for index in masked],
             )
             for index, episode in zip(masked, again, strict=True):
                 episodes[index] = dataclasses.replace(episode, index=index)
         raise UserError(
-            f"{share}, more than ppo.max_masked_share = {self.config.ppo.max_masked_share} after {ROUNDS} rounds; mend "
-            "that, then run the same command: it continues from the last checkpoint"
+            f"{share}, more than ppo.max_masked_share = {self.config.ppo.max_masked_share} after {ROUNDS} rounds; "
+            "correct the cause, then run the same command: it continues from the last checkpoint"
         )
 
 
-def _cause(episode: Episode) -> str:
+def _cause(episode: Rollout) -> str:
     return f"{episode.masked} ({episode.trajectory.metadata.get('cause', 'no cause given')})"
 
 
-class Recorded:
-    """Episodes that an earlier run recorded; weights change nothing in them.
+class ReplayedRollouts:
+    """Rollouts that an earlier run recorded, whatever the current weights.
 
     Args:
         directory: the recordings, of any run over the same tasks.
     """
 
-    def __init__(self, parts: Parts, directory: Path):
-        self.directory, self._tasks = directory, {task.id: task for task in parts.tasks}
-        self.count, self.devices = 0, asyncio.Lock()
-        while recordings.paths(directory, self.count)[1].exists():
+    def __init__(self, inputs: PPOInputs, directory: Path):
+        self.directory, self._tasks = directory, {task.id: task for task in inputs.tasks}
+        self.count, self.collective_lock = 0, asyncio.Lock()
+        while recordings.recording_paths(directory, self.count)[1].exists():
             self.count += 1
         if not self.count:
             raise UserError(f"{directory} has no recorded iterations; run python -m launch.ppo first")
 
-    async def episodes(self, iteration: int) -> list[Episode]:
-        return recordings.load(self.directory, iteration, self._tasks)
+    async def rollouts(self, iteration: int) -> list[Rollout]:
+        return recordings.load_rollouts(self.directory, iteration, self._tasks) or []
 
-    async def rest(self) -> None:
+    async def sleep(self) -> None:
         pass
 
-    async def take(self, params: dict, version: int) -> None:
+    async def update_weights(self, params: Params, version: int) -> None:
         pass
 
     def stats(self) -> dict[str, float]:

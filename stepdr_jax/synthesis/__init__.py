@@ -1,1 +1,1 @@
-"""Training data made from documents and a knowledge graph: tasks, rubrics, expert episodes, reading, and their cleaning."""
+"""Training data from documents and a knowledge graph: tasks, rubrics, episodes, synthetic documents, cleaning."""

@@ -1,8 +1,8 @@
-"""What is kept of the episodes, and why the rest is not (paper section 4.2 and 7.5).
+"""Which episodes are kept, and why others are dropped (paper sections 4.2 and 7.5).
 
-Rules on one episode: it answered, correctly; every citation resolves to an observed passage; it does not loop; it puts no
-year into a search that was asked without one; it keeps to one language; it follows its plan; nothing in it gives away
-that it was prompted. Rules on many: of the correct episodes of a query the shortest stays, except for a controlled share
+Rules on one episode: the answer is correct; every citation resolves to an observed passage; there are no loops; no
+search adds a year that nobody asked for; there is one language; the plan is followed; nothing shows that a reflection
+was prompted. Rules on many: of the correct episodes of a query the shortest is kept, except for a controlled share
 with an error and its recovery.
 """
 
@@ -10,12 +10,14 @@ import collections
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from stepdr_jax.records import Finish, Message, Task, Trajectory, Verdict
-from stepdr_jax.synthesis import planning, reflection, reports, verification
+from stepdr_jax.synthesis import plan_alignment, reflection
 from stepdr_jax.text import repetition
-from stepdr_jax.text.matching import HAN, cited_ids, contains, normalise
+from stepdr_jax.text.citations import cited_ids, resolves
+from stepdr_jax.text.matching import normalize, states_value
+from stepdr_jax.text.scripts import CHINESE_CHARACTER
 
 MAX_SAME_CALL = 2  # the third identical call is a loop
 MAX_SAME_SENTENCE = 3
@@ -48,7 +50,7 @@ def assistant_text(trajectory: Trajectory) -> str:
     return "\n\n".join(message.content for message in trajectory.messages if message.role == "assistant")
 
 
-def searches(message: Message) -> list[str]:
+def search_queries(message: Message) -> list[str]:
     """The search queries of an assistant's message."""
     return [
         query
@@ -83,7 +85,7 @@ def wrong_time_anchor(query: str, messages: Iterable[Message], as_of: str) -> st
             return "pretended date"
         if asks_for_a_time(query):
             continue
-        for search in searches(message):
+        for search in search_queries(message):
             for year in _YEAR.findall(search):
                 if 0 < now - int(year) <= RECENT_YEARS and year not in known:
                     return f"year {year} added to a search"
@@ -93,7 +95,7 @@ def wrong_time_anchor(query: str, messages: Iterable[Message], as_of: str) -> st
 def mixed_language(text: str, lang: str) -> bool:
     """Whether a text mixes Chinese and English beyond names: by density of characters and of plain Latin words."""
     prose = _NOT_PROSE.sub(" ", text)
-    han = len(HAN.findall(prose))
+    han = len(CHINESE_CHARACTER.findall(prose))
     words = re.findall(r"[A-Za-zÀ-ÿ]+", prose)
     plain = sum(word.islower() and len(word) > 3 for word in words)
     total = han + len(words)
@@ -104,7 +106,7 @@ def mixed_language(text: str, lang: str) -> bool:
     return han > MAX_HAN_CHARACTERS or han / total > MAX_HAN_IN_ENGLISH
 
 
-def loops(trajectory: Trajectory) -> str | None:
+def loop_fault(trajectory: Trajectory) -> str | None:
     """Why an episode loops (repeated n-grams, the same call or the same sentence again and again), or None."""
     calls = collections.Counter(
         (call.name, json.dumps(call.arguments, sort_keys=True, ensure_ascii=False))
@@ -123,18 +125,18 @@ def loops(trajectory: Trajectory) -> str | None:
         previous = sentence
         if run > MAX_SAME_SENTENCE:
             return "same sentence repeated"
-    # queries echo the request and the answer echoes the passage: only what one turn repeats in itself is counted
-    reasons = (repetition.degenerate(m.content) for m in trajectory.messages if m.role == "assistant")
+    # queries repeat the request and the answer repeats the passage: only repetition within one turn counts
+    reasons = (repetition.degenerate_reason(m.content) for m in trajectory.messages if m.role == "assistant")
     return next((reason for reason in reasons if reason), None)
 
 
 def citation_fault(trajectory: Trajectory) -> str | None:
-    """Why the citations of an answer do not hold (none, one never observed, one in a heading), or None."""
+    """Why the citations of an answer are invalid (none, one never observed, one in a heading), or None."""
     answer = trajectory.answer or ""
     ids, seen = cited_ids(answer), trajectory.sources()
     if not ids:
         return "uncited"
-    if any(id_ not in seen for id_ in ids):
+    if not resolves(ids, seen):
         return "unresolved citation"
     if any(line.startswith("#") and cited_ids(line) for line in answer.splitlines()):
         return "citation in a heading"
@@ -147,24 +149,35 @@ def answer_before_evidence(task: Task, trajectory: Trajectory) -> bool:
         return False
     values = task.answer.value.split("; ") if task.answer.type == "list" else [task.answer.value, *task.answer.aliases]
     for message in trajectory.messages:
-        if message.role == "tool" and any(contains(message.content, value) for value in values):
+        if message.role == "tool" and any(states_value(message.content, value) for value in values):
             return False
-        if message.role == "assistant" and any(contains(message.content, value) for value in values):
+        if message.role == "assistant" and any(states_value(message.content, value) for value in values):
             return True
     return False
 
 
-def drop_reason(task: Task, trajectory: Trajectory, verdict: Verdict) -> str | None:
-    """The first rule that an episode breaks, as a short name for the counts; None keeps it."""
+def is_correct(verdict: Verdict) -> bool:
+    """Whether an answer states the gold value, or an open task has (almost) its full reward."""
+    return verdict.correct if verdict.correct is not None else (verdict.reward or 0.0) >= MIN_REPORT_REWARD
+
+
+def drop_reason(
+    task: Task, trajectory: Trajectory, verdict: Verdict, answer_fault: Callable[[Task, Trajectory], str | None]
+) -> str | None:
+    """The first rule that an episode breaks, as a short name for the counts; None keeps it.
+
+    Args:
+        answer_fault: the rule on answers of the task's kind: how the answer breaks its format or logic, or None.
+    """
     if trajectory.finish != Finish.ANSWERED:
         return f"ended as {trajectory.finish}"
     if verdict.reward is None:
         return "judge failed"
-    if verdict.correct is False or (verdict.correct is None and verdict.reward < MIN_REPORT_REWARD):
+    if not is_correct(verdict):
         return "incorrect"
     if fault := citation_fault(trajectory):
         return fault
-    if loop := loops(trajectory):
+    if loop := loop_fault(trajectory):
         return loop
     if wrong_time_anchor(task.query, trajectory.messages, task.as_of or "9999"):
         return "wrong time anchor"
@@ -174,34 +187,32 @@ def drop_reason(task: Task, trajectory: Trajectory, verdict: Verdict) -> str | N
         return "induction trace"
     if answer_before_evidence(task, trajectory):
         return "answer before evidence"
-    if task.kind == "report" and not reports.follows_plan(trajectory.answer or "", task):
-        return "report strays from its plan"
-    if task.kind in ("report", "deep_search") and not planning.alignment(task.plan, trajectory).consistent:
+    if fault := answer_fault(task, trajectory):
+        return fault
+    if task.kind in ("report", "deep_search") and not plan_alignment.alignment(task.plan, trajectory).consistent:
         return "episode strays from its plan"
-    if task.kind == "verification" and not verification.consistent(task, trajectory):
-        return "verdict does not follow from evidence"
     return None
 
 
 def has_recovery(trajectory: Trajectory) -> bool:
     """Whether a tool error or an empty result was followed by another action and, in the end, an answer."""
     return any(
-        message.role == "tool" and (message.error or normalise(message.content) in ("no results.", ""))
+        message.role == "tool" and (message.error or normalize(message.content) in ("no results.", ""))
         for message in trajectory.messages
     )
 
 
-def length(trajectory: Trajectory) -> tuple[int, int, int]:
+def episode_length(trajectory: Trajectory) -> tuple[int, int, int]:
     """Steps, then tool calls, then characters written: what "shortest" compares."""
     turns = [message for message in trajectory.messages if message.role == "assistant"]
     return len(turns), sum(len(turn.tool_calls) for turn in turns), sum(len(turn.content) for turn in turns)
 
 
-def select(trajectories: list[Trajectory], noise_share: float, rng: random.Random) -> None:
+def select_episodes(trajectories: list[Trajectory], noise_share: float, rng: random.Random) -> None:
     """Marks which episodes stay: one per task, the shortest correct one, and `noise_share` of them with a recovery.
 
-    Changes `kept` and `drop_reason` in place. An episode corrected by reflection stands beside the shortest one of its
-    task: it teaches something else. Where both a clean and a recovered episode of a task are correct, the recovered one
+    Changes `kept` and `drop_reason` in place. An episode corrected by reflection is kept beside the shortest one of its
+    task: it trains something else. Where both a clean and a recovered episode of a task are correct, the recovered one
     replaces the clean one until the share is reached; with too few recoveries the share is as high as it can be.
     """
     by_task: Mapping[str, list[Trajectory]] = collections.defaultdict(list)
@@ -211,7 +222,7 @@ def select(trajectories: list[Trajectory], noise_share: float, rng: random.Rando
     noisy, total = {}, 0
     for task_id, candidates in by_task.items():
         reflected = [t for t in candidates if t.attempt > 0]
-        plain = sorted((t for t in candidates if t.attempt == 0), key=length)
+        plain = sorted((t for t in candidates if t.attempt == 0), key=episode_length)
         clean = [t for t in plain if not has_recovery(t)]
         recovered = [t for t in plain if has_recovery(t)]
         total += bool(plain) + bool(reflected)

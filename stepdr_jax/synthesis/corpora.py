@@ -1,4 +1,4 @@
-"""Reads a built world, or documents of one's own, as the records that synthesis works on."""
+"""Reads the offline web, or documents of one's own, as the records that synthesis works on."""
 
 import dataclasses
 from pathlib import Path
@@ -8,8 +8,7 @@ import pydantic
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.records import Document, Triple
-from stepdr_jax.records import read as read_records
+from stepdr_jax.records import Document, Triple, read_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +23,8 @@ class Entity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Error:
-    """A passage of the world that is wrong on purpose, with what is true."""
+class PlantedError:
+    """A passage of the offline web that is wrong on purpose, with the true value."""
 
     url: str
     lang: str
@@ -37,23 +36,23 @@ class Error:
     reason: str  # swapped: another entity's value; outdated: a former value
 
 
-def documents(world_dir: str | Path) -> list[Document]:
+def read_documents(world_dir: str | Path) -> list[Document]:
     """Pages in file order. Raises UserError when the file is absent or a row does not validate."""
     return read_records(Path(world_dir) / "documents.jsonl", Document)
 
 
-def triples(world_dir: str | Path) -> list[Triple]:
+def read_triples(world_dir: str | Path) -> list[Triple]:
     return read_records(Path(world_dir) / "triples.jsonl", Triple)
 
 
-def entities(world_dir: str | Path) -> dict[str, Entity]:
+def read_entities(world_dir: str | Path) -> dict[str, Entity]:
     """Entity id -> entity, in file order."""
     return {entity.id: entity for entity in _rows(Path(world_dir) / "entities.jsonl", Entity)}
 
 
-def errors(world_dir: str | Path) -> list[Error]:
-    """The world's wrong passages; a policy never sees this list."""
-    return _rows(Path(world_dir) / "errors.jsonl", Error)
+def read_planted_errors(world_dir: str | Path) -> list[PlantedError]:
+    """The wrong passages of the offline web; a policy never sees this list."""
+    return _rows(Path(world_dir) / "errors.jsonl", PlantedError)
 
 
 def _rows(path: Path, kind: type) -> list[Any]:
@@ -66,6 +65,6 @@ def _rows(path: Path, kind: type) -> list[Any]:
             first = error.errors()[0]
             raise UserError(
                 f"{path} row {number}: field {'.'.join(map(str, first['loc']))!r}: {first['msg']}; "
-                f"delete {path.parent} and build the world again"
+                f"delete {path.parent} and build the offline web again"
             ) from None
     return found

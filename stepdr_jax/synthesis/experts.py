@@ -1,27 +1,26 @@
-"""Expert episodes of synthesis: which are run, the teacher's part in them, and the journal that survives a kill."""
+"""Expert episodes of synthesis: run, annotated for training, and recorded in a journal that survives a kill."""
 
-import asyncio
 import dataclasses
 import hashlib
-import random
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from stepdr_jax import files, records
-from stepdr_jax.agent import prompts, react
+from stepdr_jax.agent import prompts, runner
 from stepdr_jax.agent.budget import Limits
+from stepdr_jax.agent.policy import Policy
 from stepdr_jax.errors import UserError
 from stepdr_jax.judge.judges import ProgrammaticJudge
+from stepdr_jax.judge.scored import judge_episode
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import RubricSet, Task, Trajectory, Verdict
-from stepdr_jax.synthesis import cleaning, knowledge, reflection, tasks, teacher
+from stepdr_jax.synthesis import cleaning, reflection
+from stepdr_jax.synthesis.teacher import Teacher
 from tools_env.client import ToolsClient
 
-SLIP_SHARE = 0.2  # tasks that also get an episode with a mistake; cleaning keeps the exact share
 INFRA_TRIES = 3  # tries of one episode whose tools or teacher broke
-UNAVAILABLE_HOST = "flaky.test"  # answers 503 in the built-in web
 TEACHER_TURN_TOKENS = 4096  # least budgets of a teacher behind an endpoint
 TEACHER_EPISODE_TOKENS = 32_768
 MAX_LOST_SHARE = 0.05  # of episodes that may be lost to infrastructure
@@ -42,104 +41,55 @@ CAPABILITY = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One expert episode to run: a task with a style."""
+class EpisodeJob:
+    """One expert episode to run: a task in one variant.
+
+    Attributes:
+        style: how the scripted expert works, a dataclass with a method `retry`.
+        variant: names the style among those of the task; part of seeds and ids.
+    """
 
     task: Task
     rubric_set: RubricSet
-    style: teacher.Style
+    style: Any
+    variant: str = "clean"
 
     @property
     def key(self) -> str:
-        return f"{self.task.id} {self.style.slip or 'clean'}"
+        return f"{self.task.id} {self.variant}"
 
 
-def jobs_of(usable: list[tasks.Drawn], seed: int) -> list[Job]:
-    """A clean episode for every training task, and for some a second one with a mistake to recover from."""
-    jobs = []
-    for item in usable:
-        if item.task.split != "train":
-            continue
-        rng = random.Random(f"style {seed} {item.task.id}")
-        style = teacher.draw_style(item.task, rng, slip_share=SLIP_SHARE)
-        jobs.append(Job(item.task, item.rubric_set, dataclasses.replace(style, slip="")))
-        if style.slip:
-            jobs.append(Job(item.task, item.rubric_set, style))
-    return jobs
-
-
-async def run(
-    config: ConfigDict,
-    client: ToolsClient,
-    known: knowledge.Knowledge,
-    world_dir: Path,
-    corpus: Path,
-    fingerprint: str,
-    jobs: list[Job],
+async def run_expert_episodes(
+    config: ConfigDict, client: ToolsClient, domain, corpus: Path, fingerprint: str, jobs: list[EpisodeJob]
 ) -> list[tuple[Trajectory, Verdict]]:
-    """Runs the jobs that the journal lacks; returns all episodes in the order of jobs."""
+    """Runs the jobs that the journal in `corpus` lacks; returns all episodes in the order of jobs.
+
+    Args:
+        domain: makes scripted experts and knows the names of entities, see `scripted.domain.CountryDomain`.
+
+    Raises:
+        UserError: too many episodes were lost to infrastructure.
+    """
     journal = corpus / "episodes.journal.jsonl"
     done = _read_journal(journal, fingerprint)
-    open_jobs = [job for job in jobs if job.key not in done]
-    progress = Progress("expert episodes", len(jobs), "episodes", start=len(jobs) - len(open_jobs))
-    teach = teacher.Teacher(config, _authority(world_dir), lambda task: _bad_urls(known, task))
-    judge = ProgrammaticJudge(known.kinds)
-    limits = Limits.from_config(config.agent)
-    prompt = config.agent.prompt
-    if config.teacher.endpoint:  # a large model is told its tools at length and may think at length
-        prompt = "full"
-        limits = dataclasses.replace(
-            limits,
-            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
-            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
-        )
+    progress = Progress("expert episodes", len(jobs), "episodes", start=sum(job.key in done for job in jobs))
+    teacher = Teacher(config, domain.expert)
+    judge = ProgrammaticJudge(domain.knowledge.kinds)
     specs = await client.list_tools()
     lost: list[str] = []
 
-    async def one(job: Job) -> None:
-        seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
+    async def solve(job: EpisodeJob) -> tuple[Trajectory, Verdict]:
+        return await _solve(job, config, client, specs, teacher, judge)
 
-        async def episode(policy, attempt: int) -> Trajectory:
-            for again in range(INFRA_TRIES):
-                result = await react.run_episode(
-                    job.task,
-                    policy,
-                    client,
-                    limits,
-                    prompt=prompt,
-                    as_of=config.offline_web.as_of,
-                    seed=seed + attempt,
-                )
-                if result.trajectory.finish.is_policy_outcome:
-                    break
-                await asyncio.sleep(0.2 * 2**again)
-            if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
-                told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
-                result.trajectory.messages[0].content = told
-            return _annotated(result.trajectory, job, policy)
-
-        def policy_for(attempt: int):
-            style = job.style
-            if attempt:  # a second try compares its sources
-                style = dataclasses.replace(style, slip="", open_page=False, check_again=True)
-            return teach(job.task, style, seed + attempt)
-
-        trajectory, verdict = await reflection.solve(
-            job.task.lang,
-            policy_for,
-            episode,
-            lambda t: judge.judge(job.task, job.rubric_set, t),
-            lambda v: bool(v.correct) if v.correct is not None else (v.reward or 0) >= cleaning.MIN_REPORT_REWARD,
-            config.synthesis.max_reflections,
-        )
-        if trajectory.finish.is_policy_outcome:
+    async def record(job: EpisodeJob, solved: tuple[Trajectory, Verdict]) -> tuple[Trajectory, Verdict] | None:
+        trajectory, verdict = solved
+        if verdict.reward is not None:
             row = {
                 "key": job.key,
                 "trajectory": trajectory.model_dump(mode="json", exclude_defaults=True),
                 "verdict": verdict.model_dump(mode="json"),
             }
             files.append_jsonl(journal, row)
-            done[job.key] = trajectory, verdict
         else:
             lost.append(f"{job.key}: {trajectory.metadata.get('cause', trajectory.finish)}")
             if len(lost) > max(10, MAX_LOST_SHARE * len(jobs)):
@@ -148,28 +98,70 @@ async def run(
                     "check the tool host (and the teacher's endpoint) and run the same command again"
                 )
         progress.update(1, lost=len(lost))
+        return None if verdict.reward is None else solved
 
     try:
-        await run_all(one, open_jobs, config.synthesis.episode_concurrency)
+        episodes = await runner.run_all(
+            {job.key: job for job in jobs},
+            solve,
+            record,
+            concurrency=config.synthesis.episode_concurrency,
+            recorded=done,
+        )
     finally:
-        await teach.close()
-    return [done[job.key] for job in jobs if job.key in done]
+        await teacher.close()
+    return [episode for episode in episodes.values() if episode is not None]
 
 
-async def run_all(work, items: list, concurrency: int) -> None:
-    """Runs `work(item)` for all items, `concurrency` at a time; the first exception stops the rest and is raised."""
-    queue = iter(items)
+async def _solve(
+    job: EpisodeJob,
+    config: ConfigDict,
+    client: ToolsClient,
+    specs: list,
+    teacher: Teacher,
+    judge: ProgrammaticJudge,
+) -> tuple[Trajectory, Verdict]:
+    """Runs one job, reflections included; returns the episode and its verdict (reward None: lost to infrastructure)."""
+    seed = int(hashlib.sha256(f"{config.data_seed} {job.key}".encode()).hexdigest()[:7], 16)
+    prompt, limits = config.agent.prompt, Limits.from_config(config.agent)
+    if config.teacher.endpoint:  # a large model reads full tool descriptions and may think at length
+        prompt = "full"
+        limits = dataclasses.replace(
+            limits,
+            max_turn_tokens=max(limits.max_turn_tokens, TEACHER_TURN_TOKENS),
+            max_episode_tokens=max(limits.max_episode_tokens, TEACHER_EPISODE_TOKENS),
+        )
 
-    async def worker() -> None:
-        for item in queue:
-            await work(item)
+    async def tools() -> ToolsClient:
+        return client
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(items))):
-                group.create_task(worker())
-    except* Exception as errors:
-        raise errors.exceptions[0] from None
+    async def episode(policy: Policy, attempt: int) -> Trajectory:
+        result, _ = await runner.run_with_retries(
+            job.task,
+            policy,
+            tools,
+            limits,
+            prompt=prompt,
+            as_of=config.offline_web.as_of,
+            seed=seed + attempt,
+            attempts=INFRA_TRIES,
+            pause=0.2,
+        )
+        if prompt != config.agent.prompt and result.trajectory.messages:  # the student gets its own prompt
+            told = prompts.system_prompt(config.agent.prompt, config.offline_web.as_of, specs, job.task.lang)
+            result.trajectory.messages[0].content = told
+        return _annotated(result.trajectory, job, policy)
+
+    def policy_for(attempt: int) -> Policy:
+        return teacher(job.task, job.style.retry() if attempt else job.style, seed + attempt)
+
+    async def judged(trajectory: Trajectory) -> Verdict:
+        scored = await judge_episode(judge, job.task, job.rubric_set, trajectory)
+        return scored.verdict or Verdict(reward=None, judgments=[])
+
+    return await reflection.solve_with_reflection(
+        job.task.lang, policy_for, episode, judged, cleaning.is_correct, config.synthesis.max_reflections
+    )
 
 
 def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, Verdict]]:
@@ -186,12 +178,11 @@ def _read_journal(path: Path, fingerprint: str) -> dict[str, tuple[Trajectory, V
     }
 
 
-def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
-    """Adds what training needs to know; turns that are deliberate slips are taken out of the loss."""
-    acting = policy.policy if isinstance(policy, reflection.Continued) else policy
-    mistakes = getattr(acting, "mistakes", set())
+def _annotated(trajectory: Trajectory, job: EpisodeJob, policy) -> Trajectory:
+    """Adds the metadata that training needs; turns with an injected error are taken out of the loss."""
+    acting = policy.policy if isinstance(policy, reflection.ContinuedPolicy) else policy
     turns = [message for message in trajectory.messages if message.role == "assistant"]
-    for number in mistakes:
+    for number in getattr(acting, "injected_turns", ()):
         if number < len(turns):
             turns[number].train = False
     trajectory.id = records.content_id("trajectory_", job.key, trajectory.policy)
@@ -206,14 +197,3 @@ def _annotated(trajectory: Trajectory, job: Job, policy) -> Trajectory:
     if misspelt := getattr(acting, "misspelt", None):
         trajectory.metadata["misspelt"] = dict(misspelt)
     return trajectory
-
-
-def _authority(world_dir: Path) -> dict[str, int]:
-    hosts = files.read_json(world_dir / "sites.json")["hosts"]
-    return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
-
-
-def _bad_urls(known: knowledge.Knowledge, task: Task) -> dict[str, str]:
-    """Addresses that look right for a task and cannot be read: a page that does not exist, a host that does not answer."""
-    url = known.pages[task.entity, task.lang][0].url
-    return {"dead_link": url.rstrip("/") + "/history", "unavailable": f"http://{UNAVAILABLE_HOST}{urlsplit(url).path}"}

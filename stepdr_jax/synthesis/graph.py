@@ -77,7 +77,7 @@ class Subgraph:
     edges: tuple[tuple[int, int], ...]
 
 
-def sample(
+def sample_subgraph(
     graph: Graph,
     seed: int,
     rng: np.random.Generator,
@@ -128,7 +128,7 @@ def triples_within(graph: Graph, subgraph: Subgraph, triples: Iterable[Triple]) 
     return [t for t in triples if (frozenset((t.head, t.tail)) in edges if t.tail_is_entity else t.head in inside)]
 
 
-def hyperlinks(documents: Sequence[Document]) -> dict[str, tuple[str, ...]]:
+def page_links(documents: Sequence[Document]) -> dict[str, tuple[str, ...]]:
     """URL -> the URLs it links to, in page order; links that leave the documents or point to themselves are dropped."""
     urls = {document.url for document in documents}
     links = {}
@@ -138,7 +138,7 @@ def hyperlinks(documents: Sequence[Document]) -> dict[str, tuple[str, ...]]:
     return links
 
 
-def walk(
+def random_walk(
     links: Mapping[str, Sequence[str]],
     start: str,
     rng: np.random.Generator,

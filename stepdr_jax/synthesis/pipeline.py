@@ -1,8 +1,8 @@
-"""The synthesis run: documents to tasks, rubrics, expert episodes, cleaning, renamed copies and reading material.
+"""The synthesis run: documents to tasks, rubrics, expert episodes, cleaning, renamed copies and synthetic documents.
 
-Everything is a function of the world, the config and `data_seed`. Expert episodes, the only slow part, are appended to a
-journal as they finish; a killed run continues from it. Final files appear whole, `card.json` last: its presence, with the
-right fingerprint, means that the corpus is complete.
+Everything is a function of the offline web, the config and `data_seed`. Expert episodes, the only slow part, are
+appended to a journal as they finish; a killed run continues from it. Final files are written atomically, `card.json`
+last: its presence, with the right fingerprint, means that the corpus is complete.
 """
 
 import asyncio
@@ -16,61 +16,54 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from stepdr_jax import files, records
+from stepdr_jax import configuration, files, records
 from stepdr_jax.errors import UserError
-from stepdr_jax.records import Task, Trajectory, Triple, Verdict
-from stepdr_jax.synthesis import (
-    cleaning,
-    corpora,
-    deep_search,
-    experts,
-    knowledge,
-    reading,
-    sentences,
-    tasks,
-)
-from stepdr_jax.synthesis.renaming import Renamer
+from stepdr_jax.records import Task, Trajectory, Verdict
+from stepdr_jax.runtime import stages
+from stepdr_jax.runtime.layout import RunLayout
+from stepdr_jax.synthesis import cleaning, corpora, experts
+from stepdr_jax.synthesis.scripted.domain import CountryDomain
 from tools_env.client import ToolInfraError, ToolsClient
 
 VERSION = "1"  # raise when the meaning of the corpus changes, so that old ones are made again
-WALK_CHARS = 0.75  # characters of opened pages for a token of an episode: half of it is pages, 0.6 tokens a character
-VERIFY_BATCH = 2  # edges checked by one tool call: what fits into one observation
 
 
-def run(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
+def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path | None = None) -> dict:
     """Makes the corpus in run_dir/corpus and returns its card; returns at once when it is already complete.
 
     Args:
-        config: see configs/miniature.py; `world`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
-        address: host:port of a tool host that serves the same world.
-        world_dir: the built world; default run_dir/world.
+        config: `offline_web`, `synthesis`, `agent`, `teacher` and `data_seed` decide the content.
+        address: host:port of a tool host that serves the same offline web.
+        world_dir: the built offline web; default run_dir/world.
 
     Raises:
-        UserError: the world is missing, the tool host does not answer, or too many episodes were lost.
+        UserError: the offline web is missing, the tool host does not answer, or too many episodes were lost.
     """
-    world_dir = Path(world_dir or Path(config.run_dir) / "world")
-    card = finished(config, world_dir=world_dir)
+    world_dir = Path(world_dir or RunLayout.from_config(config).offline_web)
+    card = finished_card(config, world_dir=world_dir)
     if card is not None:
         return card
-    corpus = Path(config.run_dir) / "corpus"
+    corpus = RunLayout.from_config(config).corpus
     (corpus / "card.json").unlink(missing_ok=True)
+    configuration.save(config, corpus)
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 
-def finished(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
+def finished_card(config: ConfigDict, *, world_dir: str | Path | None = None) -> dict | None:
     """Returns the card of a corpus that is complete and was made from the same inputs, else None."""
-    corpus = Path(config.run_dir) / "corpus"
+    corpus = RunLayout.from_config(config).corpus
     if not (corpus / "card.json").exists():
         return None
     card = files.read_json(corpus / "card.json")
-    same = card.get("fingerprint") == _fingerprint(config, Path(world_dir or Path(config.run_dir) / "world"))
+    same = card.get("fingerprint") == _fingerprint(config, Path(world_dir or RunLayout.from_config(config).offline_web))
     return card if same and all((corpus / name).exists() for name in card["files"]) else None
 
 
 def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
     documents = world_dir / "documents.jsonl"
     if not documents.exists():
-        raise UserError(f"{documents} does not exist; build the world first (python -m launch.synthesize does)")
+        command = stages.command_of("offline_web", config)
+        raise UserError(f"{documents} does not exist; build the offline web first: {command}")
     digest = hashlib.sha256(documents.read_bytes())
     parts = [
         VERSION,
@@ -84,40 +77,20 @@ def _fingerprint(config: ConfigDict, world_dir: Path) -> str:
 
 async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, fingerprint: str) -> dict:
     began = time.monotonic()
-    settings = config.synthesis
-    known = knowledge.load(world_dir, heldout_share=config.offline_web.heldout_share, seed=config.data_seed)
-    documents = corpora.documents(world_dir)
-    records.write(corpus / "documents.jsonl", documents)
-    triples = corpora.triples(world_dir)
-    records.write(corpus / "triples.jsonl", triples)
+    domain = CountryDomain(config, world_dir)
+    documents, triples = corpora.read_documents(world_dir), corpora.read_triples(world_dir)
+    records.write_records(corpus / "documents.jsonl", documents)
+    records.write_records(corpus / "triples.jsonl", triples)
 
     client = ToolsClient(address, call_timeout=config.tools.call_timeout)
     try:
         await client.wait_ready(30.0)
-        pairs = _hop_pairs(config, known, triples)
-        hops, unverified = await _verified(client, known, pairs)
-        drawn = tasks.draw(
-            known,
-            tasks_per_entity=settings.tasks_per_entity,
-            heldout_tasks=settings.heldout_tasks,
-            kind_weights=settings.kind_weights.to_dict(),
-            chinese_share=settings.chinese_share,
-            seed=config.data_seed,
-            as_of=config.offline_web.as_of,
-            hops=hops,
-            walks=deep_search.walks(
-                known,
-                documents,
-                max_chars=int(WALK_CHARS * config.agent.max_episode_tokens),
-                page_chars=config.tools.max_observation_chars,
-                seed=config.data_seed,
-            ),
-        )
+        drawn, edge_counts = await domain.draw_tasks(client, documents, triples)
         usable = [item for item in drawn if item.rubric_set.kept]
-        records.write(corpus / "tasks.jsonl", [item.task for item in usable])
-        records.write(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
-        jobs = experts.jobs_of(usable, config.data_seed)
-        episodes = await experts.run(config, client, known, world_dir, corpus, fingerprint, jobs)
+        records.write_records(corpus / "tasks.jsonl", [item.task for item in usable])
+        records.write_records(corpus / "rubrics.jsonl", [item.rubric_set for item in drawn])
+        jobs = domain.episode_jobs(usable)
+        episodes = await experts.run_expert_episodes(config, client, domain, corpus, fingerprint, jobs)
     except ToolInfraError as error:
         raise UserError(
             f"the tool host at {address} failed ({error}); start it again and run the same command"
@@ -126,38 +99,27 @@ async def _run(config: ConfigDict, address: str, world_dir: Path, corpus: Path, 
         await client.close()
 
     by_id = {item.task.id: item.task for item in usable}
-    trajectories = _cleaned(episodes, by_id, settings.noise_share, config.data_seed)
-    renamer = known.renamer()
-    reading_rows, reading_counts = [], collections.Counter()
-    for row in reading.rows(
-        known, copies=settings.document_copies, chinese_share=settings.chinese_share, seed=config.data_seed
-    ):
-        reading_rows.append(row)
-        reading_counts[row["component"]] += 1
-    files.write_jsonl(corpus / "reading.jsonl", reading_rows)
-    trajectory_counts: collections.Counter = collections.Counter()
-    rows = _rows(trajectories, renamer, known.private, settings.trajectory_copies, config.data_seed, trajectory_counts)
+    trajectories = _cleaned(episodes, by_id, domain, config.synthesis.noise_share, config.data_seed)
+    document_rows = list(domain.document_rows())
+    files.write_jsonl(corpus / "synthetic_documents.jsonl", document_rows)
+    counts: collections.Counter = collections.Counter()
+    rows = _rows(trajectories, domain, config.synthesis.trajectory_copies, config.data_seed, counts)
     files.write_jsonl(corpus / "trajectories.jsonl", rows)
 
+    names = ("documents", "triples", "tasks", "rubrics", "trajectories", "synthetic_documents")
+    heldout = len(domain.knowledge.heldout)
     card = {
         "fingerprint": fingerprint,
-        "files": [
-            "documents.jsonl",
-            "triples.jsonl",
-            "tasks.jsonl",
-            "rubrics.jsonl",
-            "trajectories.jsonl",
-            "reading.jsonl",
-        ],
-        "entities": {"train": len(known.countries) - len(known.heldout), "heldout": len(known.heldout)},
+        "files": [f"{name}.jsonl" for name in names],
+        "entities": {"train": len(domain.knowledge.countries) - heldout, "heldout": heldout},
         "documents": len(documents),
         "triples": len(triples),
-        "edges": {"verified": sum(map(len, hops.values())), "unverified": unverified},
-        "tasks": tasks.counts(drawn),
+        "edges": edge_counts,
+        "tasks": _task_counts(drawn),
         "rubric_sets_dropped": _count(item.rubric_set.drop_reason for item in drawn if not item.rubric_set.kept),
         "episodes": _episode_card(trajectories, by_id),
-        "trajectories": dict(sorted(trajectory_counts.items())),
-        "reading": dict(sorted(reading_counts.items())),
+        "trajectories": dict(sorted(counts.items())),
+        "synthetic_documents": _count(row["component"] for row in document_rows),
         "teacher": config.teacher.model or "offline expert",
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -169,100 +131,44 @@ def _count(values: Iterable[str | None]) -> dict[str, int]:
     return dict(sorted(collections.Counter(value for value in values if value).items()))
 
 
-# ------------------------------------------------------------------------------------------------------------- graph
-
-
-def _hop_pairs(
-    config: ConfigDict, known: knowledge.Knowledge, triples: list[Triple]
-) -> dict[str, list[tuple[knowledge.Fact, knowledge.Fact]]]:
-    """Country -> (clue, asked) pairs whose edges lie in the subgraph around the country (paper section 3.2.1)."""
-    pairs = {}
-    for country, relations in deep_search.subgraph_relations(
-        known,
-        triples,
-        seed_degree=tuple(config.synthesis.seed_degree),
-        nodes=tuple(config.synthesis.subgraph_nodes),
-        super_node_degree=config.synthesis.super_node_degree,
-        seed=config.data_seed,
-    ).items():
-        pairs[country] = [
-            (known.facts[country, clue, lang], known.facts[country, asked, lang])
-            for lang in knowledge.LANGS
-            for clue in deep_search.CLUES[lang]
-            for asked in deep_search.ASKED
-            if clue != asked and {clue, asked} <= relations and {clue, asked} <= set(known.relations(country, lang))
-        ]
-    return pairs
-
-
-async def _verified(
-    client: ToolsClient, known: knowledge.Knowledge, pairs: dict[str, list]
-) -> tuple[dict[str, list], int]:
-    """Keeps the pairs of which both edges are found by a search; returns them and the number of edges that failed."""
-    wanted: dict[tuple, tuple[str, tuple]] = {}  # edge -> query, fact
-    for listed in pairs.values():
-        for clue, asked in listed:
-            wanted[clue, "clue"] = deep_search.clue(clue.relation, clue.value, clue.lang), _stated(clue.sentence)
-            wanted[asked, "asked"] = deep_search.search_query(asked, known), _stated(asked.sentence)
-    edges = list(wanted)
-    supported: set[tuple] = set()
-    session = await client.open_session("verify-edges")
-    try:
-        batches = [edges[start : start + VERIFY_BATCH] for start in range(0, len(edges), VERIFY_BATCH)]
-
-        async def verify(number: int, batch: list) -> None:
-            queries = list(dict.fromkeys(wanted[edge][0] for edge in batch))
-            result = await session.call("batch_web_surfer", {"queries": queries, "topk": 2}, call_id=f"edges-{number}")
-            shown = {_stated(source.text) for source in result.sources if source.authority == 2}
-            supported.update(edge for edge in batch if wanted[edge][1] in shown)
-
-        await experts.run_all(lambda item: verify(*item), list(enumerate(batches)), 16)
-    finally:
-        await session.close()
-    kept = {
-        country: [(c, a) for c, a in listed if (c, "clue") in supported and (a, "asked") in supported]
-        for country, listed in pairs.items()
-    }
-    return kept, len(edges) - len(supported)
-
-
-def _stated(text: str) -> tuple | None:
-    statement = sentences.parse(text)
-    return statement.fact if statement else None
-
-
-# ---------------------------------------------------------------------------------------------------------- cleaning
+def _task_counts(drawn: list) -> dict[str, dict[str, int]]:
+    """Kept tasks by split, by kind and language."""
+    table: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    for item in drawn:
+        if item.rubric_set.kept:
+            table[item.task.split][f"{item.task.kind} {item.task.lang}"] += 1
+    return {split: dict(sorted(row.items())) for split, row in sorted(table.items())}
 
 
 def _cleaned(
-    episodes: list[tuple[Trajectory, Verdict]], by_id: dict[str, Task], noise_share: float, seed: int
+    episodes: list[tuple[Trajectory, Verdict]],
+    by_id: dict[str, Task],
+    domain: CountryDomain,
+    noise_share: float,
+    seed: int,
 ) -> list[Trajectory]:
     """Applies the rules to every episode, then selects; recovered and corrected ones also train reflection."""
     trajectories = []
     for trajectory, verdict in episodes:
-        reason = cleaning.drop_reason(by_id[trajectory.task_id], trajectory, verdict)
+        reason = cleaning.drop_reason(by_id[trajectory.task_id], trajectory, verdict, domain.answer_fault)
         trajectory.kept, trajectory.drop_reason = reason is None, reason
         trajectory.metadata["reward"] = verdict.reward
         if (cleaning.has_recovery(trajectory) or trajectory.attempt) and reason is None:
             components = trajectory.metadata["components"]
             trajectory.metadata["components"] = list(dict.fromkeys([*components, "reflection_tools"]))
         trajectories.append(trajectory)
-    cleaning.select(trajectories, noise_share, random.Random(f"noise {seed}"))
+    cleaning.select_episodes(trajectories, noise_share, random.Random(f"noise {seed}"))
     return trajectories
 
 
 def _rows(
-    trajectories: list[Trajectory],
-    renamer: Renamer,
-    private: frozenset[str],
-    copies: int,
-    seed: int,
-    counts: collections.Counter,
+    trajectories: list[Trajectory], domain: CountryDomain, copies: int, seed: int, counts: collections.Counter
 ) -> Iterator[dict]:
-    """Serialises all episodes, kept ones with their renamed copies.
+    """Serializes all episodes, kept ones with their renamed copies.
 
     Names that belong to held-out countries only (a second hit of a search may show them) are replaced everywhere.
     """
+    renamer, private = domain.knowledge.renamer(), domain.knowledge.private
     for trajectory in trajectories:
         rng = random.Random(f"rename {seed} {trajectory.id}")
         row = trajectory.model_dump(mode="json", exclude_defaults=True)

@@ -1,8 +1,9 @@
-"""The reflection loop (paper section 3.3.1): a wrong answer is thought over, at most three times, then made spontaneous.
+"""The reflection loop (paper section 3.3.1): a wrong answer is reconsidered, at most three times.
 
-A correct first attempt is a sample as it stands. After a wrong one the policy is told only that it is wrong, keeps its
-history and tries again. What makes the correction look prompted is removed afterwards: the wrong answer's turn becomes a
-doubt inside the next thought, the prompt to reflect disappears, and sentences that mention it are deleted.
+A correct first attempt is used as it is. After a wrong one the policy is told only that it is wrong, keeps its history
+and tries again. Signs of that prompt are removed afterwards, so that the correction looks spontaneous: the turn with
+the wrong answer becomes a doubt inside the next thought, the prompt to reflect and the sentences that mention it are
+deleted.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from stepdr_jax.agent.policy import Policy, PolicySession
 from stepdr_jax.records import Finish, Message, Trajectory, Verdict
-from stepdr_jax.text.matching import strip_citations
+from stepdr_jax.text.citations import strip_citations
 
 REFLECT = {
     "en": "Your answer is incorrect. Think about what went wrong, check the sources again and answer anew.",
@@ -31,12 +32,12 @@ _THOUGHT = re.compile(r"<think>(.*?)</think>\n?", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class Continued:
+class ContinuedPolicy:
     """A policy that starts with an earlier attempt in its context."""
 
     def __init__(self, policy: Policy, earlier: Trajectory, prompt: str) -> None:
         self.name = policy.name
-        self.policy = policy  # who really acts
+        self.policy = policy  # the policy that acts
         self._earlier, self._prompt = earlier, prompt
 
     def start(self, messages: list[Message], *, episode_id: str, seed: int) -> PolicySession:
@@ -74,10 +75,10 @@ def has_induction(trajectory: Trajectory) -> bool:
     return any(m.role == "assistant" and INDUCTION.search(m.content) for m in trajectory.messages)
 
 
-def merge(earlier: Trajectory, later: Trajectory, lang: str) -> Trajectory:
+def merge_attempts(earlier: Trajectory, later: Trajectory, lang: str) -> Trajectory:
     """Joins two attempts into one episode in which the correction looks like the agent's own.
 
-    `earlier` ends in a wrong answer; `later` was made by `Continued` and begins with its own system and user messages.
+    `earlier` ends in a wrong answer; `later` was made by `ContinuedPolicy` and begins with system and user messages.
     """
     if earlier.finish != Finish.ANSWERED:
         raise ValueError(f"expected an attempt that answered, got finish {earlier.finish}")
@@ -96,13 +97,13 @@ def merge(earlier: Trajectory, later: Trajectory, lang: str) -> Trajectory:
         if message.role == "assistant":
             message.content = remove_induction(message.content)
     merged = later.model_copy(deep=True)
-    merged.messages = renumbered(messages)
+    merged.messages = renumber_calls(messages)
     merged.stats = {name: earlier.stats.get(name, 0.0) + value for name, value in later.stats.items()}
     merged.stats["turns"] = float(sum(message.role == "assistant" for message in messages))
     return merged
 
 
-def renumbered(messages: list[Message]) -> list[Message]:
+def renumber_calls(messages: list[Message]) -> list[Message]:
     """Gives tool calls the ids "<turn>.<position>" again, and their results the same."""
     result, turn, position, fresh = [], -1, 0, []
     for message in messages:
@@ -120,7 +121,7 @@ def renumbered(messages: list[Message]) -> list[Message]:
     return result
 
 
-async def solve(
+async def solve_with_reflection(
     lang: str,
     policy_for: Callable[[int], Policy],
     run: Callable[[Policy, int], Awaitable[Trajectory]],
@@ -132,7 +133,7 @@ async def solve(
 
     Args:
         lang: language of the task.
-        policy_for: attempt number -> who acts.
+        policy_for: attempt number -> the policy that acts.
         run: runs one episode of the task with a policy and an attempt number.
         judge: judges an episode; a judge that failed ends the loop.
         good: whether a verdict makes the episode a positive sample.
@@ -142,10 +143,10 @@ async def solve(
     for attempt in range(1, max_reflections + 1):
         if good(verdict) or verdict.reward is None or trajectory.finish != Finish.ANSWERED:
             break
-        later = await run(Continued(policy_for(attempt), trajectory, REFLECT[lang]), attempt)
+        later = await run(ContinuedPolicy(policy_for(attempt), trajectory, REFLECT[lang]), attempt)
         if later.finish != Finish.ANSWERED:
             break
-        trajectory = merge(trajectory, later, lang)
+        trajectory = merge_attempts(trajectory, later, lang)
         trajectory.attempt = attempt
         verdict = await judge(trajectory)
     return trajectory, verdict

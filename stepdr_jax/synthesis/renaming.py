@@ -12,7 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from stepdr_jax.records import Trajectory
-from stepdr_jax.text.matching import HAN
+from stepdr_jax.text.citations import CITATION_ID
+from stepdr_jax.text.scripts import HAN, has_chinese
 
 CONSONANTS = "bdfghjklmnprstvz"
 VOWELS = "aeiou"
@@ -28,9 +29,8 @@ _HANZI = (
     "夏谢辛雅亚耶伊因尤约扎泽赞詹珍"
 )
 _WORD = re.compile(r"[0-9A-Za-z_\u00c0-\u00ff]+")
-_HAN_PAIR = re.compile(r"[\u3400-\u9fff]{2}")
-_HAN_PAIRS = re.compile(r"(?=([\u3400-\u9fff]{2}))")  # overlapping
-_IDS = re.compile(r"web_[a-z]{8}")
+_HAN_PAIR = re.compile(f"[{HAN}]{{2}}")
+_HAN_PAIRS = re.compile(f"(?=([{HAN}]{{2}}))")  # overlapping
 # Whole numbers of two digits or more; not dates, decimals, list numbers, HTTP codes or parts of a word.
 _NUMBERS = re.compile(r"(?<![\w.:-])(?<!HTTP )\d{2,}(?![\w:-])(?!\.\d)(?! characters)")
 
@@ -40,13 +40,13 @@ def citation_id(rng: random.Random) -> str:
     return "web_" + "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(4))
 
 
-def invented_name(rng: random.Random, lang: str = "en", *, capitalised: bool = True) -> str:
+def invented_name(rng: random.Random, lang: str = "en", *, capitalized: bool = True) -> str:
     """A pronounceable name that means nothing: "Kelora", "Stani Brux", "莫塔里"."""
     if lang == "zh":
         length = (2, 2, 3, 3, 4)[int(rng.random() * 5)]
         return "".join([_HANZI[int(rng.random() * len(_HANZI))] for _ in range(length)])
     name = _invented_word(rng)
-    if not capitalised:
+    if not capitalized:
         return name
     return f"{name.capitalize()} {_invented_word(rng).capitalize()}" if rng.random() < 0.15 else name.capitalize()
 
@@ -64,21 +64,21 @@ def invented_number(rng: random.Random, like: str) -> str:
 
 
 def misspell(name: str, rng: random.Random) -> str:
-    """A slip of the fingers that a full-text search does not forgive: every word gets two swapped or changed letters."""
-    if HAN.search(name):
+    """A typing error that a full-text search does not find: every word gets two swapped or changed letters."""
+    if has_chinese(name):
         letters = list(name)
-        for position in range(len(letters)):  # a look-alike slip: every character becomes another
+        for position in range(len(letters)):  # every character becomes another
             letters[position] = rng.choice([c for c in _HANZI if c not in name])
         return "".join(letters)
 
-    def slip(word: str) -> str:
+    def mistype(word: str) -> str:
         if len(word) < 4:
             return word + rng.choice("xqz")
         at = rng.randrange(1, len(word) - 2)
         swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
         return swapped if swapped != word else word[:at] + rng.choice("xqz") + word[at + 1 :]
 
-    return " ".join(slip(part) for part in name.split(" "))
+    return " ".join(mistype(part) for part in name.split(" "))
 
 
 class Renamer:
@@ -113,18 +113,18 @@ class Renamer:
         return sorted(found)
 
     def names_in_row(self, row: dict) -> list[str]:
-        """Known names in the text fields of a serialised Trajectory or reading row."""
+        """Known names in the text fields of a serialized Trajectory or of a synthetic document."""
         return self.names_in("\n".join(_strings(row)))
 
     def fresh(self, name: str, rng: random.Random, swap_share: float, taken: set[str]) -> str:
         """A name to stand for `name`: a real one of its kind with probability `swap_share`, else an invented one."""
-        lang = "zh" if HAN.search(name) else "en"
+        lang = "zh" if has_chinese(name) else "en"
         real = self._swap.get((self._kinds.get(name, ""), lang), ())
         for _ in range(100):
             if real and rng.random() < swap_share:
                 new = rng.choice(real)
             else:
-                new = invented_name(rng, lang, capitalised=name[:1].isupper() or lang == "zh")
+                new = invented_name(rng, lang, capitalized=name[:1].isupper() or lang == "zh")
             if new not in taken:
                 taken.add(new)
                 return new
@@ -151,7 +151,7 @@ class Renamer:
         """
         taken = set(names)
         mapping = {name: self.fresh(name, rng, swap_share, taken) for name in names}
-        for name in [name for name in mapping if not HAN.search(name)]:
+        for name in [name for name in mapping if not has_chinese(name)]:
             for spelling in (_slug(name, "-"), _slug(name, "_"), name.lower()):
                 if spelling != name and spelling in text:
                     separator = "_" if "_" in spelling else " " if " " in spelling else "-"
@@ -164,7 +164,7 @@ class Renamer:
             return mapping
         for number in dict.fromkeys(_NUMBERS.findall(text)):
             mapping.setdefault(number, invented_number(rng, number))
-        for id_ in dict.fromkeys(_IDS.findall(text)):
+        for id_ in dict.fromkeys(CITATION_ID.findall(text)):
             mapping[id_] = citation_id(rng)
         return mapping
 
@@ -176,7 +176,7 @@ class Renamer:
     def rename_row(
         self, row: dict, rng: random.Random, *, swap_share: float = 0.25, names: Collection[str] | None = None
     ) -> dict:
-        """Renames a serialised Trajectory or a reading row.
+        """Renames a serialized Trajectory or a synthetic document.
 
         Args:
             row: JSON values; the text fields messages, answer, text, prompt and completion are renamed together.
@@ -249,8 +249,8 @@ def _renamed(row: dict, mapping: Mapping[str, str]) -> dict:
 def _bounded(names: tuple[str, ...]) -> re.Pattern:
     """Matches any of the names, the longest first; Latin ones as whole words, which a Chinese character ends too."""
     ordered = sorted(names, key=len, reverse=True)
-    han = "|".join(re.escape(name) for name in ordered if HAN.search(name))
-    rest = "|".join(re.escape(name) for name in ordered if not HAN.search(name))
+    han = "|".join(re.escape(name) for name in ordered if has_chinese(name))
+    rest = "|".join(re.escape(name) for name in ordered if not has_chinese(name))
     # this set instead of \w: Chinese characters are outside, and large sets take milliseconds to compile
     letter = r"[0-9A-Za-z_\u00c0-\u00ff]"
     bounded = rf"(?<!{letter})(?:{rest})(?!{letter})" if rest else ""

@@ -2,17 +2,16 @@
 
 Step 1 starts from the hidden brief of a task (what is really wanted) and writes atomic rubrics with a role each:
 `explicit` (the task asks for it in words), `implicit` (good work includes it) or `negative` (a flaw). Step 2 sees the
-rubrics without their roles, and the task as the user reads it, and assigns roles again with a reason: an explicit rubric
-must point at a span of the task. Any difference discards the sample. A consistency check of brief, rubrics and task
-follows. Rubrics are atomic, verifiable, and carry the check that a programmatic judge runs.
+rubrics without their roles, and the task as the user reads it, and assigns roles again with a reason: an explicit
+rubric must point at a span of the task. Any difference discards the sample. A consistency check of brief, rubrics and
+task follows. Rubrics are atomic, verifiable, and carry the check that a programmatic judge runs.
 """
 
 import dataclasses
 import re
 
 from stepdr_jax.records import Rubric, RubricSet, Task, content_id
-from stepdr_jax.synthesis import sentences
-from stepdr_jax.text.matching import contains, normalise
+from stepdr_jax.text.matching import normalize, states_value
 
 FLAWS = frozenset({"unresolved_citation", "degenerate", "states_wrong"})
 SOURCE_REQUEST = re.compile(r"[Cc]ite[^.?!]*source|[Cc]ite[^.?!]*evidence|注明来源|给出依据")
@@ -25,7 +24,8 @@ VERDICT_REQUEST = re.compile(
 class Point:
     """One fact the brief wants. `wrong`: values that other pages give; stating one is a flaw."""
 
-    relation: str
+    topic: str  # what is asked for, with its subject: "capital of Austria"
+    words: tuple[str, ...]  # by which a request asks for it: "neighbour", "neighbours"
     subject: str
     accepted: tuple[str, ...] = ()  # any of these states the fact
     required: tuple[str, ...] = ()  # or all of these, for lists
@@ -34,12 +34,13 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Brief:
-    """The hidden task summary: what a task wants, before it is worded."""
+    """The hidden task summary: what a task wants, before it is written as a request."""
 
     kind: str
     lang: str
     points: tuple[Point, ...]
     summary: str
+    vocabulary: tuple[str, ...]  # words by which requests in this language ask for any fact
     hidden_entity: str = ""  # a middle entity that the task may not name and a good answer does
     verdict: str = ""  # supported or refuted, for claims
     asks_sources: bool = False
@@ -71,14 +72,15 @@ def step_one(brief: Brief) -> list[Rubric]:
             )
         )
     for point in brief.points:
-        topic = sentences.topic(point.relation, point.subject, brief.lang)
         stated = "; ".join(point.required or point.accepted[:1])
         weight = 2 if brief.verdict else 3 if several else 5
         role = "implicit" if brief.verdict else "explicit"  # a claim's true value is good form, not asked for
-        rows.append((f"States the {topic}: {stated}", weight, role, "completeness", _value_check("states", point)))
+        rows.append(
+            (f"States the {point.topic}: {stated}", weight, role, "completeness", _value_check("states", point))
+        )
         rows.append(
             (
-                f"Cites a passage that supports the {topic}",
+                f"Cites a passage that supports the {point.topic}",
                 2 if several else 3,
                 "explicit" if brief.asks_sources else "implicit",
                 "references",
@@ -88,7 +90,7 @@ def step_one(brief: Brief) -> list[Rubric]:
         if point.wrong and not brief.verdict:
             rows.append(
                 (
-                    f"States a wrong value for the {topic}",
+                    f"States a wrong value for the {point.topic}",
                     -2,
                     "negative",
                     "accuracy",
@@ -121,7 +123,7 @@ class Reassessment:
     span: str | None = None
 
 
-def step_two(criterion: str, check: dict, query: str, lang: str) -> Reassessment:
+def step_two(criterion: str, check: dict, query: str, vocabulary: tuple[str, ...]) -> Reassessment:
     """Assigns a role from the task's text alone: the rubric's own role and weight are not shown here."""
     kind = check.get("kind")
     if kind in FLAWS:
@@ -138,19 +140,14 @@ def step_two(criterion: str, check: dict, query: str, lang: str) -> Reassessment
         values = [*check.get("any", ()), *check.get("all", ())]
         if VERDICT_REQUEST.search(query):
             return Reassessment("implicit", "the task asks whether a claim holds, not for the value")
-        if any(contains(query, value) for value in values):
-            return Reassessment("explicit", "the task names it", next(v for v in values if contains(query, v)))
-        asked = [word for word in _relation_words(criterion, lang) if contains(query, word)]
+        if any(states_value(query, value) for value in values):
+            return Reassessment("explicit", "the task names it", next(v for v in values if states_value(query, v)))
+        head = criterion.split(":")[0]
+        asked = [word for word in vocabulary if states_value(head, word) and states_value(query, word)]
         if asked:
-            return Reassessment("explicit", "the task asks for it by name", asked[0])
+            return Reassessment("explicit", "the task asks for it by name", max(asked, key=len))
         return Reassessment("implicit", "the task does not name it")
     return Reassessment("implicit", "a property of good work that the task does not mention")
-
-
-def _relation_words(criterion: str, lang: str) -> list[str]:
-    words = sentences.ZH.values() if lang == "zh" else (*sentences.EN.values(), *sentences.PLURAL.values())
-    head = criterion.split(":")[0]
-    return sorted((word for word in words if contains(head, word)), key=len, reverse=True)
 
 
 def consistency(brief: Brief, rubrics: list[Rubric], query: str) -> dict:
@@ -159,17 +156,14 @@ def consistency(brief: Brief, rubrics: list[Rubric], query: str) -> dict:
     Returns `summary_task` (1 to 5: how much of the brief the task's words carry), `relevant` (share of value rubrics
     whose relation the task or the brief names) and `contradiction` (a value both wanted and punished).
     """
-    named = [
-        point
-        for point in brief.points
-        if any(contains(query, w) for w in (sentences.word(point.relation, brief.lang), *_plural(point, brief.lang)))
-    ]
+    named = [point for point in brief.points if any(states_value(query, word) for word in point.words)]
     share = len(named) / max(len(brief.points), 1)
-    wanted = {normalise(v) for r in rubrics if r.weight > 0 for v in [*r.check.get("any", ()), *r.check.get("all", ())]}
-    punished = {normalise(v) for r in rubrics if r.check.get("kind") == "states_wrong" for v in r.check["any"]}
-    relations = {sentences.topic(point.relation, point.subject, brief.lang) for point in brief.points}
+    wanted = {normalize(v) for r in rubrics if r.weight > 0 for v in [*r.check.get("any", ()), *r.check.get("all", ())]}
+    punished = {normalize(v) for r in rubrics if r.check.get("kind") == "states_wrong" for v in r.check["any"]}
     about_values = [r for r in rubrics if r.check.get("kind") == "cites_support"]
-    relevant = sum(any(topic in r.criterion for topic in relations) for r in about_values) / max(len(about_values), 1)
+    relevant = sum(any(point.topic in r.criterion for point in brief.points) for r in about_values) / max(
+        len(about_values), 1
+    )
     return {
         "summary_task": 1 + round(4 * share),
         "relevant": relevant,
@@ -177,15 +171,11 @@ def consistency(brief: Brief, rubrics: list[Rubric], query: str) -> dict:
     }
 
 
-def _plural(point: Point, lang: str) -> tuple[str, ...]:
-    return (sentences.PLURAL[point.relation],) if lang == "en" and point.relation in sentences.PLURAL else ()
-
-
-def synthesise(task: Task, brief: Brief) -> RubricSet:
+def synthesize_rubrics(task: Task, brief: Brief) -> RubricSet:
     """Runs both steps and the consistency check; `kept` and `drop_reason` say what came of it."""
     rubrics = step_one(brief)
     first = {rubric.rid: rubric.role for rubric in rubrics}
-    again = {rubric.rid: step_two(rubric.criterion, rubric.check, task.query, task.lang) for rubric in rubrics}
+    again = {rubric.rid: step_two(rubric.criterion, rubric.check, task.query, brief.vocabulary) for rubric in rubrics}
     second = {rid: assessment.role for rid, assessment in again.items()}
     checks = consistency(brief, rubrics, task.query)
     checks["summary"] = brief.summary

@@ -1,4 +1,4 @@
-"""When a text says a value: normalisation, word boundaries in two scripts, and citation marks.
+"""When a text states a value: normalization, and word boundaries in English and Chinese.
 
 Nothing here knows about rubrics or tasks; the judge and the cleaning rules of synthesis share it.
 """
@@ -8,30 +8,19 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-CITATION = re.compile(r"\\cite\{([^{}]*)\}")
-CITATION_ID = re.compile(r"web_[a-z]{8}\b")
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+from stepdr_jax.text.scripts import HAN, has_chinese
+
 # Between a Chinese character and a Latin letter or digit, where a word ends although \b sees none
-_SEAM = re.compile(r"(?<=[\u3400-\u4dbf\u4e00-\u9fff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u3400-\u4dbf\u4e00-\u9fff])")
+_SEAM = re.compile(f"(?<=[{HAN}])(?=[0-9a-z])|(?<=[0-9a-z])(?=[{HAN}])")
 _GROUPED = re.compile(r"(?<=\d)[, \u00a0\u202f'](?=\d{3}(?!\d))")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": "-", "—": "-"})
-# Zero-width characters, soft hyphens and marks of direction: nobody sees them, so they must not hide a value
+# Zero-width characters, soft hyphens and direction marks: invisible, so they must not hide a value
 _INVISIBLE = dict.fromkeys([0x00AD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2065), 0xFEFF])
 
 
-def cited_ids(text: str) -> list[str]:
-    r"""Ids of every `\cite{a}` or `\cite{a, b}` mark in reading order, repeats kept; empty ids are kept as ''."""
-    return [part.strip() for mark in CITATION.findall(text) for part in mark.split(",")]
-
-
-def strip_citations(text: str) -> str:
-    r"""Removes `\cite{...}` marks and the space before them."""
-    return re.sub(r"\s*\\cite\{[^{}]*\}", "", text)
-
-
 @functools.lru_cache(maxsize=65536)
-def normalise(text: str) -> str:
-    """NFKC, case-folded, one space between words, no thousands separators inside numbers, plain quotes, nothing invisible."""
+def normalize(text: str) -> str:
+    """NFKC, case-folded; single spaces, plain quotes, no thousands separators and no invisible characters."""
     text = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).translate(_QUOTES).casefold()
     text = _GROUPED.sub("", text)
     return " ".join(text.split())
@@ -40,13 +29,13 @@ def normalise(text: str) -> str:
 @functools.lru_cache(maxsize=65536)
 def _seamed(text: str) -> str:
     """Normalised text in which words of different scripts are apart: "人口是8527230。" states a whole number."""
-    return _SEAM.sub("\x01", normalise(text))
+    return _SEAM.sub("\x01", normalize(text))
 
 
 @functools.lru_cache(maxsize=65536)
 def _pattern(needle: str) -> re.Pattern:
     body = re.escape(needle)
-    if HAN.search(needle):  # Chinese has no spaces: a substring is a mention
+    if has_chinese(needle):  # Chinese has no spaces: a substring is a mention
         return re.compile(body)
     # a number inside a longer one ("3" in "0.3" or "3.5") is another number
     before = r"(?<!\w)(?<!\d[.,])" if needle[:1].isdigit() else r"(?<!\w)"
@@ -54,7 +43,7 @@ def _pattern(needle: str) -> re.Pattern:
     return re.compile(before + body + after)
 
 
-def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool:
+def states_value(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool:
     """Whether `text` states `value` as a whole word or number (a substring where the value is Chinese).
 
     Args:
@@ -78,4 +67,4 @@ def contains(text: str, value: str, *, longer_names: Iterable[str] = ()) -> bool
 
 def states_any(text: str, values: Iterable[str], *, longer_names: Iterable[str] = ()) -> bool:
     """Whether the text states at least one of the values."""
-    return any(contains(text, value, longer_names=longer_names) for value in values)
+    return any(states_value(text, value, longer_names=longer_names) for value in values)

@@ -6,16 +6,18 @@ and independent of any tokenizer. Splitting on spaces, as English-centred filter
 
 import re
 
-_UNIT = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]|[^\W\u3400-\u4dbf\u4e00-\u9fff]+|[^\w\s]")
+from stepdr_jax.text.scripts import HAN
 
-# Shares of units inside an n-gram seen before; measured on good and on degenerate agent text (100 percent = all repeated)
+_UNIT = re.compile(rf"[{HAN}]|[^\W{HAN}]+|[^\w\s]")
+
+# Shares of units inside an n-gram that occurred before, measured on good and on degenerate agent text
 MAX_DUPLICATE_10 = 0.30
 MAX_DUPLICATE_20 = 0.15
 MIN_DISTINCT_4 = 0.5
 LONG = 64  # units; in a shorter text one long name said twice is a large share of repeated 10-grams
 
 
-def units(text: str) -> list[str]:
+def text_units(text: str) -> list[str]:
     """Splits a text into words, numbers, single Chinese characters and punctuation marks."""
     return _UNIT.findall(text)
 
@@ -43,9 +45,9 @@ def distinct_share(sequence: list[str], n: int) -> float:
     return len({tuple(sequence[start : start + n]) for start in range(total)}) / total
 
 
-def degenerate(text: str) -> str | None:
+def degenerate_reason(text: str) -> str | None:
     """Returns why a text is degenerate (which limit it breaks) or None."""
-    sequence = units(text)
+    sequence = text_units(text)
     if len(sequence) >= LONG and duplicate_share(sequence, 10) > MAX_DUPLICATE_10:
         return "repeated 10-grams"
     if len(sequence) >= LONG and duplicate_share(sequence, 20) > MAX_DUPLICATE_20:

@@ -61,7 +61,7 @@ def observation_ids(tok: Tokenizer, texts: Sequence[str], *, closed: bool, tail:
 
     Args:
         texts: tool results, one <tool_response> each; may be empty when `tail` says what the model needs.
-        closed: the turn ended with a sampled <|im_end|>; if not (cut by length), it is given here.
+        closed: the turn ended with a sampled <|im_end|>; if not (cut by length), it is appended here.
         tail: text after the tool results in the same user turn, e.g. a format error or a budget notice.
     """
     blocks = [f"<tool_response>\n{text}\n</tool_response>" for text in texts] + ([tail] if tail else [])
@@ -78,7 +78,7 @@ def assistant_ids(tok: Tokenizer, content: str) -> list[int]:
 
 
 def trajectory_tokens(tok: Tokenizer, trajectory: Trajectory) -> TokenLog:
-    """Returns the log of a teacher's trajectory: assistant messages with `train` are trainable, all else is given.
+    """Returns the log of a teacher's trajectory: assistant messages with `train` are supervised, all else is observed.
 
     Messages after the last assistant message are left out. User text that follows tool results shares their turn, as
     `observation_ids(tail=...)` writes it. Raises ValueError for a trajectory without an assistant message.
@@ -88,15 +88,15 @@ def trajectory_tokens(tok: Tokenizer, trajectory: Trajectory) -> TokenLog:
     if not turns:
         raise ValueError(f"trajectory {trajectory.id} has no assistant message")
     log = TokenLog()
-    log.given(prompt_ids(tok, messages[: turns[0]]))
+    log.observed(prompt_ids(tok, messages[: turns[0]]))
     for index, following in zip(turns, [*turns[1:], None], strict=True):
         ids = assistant_ids(tok, messages[index].content)
-        (log.taught if messages[index].train else log.given)(ids)
+        (log.supervised if messages[index].train else log.observed)(ids)
         if following is not None:
             between = messages[index + 1 : following]
             texts = [message.content for message in between if message.role == "tool"]
             tail = "\n".join(message.content for message in between if message.role != "tool")
-            log.given(observation_ids(tok, texts, closed=True, tail=tail))
+            log.observed(observation_ids(tok, texts, closed=True, tail=tail))
     return log
 
 

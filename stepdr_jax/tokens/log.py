@@ -1,4 +1,4 @@
-"""The append-only token log of one episode: what the model saw and what it sampled, id by id.
+"""The append-only token log of one episode: what the model observed and what it sampled, id by id.
 
 Training uses these ids as they were produced; text is rendered from them, and nothing is ever tokenised again.
 """
@@ -11,7 +11,7 @@ TEACHER = -1  # weight version of tokens that a teacher wrote: trainable, but no
 
 
 class TokenLog:
-    """Spans of `given` ids (prompt, observations) and `sampled` ids (actions). Grows at the end only."""
+    """Spans of `observed` ids (prompt, tool results) and `sampled` ids (actions). Grows at the end only."""
 
     def __init__(self):
         self._tokens: list[int] = []
@@ -21,7 +21,7 @@ class TokenLog:
 
     @classmethod
     def of_arrays(cls, *, tokens, sampled, logprobs, version) -> "TokenLog":
-        """The log whose `arrays` these are."""
+        """Returns the log whose `arrays()` these are."""
         log = cls()
         log._tokens, log._sampled = np.asarray(tokens).tolist(), np.asarray(sampled).tolist()
         log._logprobs, log._version = np.asarray(logprobs).tolist(), np.asarray(version).tolist()
@@ -39,8 +39,8 @@ class TokenLog:
     def sampled_count(self) -> int:
         return sum(self._sampled)
 
-    def given(self, ids: Sequence[int]) -> None:
-        """Appends ids that the policy was shown."""
+    def observed(self, ids: Sequence[int]) -> None:
+        """Appends ids that the policy only reads: prompt and tool results."""
         self._extend(ids, False, [0.0] * len(ids), 0)
 
     def sampled(self, ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
@@ -52,7 +52,7 @@ class TokenLog:
             raise ValueError(f"expected one logprob per id, got {len(logprobs)} for {len(ids)} ids")
         self._extend(ids, True, logprobs, version)
 
-    def taught(self, ids: Sequence[int]) -> None:
+    def supervised(self, ids: Sequence[int]) -> None:
         """Appends ids that a teacher wrote: trainable, log-probability recorded as 0, version TEACHER."""
         self._extend(ids, True, [0.0] * len(ids), TEACHER)
 
@@ -63,7 +63,7 @@ class TokenLog:
         self._version.extend([version if sampled else 0] * len(ids))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns copies: tokens int32[T], sampled bool[T], logprobs float32[T] (0 where given), version int32[T]."""
+        """Returns copies: tokens int32[T], sampled bool[T], logprobs float32[T] (0 if observed), version int32[T]."""
         return dict(
             tokens=np.asarray(self._tokens, np.int32),
             sampled=np.asarray(self._sampled, bool),

@@ -180,7 +180,7 @@ class Tokenizer:
         return {id_: bytes(byte_of[c] for c in text) for text, id_ in self._bpe.get_vocab().items()}
 
     def piece(self, id_: int) -> bytes:
-        """Returns the bytes that one id stands for: of a token, which need not be whole characters, or a control token's text.
+        """Returns the bytes of one id: of a token (not always whole characters), or of a control token's text.
 
         Ids outside the vocabulary are U+FFFD, as in `decode`.
         """

@@ -9,28 +9,27 @@ same as being killed: what follows is read from disk.
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from stepdr_jax import files
+from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.progress import Progress
 from stepdr_jax.records import CAPABILITIES
-from stepdr_jax.runtime import checkpoint, distributed, storage
+from stepdr_jax.runtime import checkpoint, distributed, provenance, stages, storage
 from stepdr_jax.runtime.compilation import keep_compiled
 from stepdr_jax.runtime.distributed import say as _say
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.runtime.profiling import Profiler
 from stepdr_jax.runtime.watchdog import Stragglers, Watchdog
 from stepdr_jax.runtime.writers import Journal, truncate_rows
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.sharding.rules import replicated
 from stepdr_jax.training import guards, metrics, state
-from stepdr_jax.training import settings as stage_settings
 from stepdr_jax.training.optimizer import optimizer_of, schedule_of
 from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program
 from stepdr_jax.training.step import TrainState, arrange, empty_window
@@ -69,27 +68,28 @@ def train(
         loader: batches by step; default the run's data on disk.
         vocab_size: default `state.vocab_size`.
         on_milestone: evaluates the parameters that have been laid down at a step, every config.eval.every_tokens
-            tokens (`evaluation.milestones`); None leaves that to another job.
+            tokens (`evaluation.checkpoints`); None leaves that to another job.
 
     Raises:
         UserError: missing or damaged input, a config that differs from the one the run directory was made with, a full
             disk, a loss that stays non-finite.
     """
     began = time.monotonic()
-    home = state.stage_dir(config, config.seed, stage)
-    kept = state.kept_in(config, home)
+    run = RunLayout.from_config(config)
+    layout = run.stage(stage)
+    home = layout.directory
     settings = config[stage]
 
     # ---------------------------------------------------------------- what is to be done
-    finished = files.read_json(home / "done.json") if (home / "done.json").exists() else None
-    if finished is not None and loader is None and not (Path(config.run_dir) / "data" / stage).exists():
+    finished = files.read_json(layout.done) if layout.done.exists() else None
+    if finished is not None and loader is None and not (run.data / stage).exists():
         return finished  # data may be deleted to save space once a stage is done
-    stage_settings.require_parent(config, stage)
+    provenance.require_parent(config, stage)
 
     if on_milestone and jax.process_count() > 1:
         raise UserError(
             "eval.inline: one process cannot sample from parameters that others hold parts of; set "
-            "--config.eval.inline=false and run python -m launch.evaluate --watch beside this run"
+            f"--config.eval.inline=false and run {stages.command_of('evaluate', config, '--watch')} beside this run"
         )
 
     # ---------------------------------------------------------------- data
@@ -100,22 +100,23 @@ def train(
 
     # ---------------------------------------------------------------- settings
     model = Qwen2Config.from_config(config.model, vocab_size)
-    asked = stage_settings.of(config, stage, model, loader.fingerprint)
-    state.require_place(config, home)
-    have_checkpoint = bool(checkpoint.steps(kept / "checkpoints"))
-    if (home / "settings.json").exists() and (finished or have_checkpoint):
-        stage_settings.require_same(files.read_json(home / "settings.json"), asked, home)
+    asked = provenance.training_settings(config, stage, model, loader.fingerprint)
+    provenance.require_same_location(layout)
+    have_checkpoint = bool(checkpoint.steps(layout.checkpoint_dir))
+    if finished or have_checkpoint:
+        provenance.require_same_settings(layout, asked)
     if finished is not None:
         return finished
 
     def write_settings() -> None:
-        state.note_place(config, home)
-        files.write_json(home / "settings.json", asked)
+        provenance.record_location(layout)
+        files.write_json(layout.settings, asked)
+        configuration.save(config, layout.directory)
 
     distributed.lead_first("settings", write_settings, lambda: None)
 
     # ---------------------------------------------------------------- mesh, optimiser, step
-    keep_compiled(Path(config.run_dir) / ".jax_cache")
+    keep_compiled(run.compilation_cache)
     mesh = make_mesh(**config.mesh)
     schedule = schedule_of(settings)
     sources = loader.sources
@@ -131,7 +132,7 @@ def train(
     # ---------------------------------------------------------------- resume
     def begin() -> tuple[TrainState, dict]:
         """State and metadata of the latest checkpoint, else of the start of the stage."""
-        restored = checkpoint.restore(kept / "checkpoints", state.as_tree(abstract))
+        restored = checkpoint.restore(layout.checkpoint_dir, state.as_tree(abstract))
         if restored is not None:
             return TrainState(**restored.tree), restored.metadata | {"step": restored.step}
         placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -151,10 +152,10 @@ def train(
         return {name: distributed.place_rows(a, rows, like[name]) for name, a in arrange(batch, order).items()}
 
     def undo(to: int) -> None:
-        checkpoint.remove_after(kept / "checkpoints", to)
-        for later in (step for step in state.milestones(kept) if step > to):
-            storage.remove(state.milestone_dir(kept, later), quietly=True)
-        truncate_rows(home / "qa.jsonl", to)
+        checkpoint.remove_after(layout.checkpoint_dir, to)
+        for later in (step for step in layout.eval_steps() if step > to):
+            storage.remove(layout.eval_checkpoint(later), quietly=True)
+        truncate_rows(layout.qa_rows, to)
 
     def heldout_loss(params) -> dict[str, float]:
         sums = None
@@ -165,14 +166,14 @@ def train(
         return metrics.mean_by(sources, sums["loss"], sums["weight"])
 
     # ---------------------------------------------------------------- loop
-    saver = checkpoint.Saver(kept / "checkpoints", background=config.checkpointing.background)
+    saver = checkpoint.Saver(layout.checkpoint_dir, background=config.checkpointing.background)
     notice = distributed.Notice()
-    watchdog = Watchdog(home / "hangs", config.watchdog)
+    watchdog = Watchdog(layout.hangs, config.watchdog)
     stragglers = Stragglers()
 
     def evaluate_milestones(journal: Journal) -> None:
-        known = {row["step"] for row in truncate_rows(home / "qa.jsonl", settings.steps)} if on_milestone else set()
-        for step in state.milestones(kept) if on_milestone else ():
+        known = {row["step"] for row in truncate_rows(layout.qa_rows, settings.steps)} if on_milestone else set()
+        for step in layout.eval_steps() if on_milestone else ():
             if step not in known:
                 with jax.transfer_guard("allow"), watchdog.paused():
                     journal.measured(on_milestone(step))
@@ -264,7 +265,7 @@ def train(
             if milestone := row is not None and _crossed(config.eval.every_tokens, before, tokens):
                 # Before the checkpoint of this step: a run that continues from there does not pass it again.
                 saver.wait()  # one at a time
-                checkpoint.save(state.milestone_dir(kept, step), step, {"params": now.params}, metadata, keep=1)
+                checkpoint.save(layout.eval_checkpoint(step), step, {"params": now.params}, metadata, keep=1)
                 journal.event("milestone", step=step, tokens=tokens)
             scheduled = step % settings.checkpoint_every == 0 or last
             preempted = notice.reached() and not last
@@ -316,29 +317,29 @@ def train(
 
     # ---------------------------------------------------------------- done
     def write_done() -> dict:
-        files.write_json(home / "done.json", finished)
+        files.write_json(layout.done, finished)
         return finished
 
-    return distributed.lead_first(f"{stage} done", write_done, lambda: files.read_json(home / "done.json"))
+    return distributed.lead_first(f"{stage} done", write_done, lambda: files.read_json(layout.done))
 
 
 def _open_data(config, stage: str) -> Batches:
     from stepdr_jax.data.loader import Loader  # here: grain takes a second to import
     from stepdr_jax.tokens.tokenizer import Tokenizer
 
-    run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
+    run = RunLayout.from_config(config)
+    tokenizer = Tokenizer.load(run.tokenizer)
     settings = config[stage]
     return Loader(
-        run_dir / "data",
+        run.data,
         stage,
         dict(settings.mixture),
-        batch=settings.batch_size,
+        batch_size=settings.batch_size,
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
-        opening=(settings.warmup_data, settings.warmup_data_steps),
+        warmup_data=(settings.warmup_data, settings.warmup_data_steps),
         heldout_rows=settings.heldout_rows,
-        remix=settings.mixture_schedule,
+        mixture_schedule=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )
 

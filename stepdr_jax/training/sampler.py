@@ -1,12 +1,12 @@
 """The sampler with the weights of a finished stage."""
 
-from pathlib import Path
 
 from stepdr_jax.engine import factory
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
 
@@ -16,9 +16,9 @@ def engine_of_stage(config, stage: str) -> tuple[JaxEngine | RemoteEngine, Token
 
     Raises UserError when the stage has not finished or its checkpoints are damaged.
     """
-    run_dir = Path(config.run_dir)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer" / "tokenizer.json")
-    keep_compiled(run_dir / ".jax_cache")
+    layout = RunLayout.from_config(config)
+    tokenizer = Tokenizer.load(layout.tokenizer)
+    keep_compiled(layout.compilation_cache)
     params = state.load_params(config, config.seed, stage)
     model = Qwen2Config.from_config(config.model, state.vocab_size(config))
     return factory.make_engine(config, params, model, tokenizer), tokenizer

@@ -3,9 +3,9 @@
 import asyncio
 
 from stepdr_jax.agent.policy import Turn
-from tools_env.client import Source, ToolInfraError, ToolResult
+from tools_env.client import CitedSource, ToolInfraError, ToolResult
 
-AUSTRIA = Source(
+AUSTRIA = CitedSource(
     "web_bakotefi", "http://atlas.test/en/austria", "Austria", "The capital of Austria is Vienna.", 2, "2025-03-01"
 )
 

@@ -69,7 +69,7 @@ def test_a_whole_episode():
     assert body["model"] == "m" and body["seed"] == 3 and body["max_tokens"] == 50
     assert [m["role"] for m in body["messages"]] == ["system", "user", "assistant", "user"]
     assert body["messages"][3]["content"].startswith("<tool_response>\n1. Austria")
-    assert trajectory.stats["sampled_tokens"] == 10 and trajectory.stats["given_tokens"] == 15
+    assert trajectory.stats["sampled_tokens"] == 10 and trajectory.stats["observed_tokens"] == 15
 
 
 def test_native_tool_calls_and_reasoning_become_the_one_text_format():

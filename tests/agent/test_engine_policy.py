@@ -47,7 +47,7 @@ def test_the_log_is_prompt_turn_observation_turn_and_equals_the_rendered_traject
     arrays = log.arrays()
     assert set(arrays["version"][arrays["sampled"]]) == {3} and (arrays["logprobs"][arrays["sampled"]] == -1).all()
     assert trajectory.stats["sampled_tokens"] == len(first) + len(last)
-    assert trajectory.stats["sampled_tokens"] + trajectory.stats["given_tokens"] == len(log)
+    assert trajectory.stats["sampled_tokens"] + trajectory.stats["observed_tokens"] == len(log)
     assert len(engine.closed) == 1 and not engine.sessions
 
 

@@ -141,7 +141,7 @@ def test_an_iteration_counts_every_call_of_every_program(compiled):
     config = changed(ppo_128k.get_config(), ppo__critic_minibatches=12)
     iteration = compiled(config)["estimate"]["iteration"]
     assert iteration["episodes"] == 512
-    assert iteration["sampled_tokens"] == 512 * 8192 and iteration["given_tokens"] == 512 * 24576
+    assert iteration["sampled_tokens"] == 512 * 8192 and iteration["observed_tokens"] == 512 * 24576
     # 4 episodes of 32,768 tokens a row, 8 rows a call; a twelfth of 512 episodes is 11 rows, so 2 calls
     assert iteration["calls"] == dict(logprobs=16, values=16, critic=24, actor=16, update_critic=12, update_actor=1)
     turns = iteration["seconds_sampling"] + iteration["seconds_learning"]

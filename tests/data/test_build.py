@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax import files
-from stepdr_jax.data import sources, survey
+from stepdr_jax.data import scan, sources
 from stepdr_jax.data.loader import Loader
 from stepdr_jax.errors import UserError
 from stepdr_jax.tokens import chat
@@ -32,18 +32,18 @@ import json, pathlib, sys
 from absl import flags
 from ml_collections import ConfigDict
 from launch import build_data, entry
-from stepdr_jax.data import cache
+from stepdr_jax.data import build
 from stepdr_jax.errors import UserError
 
 config = entry.load("configs/miniature.py").unlock()
 config.run_dir = sys.argv[1]
 config.tokenizer.vocab_size = 500
-for stage, context, mixture in (
+for stage, seq_len, mixture in (
     ("midtrain1", 32, dict(active_reading=0.7, quoting=0.3)),
     ("midtrain2", 128, dict(deep_search_tools=0.5, dialogue=0.25, copying=0.25)),
     ("sft", 128, dict(sft_deep_search=1.0)),
 ):
-    config[stage].seq_len = context
+    config[stage].seq_len = seq_len
     config[stage].mixture = ConfigDict(mixture)
 assert "tensorflow" not in sys.modules
 flags.FLAGS(["build_data"])
@@ -57,7 +57,7 @@ from stepdr_jax.tokens.tokenizer import Tokenizer
 def error_of(**change):
     config.sft.mixture = ConfigDict(change)
     try:
-        cache.build(config, ["sft"])
+        build.build_training_data(config, ["sft"])
     except UserError as error:
         return str(error)
 
@@ -65,11 +65,11 @@ def error_of(**change):
 config.data.shard_mib = 0.0005
 config.data.exact_duplicates = "drop"
 folder = pathlib.Path(sys.argv[1]) / "data" / "midtrain1"
-small = cache.build(config, ["midtrain1"])["midtrain1"]
+small = build.build_training_data(config, ["midtrain1"])["midtrain1"]
 contents = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.arecord")}
 lost = sorted(folder.glob("active_reading-*.json"))[1]
 lost.unlink()
-again = cache.build(config, ["midtrain1"])["midtrain1"]
+again = build.build_training_data(config, ["midtrain1"])["midtrain1"]
 after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("*.arecord")}
 shards = dict(
     count=len(small["active_reading"]["shards"]),
@@ -82,7 +82,7 @@ shards = dict(
 )
 config.data.shard_mib = 256.0
 config.data.exact_duplicates = "count"
-cache.build(config, ["midtrain1"])
+build.build_training_data(config, ["midtrain1"])
 
 vocabulary = mixtures.BpeVocabulary(Tokenizer.load(sys.argv[1] + "/tokenizer/tokenizer.json"))
 mixture = seqio.get_mixture_or_task(mixtures.mixture_name("midtrain1"))
@@ -138,9 +138,9 @@ def report(run) -> dict:
     episodes = [episode(name, ["deep_search_tools", "sft_deep_search"]) for name in ("one", "two", "zh")]
     episodes += [episode("long", ["sft_deep_search", "only_long"], words=200)]
     episodes += [episode("dropped", ["sft_deep_search"], kept=False, drop_reason="wrong")]
-    files.write_jsonl(run / "corpus" / "reading.jsonl", reading)
+    files.write_jsonl(run / "corpus" / "synthetic_documents.jsonl", reading)
     files.write_jsonl(run / "corpus" / "trajectories.jsonl", episodes)
-    with open(run / "corpus" / "reading.jsonl", "a") as out:
+    with open(run / "corpus" / "synthetic_documents.jsonl", "a") as out:
         out.write('{"id": "torn')
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
@@ -165,14 +165,14 @@ def side(run: Path, stage: str, component: str) -> dict:
     return files.read_json(run / "data" / stage / f"{component}.json")
 
 
-def all_rows(run: Path, stage: str, component: str, tok: Tokenizer) -> dict[str, np.ndarray]:
-    rows = side(run, stage, component)["rows"]
-    return Loader(run / "data", stage, {component: 1.0}, rows, 0, tok.fingerprint()).batch(0)
+def all_sequences(run: Path, stage: str, component: str, tok: Tokenizer) -> dict[str, np.ndarray]:
+    sequences = side(run, stage, component)["sequences"]
+    return Loader(run / "data", stage, {component: 1.0}, sequences, 0, tok.fingerprint()).batch(0)
 
 
 def examples(run: Path, stage: str, component: str, tok: Tokenizer) -> list[tuple[str, str]]:
     """Returns (all text, text to be predicted) of every segment."""
-    batch = all_rows(run, stage, component, tok)
+    batch = all_sequences(run, stage, component, tok)
     shown = []
     for tokens, segments, mask in zip(batch["tokens"], batch["segment_ids"], batch["loss_mask"], strict=True):
         for segment in range(1, segments.max() + 1):
@@ -199,7 +199,7 @@ def test_long_reading_is_split_and_nothing_of_it_is_lost(run, tok):
     lengths = [len(tok.encode(PAGE * (1 + i % 4))) + 1 for i in range(12)]
     assert max(lengths) > 32 and card["pieces"] > card["examples"] == 12
     assert card["loss_tokens"] == sum(lengths) - 12
-    assert all_rows(run, "midtrain1", "active_reading", tok)["loss_mask"].sum() == card["loss_tokens"]
+    assert all_sequences(run, "midtrain1", "active_reading", tok)["loss_mask"].sum() == card["loss_tokens"]
 
 
 def test_a_completion_is_predicted_and_its_prompt_is_not(run, tok):
@@ -229,7 +229,7 @@ def test_sft_predicts_what_the_assistant_wrote_and_mid_training_the_whole_episod
 
 
 def test_copying_repeats_a_span_of_ordinary_ids_and_predicts_all_but_its_first(run, tok):
-    batch = all_rows(run, "midtrain2", "copying", tok)
+    batch = all_sequences(run, "midtrain2", "copying", tok)
     assert batch["tokens"].max() < tok.endoftext
     spans = set()
     for tokens, mask in zip(batch["tokens"][:50], batch["loss_mask"], strict=False):
@@ -242,9 +242,9 @@ def test_copying_repeats_a_span_of_ordinary_ids_and_predicts_all_but_its_first(r
 
 def test_text_of_pages_never_becomes_control_ids(run, tok):
     for stage, component in (("midtrain1", "quoting"), ("midtrain1", "active_reading")):
-        tokens = all_rows(run, stage, component, tok)["tokens"]
+        tokens = all_sequences(run, stage, component, tok)["tokens"]
         assert not np.isin(tokens, [tok.im_end, tok.tool_call_start]).any()
-    tokens = all_rows(run, "sft", "sft_deep_search", tok)["tokens"]
+    tokens = all_sequences(run, "sft", "sft_deep_search", tok)["tokens"]
     assert (tokens == tok.tool_call_start).sum() == 3 and (tokens == tok.im_start).sum() == 3 * 5
 
 
@@ -259,7 +259,7 @@ def test_duplicates_are_dropped_over_all_parts_of_a_component(report):
 
 
 def test_a_component_without_examples_is_named(run, report):
-    assert "'nowhere' of sft.mixture in the sources reading, trajectories" in report["missing"]
+    assert "'nowhere' of sft.mixture in the sources synthetic_documents, trajectories" in report["missing"]
     assert "'only_long'" in report["too_long"] and "raise sft.seq_len" in report["too_long"]
 
 
@@ -277,28 +277,29 @@ def test_the_card_adds_up(run, report):
 
 @pytest.mark.parametrize("row, words", BROKEN.items())
 def test_a_broken_corpus_row_names_file_line_and_field(tmp_path, row, words):
-    format_ = "synthesis_trajectories" if "messages" in row else "synthesis_reading"
+    format_ = "synthesis_trajectories" if "messages" in row else "synthesis_documents"
     good = json.dumps(episode("one", ["c"]) if "messages" in row else dict(component="c", text="fine"))
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{good}\n{'no JSON' if row == json.dumps('no JSON') else row}\n")
-    source = sources.Source("corpus", format_, (path,), component="")
-    (part,) = survey.parts_of([source], tmp_path / "survey", 1 << 20)
+    source = sources.DataSource("corpus", format_, (path,), component="")
+    (part,) = scan.list_parts([source], tmp_path / "scan", 1 << 20)
+    options = scan.ScanOptions(exact=True, near=False, evaluation_sets={}, stop=True)
     with pytest.raises(UserError, match="rows.jsonl line 2: .*fix or delete that line") as error:
-        survey.make(part, survey.Look(exact=True, near=False, evaluation={}, stop=True))
+        scan.scan_part(part, options)
     assert words in str(error.value)
-    assert not survey.finished(part, survey.Look(exact=True, near=False, evaluation={}, stop=True))
+    assert not scan.is_scanned(part, options)
 
 
 BUILD_AGAIN = """
 import sys
 from ml_collections import ConfigDict
 from launch import entry
-from stepdr_jax.data import cache
+from stepdr_jax.data import build
 config = entry.load("configs/miniature.py").unlock()
 config.run_dir = sys.argv[1]
 config.sft.seq_len = 128
 config.sft.mixture = ConfigDict(dict(sft_deep_search=1.0))
-cache.build(config, ["sft"])
+build.build_training_data(config, ["sft"])
 sys.exit("tensorflow" in sys.modules)
 """
 

@@ -1,4 +1,4 @@
-"""Facts about packing at the contexts of the recipe, on lengths of real articles and real trajectories."""
+"""Facts about packing at the sequence lengths of the recipe, on lengths of real articles and real trajectories."""
 
 import json
 import tarfile
@@ -23,12 +23,12 @@ def need(name: str) -> Path:
     return path
 
 
-def fill(lengths: list[int], context: int) -> float:
+def fill(lengths: list[int], seq_len: int) -> float:
     pieces = []
     for length in lengths:
         nothing = np.zeros(length, np.int8)
-        pieces += [len(tokens) for tokens, _ in packing.windows(nothing, nothing.astype(bool), context)]
-    return sum(pieces) / (len(packing.best_fit(pieces, context)) * context)
+        pieces += [len(tokens) for tokens, _ in packing.split_windows(nothing, nothing.astype(bool), seq_len)]
+    return sum(pieces) / (len(packing.pack_best_fit(pieces, seq_len)) * seq_len)
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +36,25 @@ def tok() -> Tokenizer:
     return Tokenizer.load(need("qwen_tokenizer/tokenizer.json"))
 
 
-@pytest.mark.parametrize("context", [32_768, 131_072])
-def test_rows_of_real_articles_are_more_than_97_percent_full(context):
+@pytest.mark.parametrize("seq_len", [32_768, 131_072])
+def test_sequences_of_real_articles_are_more_than_97_percent_full(seq_len):
     with tarfile.open(need("wikispeedia/plaintext_articles.tar.xz")) as archive:
         lengths = [
             max(2, member.size // 4) for member in archive if member.name.endswith(".txt")
         ]  # 4 bytes a token in English
     assert len(lengths) > 4000
-    assert fill(lengths, context) > FULL
+    assert fill(lengths, seq_len) > FULL
 
 
-@pytest.mark.parametrize("context", [32_768, 131_072])
-def test_rows_of_real_trajectories_are_more_than_97_percent_full(context, tok):
+@pytest.mark.parametrize("seq_len", [32_768, 131_072])
+def test_sequences_of_real_trajectories_are_more_than_97_percent_full(seq_len, tok):
     lengths = []
     for path in sorted(need("adp_samples").glob("*_std.json")):
-        source = sources.Source("adp", "adp_json", (path,), "c")
+        source = sources.DataSource("adp", "adp_json", (path,), "c")
         for _, row, _ in source.scan(path, (0, -1)):
             lengths.append(len(chat.trajectory_tokens(tok, Trajectory.model_validate(row["trajectory"]))))
     drawn = np.random.default_rng(0).choice(lengths, 4000).tolist()  # the sample is small: as many as a pool would have
-    assert fill(drawn, context) > FULL
+    assert fill(drawn, seq_len) > FULL
 
 
 def test_a_trajectory_longer_than_a_row_makes_windows_that_learn_every_target_once():
@@ -65,9 +65,9 @@ def test_a_trajectory_longer_than_a_row_makes_windows_that_learn_every_target_on
     row = next(iter(_rows(steps * 40)))
     tok = Tokenizer.train(["Go on. x x x user assistant"], 300)
     arrays = chat.trajectory_tokens(tok, Trajectory.model_validate(row["trajectory"])).arrays()
-    context = 1024
-    pieces = packing.windows(arrays["tokens"], arrays["sampled"], context)
-    assert len(pieces) > 10 and all(len(tokens) <= context for tokens, _ in pieces)
+    seq_len = 1024
+    pieces = packing.split_windows(arrays["tokens"], arrays["sampled"], seq_len)
+    assert len(pieces) > 10 and all(len(tokens) <= seq_len for tokens, _ in pieces)
     assert sum(int(mask.sum()) for _, mask in pieces) == int(arrays["sampled"].sum())
 
 

@@ -11,25 +11,25 @@ import grain
 import numpy as np
 import pytest
 
-from stepdr_jax.data import cache
+from stepdr_jax.data.build import write_component_card
 from stepdr_jax.data.loader import Loader
-from stepdr_jax.data.shard import pack
+from stepdr_jax.data.shard import write_shard
 from stepdr_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 MIXTURE = {"long": 0.75, "short": 0.25, "off": 0.0}
 
 
-def write(folder: Path, component: str, rows: int, start: int, context: int = 4, shards: int = 1) -> None:
-    """Rows of one example each, whose first token tells the row."""
+def write(folder: Path, component: str, count: int, start: int, seq_len: int = 4, shards: int = 1) -> None:
+    """Sequences of one example each, whose tokens are the number of the sequence."""
     cards = []
     for shard in range(shards):
-        mine = range(rows)[rows * shard // shards : rows * (shard + 1) // shards]
+        mine = range(count)[count * shard // shards : count * (shard + 1) // shards]
         labels = (b"c", b"en", b"CC0", b"mine")
-        examples = ((np.full(context, start + i, np.int32), np.ones(context, bool), False, *labels) for i in mine)
-        inputs = dict(stage="sft", component=component, context=context, seed=0, tokenizer="tok", shard=[shard, shards])
-        cards.append(pack(folder / "sft" / f"{component}-{shard:05d}-of-{shards:05d}.arecord", examples, inputs))
-    cache.write_component(folder / "sft", component, cards, {})
+        examples = ((np.full(seq_len, start + i, np.int32), np.ones(seq_len, bool), False, *labels) for i in mine)
+        inputs = dict(stage="sft", component=component, seq_len=seq_len, seed=0, tokenizer="tok", shard=[shard, shards])
+        cards.append(write_shard(folder / "sft" / f"{component}-{shard:05d}-of-{shards:05d}.arecord", examples, inputs))
+    write_component_card(folder / "sft", component, cards, {})
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def data(tmp_path) -> Path:
     return tmp_path
 
 
-def loader(data: Path, seed: int = 0, batch: int = 8) -> Loader:
-    return Loader(data, "sft", MIXTURE, batch, seed, "tok")
+def loader(data: Path, seed: int = 0, batch_size: int = 8) -> Loader:
+    return Loader(data, "sft", MIXTURE, batch_size, seed, "tok")
 
 
 def test_a_batch_depends_on_seed_and_step_alone(data):
@@ -61,7 +61,7 @@ def test_hosts_read_their_rows_of_the_same_batch(data):
             share = 8 // hosts
             parts = [loader(data).batch(step, slice(host * share, (host + 1) * share)) for host in range(hosts)]
             assert all(np.array_equal(whole[key], np.concatenate([part[key] for part in parts])) for key in whole)
-    with pytest.raises(ValueError, match="rows of a batch of 8"):
+    with pytest.raises(ValueError, match="part of a batch of 8 sequences"):
         subject.batch(0, slice(8, 16))
 
 
@@ -95,14 +95,15 @@ def test_rows_held_out_are_never_drawn_and_all_of_them_are_there_to_measure_by(d
 
 def test_components_come_at_their_rates_exactly(data):
     subject = loader(data)
-    assert subject.sources == ["long", "short"] and subject.rows == {"long": 30, "short": 5} and subject.context == 4
+    assert subject.sources == ["long", "short"] and subject.seq_len == 4
+    assert subject.sequences == {"long": 30, "short": 5}
     for step in range(20):
         assert Counter(subject.batch(step)["source"].tolist()) == {0: 6, 1: 2}
         assert np.array_equal(subject.batch(step)["tokens"][:, 0] >= 200, subject.batch(step)["source"] == 1)
 
 
-def test_an_opening_reads_one_component_alone_and_then_the_mixture(data):
-    opened = Loader(data, "sft", MIXTURE, 8, 0, "tok", opening=("short", 3))
+def test_warm_up_data_reads_one_component_alone_and_then_the_mixture(data):
+    opened = Loader(data, "sft", MIXTURE, 8, 0, "tok", warmup_data=("short", 3))
     for step in range(3):
         assert set(opened.batch(step)["source"]) == {opened.sources.index("short")}
     after = [opened.batch(step)["tokens"][:, 0] for step in range(3, 7)]
@@ -111,9 +112,9 @@ def test_an_opening_reads_one_component_alone_and_then_the_mixture(data):
     assert opened.fingerprint != loader(data).fingerprint
 
 
-def test_an_opening_outside_the_mixture_is_refused(data):
+def test_warm_up_data_outside_the_mixture_is_refused(data):
     with pytest.raises(UserError, match="sft.warmup_data to be a component of its mixture .* got 'nothing'"):
-        Loader(data, "sft", MIXTURE, 8, 0, "tok", opening=("nothing", 3))
+        Loader(data, "sft", MIXTURE, 8, 0, "tok", warmup_data=("nothing", 3))
 
 
 def test_every_epoch_has_every_row_once_in_another_order(data):
@@ -126,7 +127,9 @@ def test_every_epoch_has_every_row_once_in_another_order(data):
 
 def test_the_fingerprint_tells_runs_apart_that_see_other_batches(data):
     assert loader(data).fingerprint == loader(data).fingerprint
-    assert len({loader(data).fingerprint, loader(data, seed=1).fingerprint, loader(data, batch=4).fingerprint}) == 3
+    assert (
+        len({loader(data).fingerprint, loader(data, seed=1).fingerprint, loader(data, batch_size=4).fingerprint}) == 3
+    )
 
 
 def test_tensorflow_is_not_imported(data):
@@ -164,24 +167,24 @@ def test_a_damaged_file_is_named(data, damage):
 
 
 def test_a_damaged_row_is_named_when_it_is_read(data):
-    write(data, "long", 3000, 100_000, context=64)
-    write(data, "short", 5, 200, context=64)
+    write(data, "long", 3000, 100_000, seq_len=64)
+    write(data, "short", 5, 200, seq_len=64)
     path = data / "sft" / "long-00000-of-00001.arecord"
     content = bytearray(path.read_bytes())
     content[70_000:75_000] = os.urandom(5000)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"long-00000-of-00001\.arecord is damaged"):
-        subject = loader(data, batch=64)
+        subject = loader(data, batch_size=64)
         for step in range(70):
             subject.batch(step)
 
 
-def test_a_side_file_that_promises_more_rows_is_damage(data):
+def test_a_side_file_that_promises_more_sequences_is_damage(data):
     side = data / "sft" / "long.json"
     card = json.loads(side.read_text())
-    card["shards"][0]["rows"] = 31
+    card["shards"][0]["sequences"] = 31
     side.write_text(json.dumps(card))
-    with pytest.raises(UserError, match="expected 31 rows, got 30"):
+    with pytest.raises(UserError, match="expected 31 sequences, got 30"):
         loader(data).batch(0)
 
 

@@ -19,7 +19,7 @@ def config(tmp_path) -> ConfigDict:
         dict(role="tool", content="There."),
         dict(role="assistant", content=""),
     ]
-    files.write_jsonl(tmp_path / "corpus" / "reading.jsonl", [*rows, dict(prompt="Q", completion="A")])
+    files.write_jsonl(tmp_path / "corpus" / "synthetic_documents.jsonl", [*rows, dict(prompt="Q", completion="A")])
     files.write_jsonl(tmp_path / "corpus" / "trajectories.jsonl", [dict(messages=messages)])
     files.write_jsonl(tmp_path / "corpus" / "documents.jsonl", [dict(title="Land", text="Page.")])
     return ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300), data=dict(sources={})))
@@ -32,14 +32,15 @@ def test_every_text_is_there_in_its_frame(config, tmp_path):
 
 
 def test_citation_ids_are_drawn_anew_at_each_place(tmp_path):
-    files.write_jsonl(tmp_path / "reading.jsonl", [dict(text="See \\cite{web_bakotefi}, web_bakotefi.")] * 2)
+    rows = [dict(text="See \\cite{web_bakotefi}, web_bakotefi.")] * 2
+    files.write_jsonl(tmp_path / "synthetic_documents.jsonl", rows)
     files.write_jsonl(tmp_path / "trajectories.jsonl", [])
     found = re.findall(r"web_(?:[bdfghjklmnprstvz][aeiou]){4}\b", " ".join(corpus_texts(tmp_path)))
     assert len(set(found)) == 4
 
 
 def test_a_large_corpus_gives_a_fixed_part(tmp_path):
-    files.write_jsonl(tmp_path / "reading.jsonl", [dict(text=f"text number {i}") for i in range(2000)])
+    files.write_jsonl(tmp_path / "synthetic_documents.jsonl", [dict(text=f"text number {i}") for i in range(2000)])
     files.write_jsonl(tmp_path / "trajectories.jsonl", [])
     part = corpus_texts(tmp_path, limit=10_000)
     assert part == corpus_texts(tmp_path, limit=10_000)
@@ -48,7 +49,7 @@ def test_a_large_corpus_gives_a_fixed_part(tmp_path):
 
 def test_the_tokenizer_is_trained_once_and_kept(config, tmp_path):
     first = ensure_tokenizer(config).fingerprint()
-    files.write_jsonl(tmp_path / "corpus" / "reading.jsonl", [dict(text="Other words entirely, other words.")])
+    files.write_jsonl(tmp_path / "corpus" / "synthetic_documents.jsonl", [dict(text="Other words, other words.")])
     assert ensure_tokenizer(config).fingerprint() == first
 
 
@@ -64,7 +65,7 @@ def test_a_given_tokenizer_is_used_and_cannot_be_swapped_later(config, tmp_path)
 
 def test_no_corpus_names_the_stage_to_run(tmp_path):
     config = ConfigDict(dict(run_dir=str(tmp_path), tokenizer=dict(path="", vocab_size=300), data=dict(sources={})))
-    with pytest.raises(UserError, match=r"reading\.jsonl does not exist"):
+    with pytest.raises(UserError, match=r"synthetic_documents\.jsonl does not exist"):
         ensure_tokenizer(config)
 
 

@@ -21,9 +21,9 @@ LIMITS = Limits(
 
 
 def collected(engine, tmp_path):
-    parts = toy.parts(toy.config(tmp_path))
+    parts = toy.inputs(toy.config(tmp_path))
     policy = EnginePolicy(engine, toy.TOKENIZER)
-    return rollouts.collect(
+    return rollouts.collect_rollouts(
         parts.tasks,
         range(8),
         policy,

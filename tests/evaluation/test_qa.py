@@ -11,7 +11,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.evaluation import qa, results
 from stepdr_jax.judge.judges import ProgrammaticJudge
 from stepdr_jax.records import Answer, Rubric, RubricSet, Task
-from tools_env.client import Source, ToolInfraError, ToolResult
+from tools_env.client import CitedSource, ToolInfraError, ToolResult
 
 LIMITS = Limits(max_turns=4, max_turn_tokens=64, max_episode_tokens=512, max_tool_calls=4, wall_seconds=30.0)
 CALL = '<tool_call>\n{"name": "batch_web_surfer", "arguments": {"queries": ["capital"]}}\n</tool_call>'
@@ -66,7 +66,7 @@ class Tools:
         return self
 
     async def call(self, tool, arguments, *, call_id, timeout=None):
-        source = Source("web_bakotefi", "http://atlas.test/at", "Austria", "The capital is Vienna.", 2, None)
+        source = CitedSource("web_bakotefi", "http://atlas.test/at", "Austria", "The capital is Vienna.", 2, None)
         return ToolResult("ok", source.text, (source,), False, False, {})
 
     async def close(self):
@@ -162,8 +162,8 @@ def test_rows_survive_the_file(tmp_path):
     from stepdr_jax import records
 
     rows = run([task("a"), task("b")], Policy())
-    records.write(tmp_path / "sft.jsonl", reversed(rows))
-    assert results.read(tmp_path / "sft.jsonl") == rows
+    records.write_records(tmp_path / "sft.jsonl", reversed(rows))
+    assert results.read_results(tmp_path / "sft.jsonl") == rows
 
 
 def test_an_interrupted_evaluation_keeps_whole_measured_rows_of_the_same_settings(tmp_path):

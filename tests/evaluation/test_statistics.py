@@ -118,5 +118,5 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_cost_is_tokens_times_price():
-    assert cost.episode_cost({"sampled_tokens": 40.0, "given_tokens": 460.0}, 2.0) == pytest.approx(1e-3)
+    assert cost.episode_cost({"sampled_tokens": 40.0, "observed_tokens": 460.0}, 2.0) == pytest.approx(1e-3)
     assert cost.episode_cost({"turns": 2.0}, 2.0) is None

@@ -3,12 +3,12 @@
 import asyncio
 
 from stepdr_jax.judge.judges import ProgrammaticJudge, stated_verdict
-from stepdr_jax.records import Answer, Finish, Message, Rubric, RubricSet, Source, Task, Trajectory
+from stepdr_jax.records import Answer, Finish, Message, ObservedSource, Rubric, RubricSet, Task, Trajectory
 
-ATLAS = Source(
+ATLAS = ObservedSource(
     id="web_bakotefi", url="http://atlas.test/en/austria", text="The capital of Austria is Vienna.", authority=2
 )
-QUICK = Source(
+QUICK = ObservedSource(
     id="web_dufalomi", url="http://quickfacts.test/austria", text="The capital of Austria is Salzburg.", authority=0
 )
 TASK = Task(

@@ -56,6 +56,9 @@ def test_fields_are_changed_by_their_type():
         ("--config.synthesis.seed_degree=10,3", "synthesis.seed_degree: expected .low, high."),
         ("--config.run_dir=", "run_dir: expected a folder"),
         ("--config=configs/miniatur.py", "does not exist; did you mean configs/miniature.py"),
+        ("--config=configs/ppo_presets.py", "has no get_config.*as configs/ppo_orz_paper.py"),
+        ("--config=configs", "is a folder; give a Python file, or the config.json of a run"),
+        ("--config=config/miniature.py", "does not exist; did you mean .*configs/miniature.py"),
         ("--cofnig=x", "unknown flag --cofnig; did you mean --config"),
         ("miniature", "expected only flags, got 'miniature'"),
     ],
@@ -65,19 +68,28 @@ def test_mistakes_are_named_with_their_fix(word, message):
         parse(word)
 
 
-def test_a_config_file_of_ones_own_must_have_the_fields_of_the_miniature(tmp_path):
+def test_a_config_file_of_ones_own_must_have_the_declared_fields(tmp_path):
     path = tmp_path / "mine.py"
-    body = "from configs import miniature\ndef get_config():\n  config = miniature.get_config().unlock()\n  {}\n  return config\n"
-    path.write_text(body.format("config.name = 'mine'"))
-    assert parse(f"--config={path}").name == "mine"
+    body = (
+        "from configs import miniature\ndef get_config():\n  config = miniature.get_config(){}\n  {}\n  return config\n"
+    )
+    path.write_text(body.format("", "config.name = 'mine'"))
+    config = parse(f"--config={path}")
+    assert config.name == "mine" and config.config_file == str(path)
     for change, message in [
         ("del config.ppo.clip", "lacks ppo.clip"),
         ("config.ppo.clipp = 1.0", "unknown field ppo.clipp; did you mean ppo.clip"),
+        ("config.ppo.update(dict(clipp=1.0))", f"config file {path} has an unknown field ppo.clipp"),
         ("del config.ppo; config.ppo = 3", "ppo: expected a section"),
+        ("del config.seed; config.seed = 'x'", "seed: expected an integer, got 'x'"),
         ("1 / 0", "does not load: ZeroDivisionError"),
     ]:
-        path.write_text(body.format(change))
+        path.write_text(body.format(".unlock()", change))
         with pytest.raises(UserError, match=message):
+            parse(f"--config={path}")
+    for change in ("config.ppo.clipp = 1.0", "config.ppo.update(dict(clipp=1.0))"):
+        path.write_text(body.format("", change))
+        with pytest.raises(UserError, match=f"config file {path}: there is no field 'clipp'; did you mean ppo.clip"):
             parse(f"--config={path}")
     path.write_text("def get_config(): return {}")
     with pytest.raises(UserError, match="expected get_config.. to return a ConfigDict, got dict"):
@@ -98,6 +110,7 @@ def test_help_shows_the_docstring_and_how_to_change_a_field(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("Doc.") and "--config.FIELD=VALUE" in text
+    assert "example: python -m launch.quickstart --config=configs/miniature.py --config." in text
 
 
 def raising(error):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools_env.conftest import write_world
+from tests.tools_env.conftest import write_offline_web
 from tools_env.process import ToolHost
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +50,7 @@ def endpoint():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("research")
-    with ToolHost(write_world(folder / "world"), web_port=9, log_path=folder / "log") as host:
+    with ToolHost(write_offline_web(folder / "world"), web_port=9, log_path=folder / "log") as host:
         yield host.address
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from stepdr_jax.synthesis import corpora
 from tools_env.errors import ToolHostError
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 from tools_env.offline_web.pages import HOSTS
 
 AUSTRIA_EN = """# Austria
@@ -75,8 +75,8 @@ def test_some_pages_are_very_long(documents):
     assert len(passages(documents["http://atlas.test/zh/currency/euro"])) > 30
 
 
-def test_links_lead_to_pages_except_the_dead_ones(documents, world_dir):
-    moved = json.loads((world_dir / "sites.json").read_text())["hosts"]["atlas.test"]["redirects"]
+def test_links_lead_to_pages_except_the_dead_ones(documents, offline_web_dir):
+    moved = json.loads((offline_web_dir / "sites.json").read_text())["hosts"]["atlas.test"]["redirects"]
     dead = collections.Counter()
     for url, row in documents.items():
         for link in row["links"]:
@@ -87,8 +87,8 @@ def test_links_lead_to_pages_except_the_dead_ones(documents, world_dir):
     assert dead["mirror.test"] > 0, "a copy's links lead to what was not copied"
 
 
-def test_authoritative_pages_never_err_and_errors_are_listed(documents, world_dir, facts):
-    errors = corpora.errors(world_dir)
+def test_authoritative_pages_never_err_and_errors_are_listed(documents, offline_web_dir, facts):
+    errors = corpora.read_planted_errors(offline_web_dir)
     assert {urlsplit(error.url).hostname for error in errors} == {"quickfacts.test"}
     listed = {(error.url, error.passage) for error in errors}
     truths = {line for row in on(documents, "atlas.test") for line in passages(row)}
@@ -100,8 +100,12 @@ def test_authoritative_pages_never_err_and_errors_are_listed(documents, world_di
     assert {error.reason for error in errors} == {"swapped", "outdated"}
 
 
-def test_what_was_true_once_is_stated_as_outdated(world_dir):
-    found = [e for e in corpora.errors(world_dir) if (e.entity, e.relation, e.lang) == ("kaz", "capital", "en")]
+def test_what_was_true_once_is_stated_as_outdated(offline_web_dir):
+    found = [
+        e
+        for e in corpora.read_planted_errors(offline_web_dir)
+        if (e.entity, e.relation, e.lang) == ("kaz", "capital", "en")
+    ]
     assert [(e.stated, e.true, e.reason) for e in found] == [("Nur-Sultan", "Astana", "outdated")]
 
 
@@ -112,43 +116,43 @@ def test_mirrors_are_near_duplicates(documents):
         assert len(original & set(passages(row))) >= len(original) - 1
 
 
-def test_records_of_the_training_side_read_every_file(world_dir, documents):
-    assert [document.url for document in corpora.documents(world_dir)] == list(documents)
-    entities, triples = corpora.entities(world_dir), corpora.triples(world_dir)
+def test_records_of_the_training_side_read_every_file(offline_web_dir, documents):
+    assert [document.url for document in corpora.read_documents(offline_web_dir)] == list(documents)
+    entities, triples = corpora.read_entities(offline_web_dir), corpora.read_triples(offline_web_dir)
     assert entities["city:vienna"].zh == "维也纳"
     assert entities["aut"].attributes["language"] == {"en": "German", "zh": "德语"}
     assert {t.relation for t in triples} == {*entities["aut"].attributes}
 
 
-def test_equal_inputs_give_equal_bytes_and_another_seed_another_world(tmp_path, world_dir):
-    build_world(tmp_path / "same", seed=0)
-    build_world(tmp_path / "other", seed=1)
+def test_equal_inputs_give_equal_bytes_and_another_seed_another_world(tmp_path, offline_web_dir):
+    build_offline_web(tmp_path / "same", seed=0)
+    build_offline_web(tmp_path / "other", seed=1)
     for name in ("documents.jsonl", "entities.jsonl", "triples.jsonl", "errors.jsonl", "sites.json"):
-        assert (tmp_path / "same" / name).read_bytes() == (world_dir / name).read_bytes()
-    assert (tmp_path / "other" / "documents.jsonl").read_bytes() != (world_dir / "documents.jsonl").read_bytes()
+        assert (tmp_path / "same" / name).read_bytes() == (offline_web_dir / name).read_bytes()
+    assert (tmp_path / "other" / "documents.jsonl").read_bytes() != (offline_web_dir / "documents.jsonl").read_bytes()
 
 
-def test_a_world_of_the_same_inputs_is_left_alone(world_dir, tmp_path):
-    shutil.copytree(world_dir, tmp_path / "world")
+def test_a_world_of_the_same_inputs_is_left_alone(offline_web_dir, tmp_path):
+    shutil.copytree(offline_web_dir, tmp_path / "world")
     (tmp_path / "world" / "index").mkdir()
     before = (tmp_path / "world" / "documents.jsonl").stat().st_mtime_ns
-    build_world(tmp_path / "world", seed=0)
+    build_offline_web(tmp_path / "world", seed=0)
     assert (tmp_path / "world" / "documents.jsonl").stat().st_mtime_ns == before
     assert (tmp_path / "world" / "index").exists()
 
 
-def test_a_build_that_fails_leaves_the_old_world_and_no_litter(world_dir, tmp_path, monkeypatch):
-    shutil.copytree(world_dir, tmp_path / "world")
+def test_a_build_that_fails_leaves_the_old_world_and_no_litter(offline_web_dir, tmp_path, monkeypatch):
+    shutil.copytree(offline_web_dir, tmp_path / "world")
     before = (tmp_path / "world" / "sites.json").read_bytes()
     monkeypatch.setattr("tools_env.offline_web.build.pages.redirects", lambda facts: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build_world(tmp_path / "world", seed=2)
+        build_offline_web(tmp_path / "world", seed=2)
     assert (tmp_path / "world" / "sites.json").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
 
 
 def test_a_directory_with_other_things_is_never_replaced(tmp_path):
     (tmp_path / "thesis.md").write_text("years of work")
-    with pytest.raises(ToolHostError, match="to be absent, empty or a built world"):
-        build_world(tmp_path, seed=0)
+    with pytest.raises(ToolHostError, match="to be absent, empty or a built offline web"):
+        build_offline_web(tmp_path, seed=0)
     assert (tmp_path / "thesis.md").read_text() == "years of work"

@@ -6,12 +6,12 @@ import pytest
 
 from stepdr_jax.records import Document
 from tools_env.errors import ToolHostError
-from tools_env.offline_web.build import build_world
-from tools_env.offline_web.folder import MAX_PASSAGE, language, read_folder
-from tools_env.offline_web.server import render
+from tools_env.offline_web.build import build_offline_web
+from tools_env.offline_web.folder import MAX_PASSAGE, detect_language, read_folder
+from tools_env.offline_web.server import render_page
 from tools_env.search import text
-from tools_env.web.fetch import Fetched
-from tools_env.web.page import read
+from tools_env.web.fetch import FetchedPage
+from tools_env.web.page import extract_page
 
 NOTES = """---
 title: "Heat pumps"
@@ -118,7 +118,7 @@ def test_a_long_paragraph_is_cut_between_sentences(tmp_path):
 
 def test_a_reader_of_the_served_page_gets_the_same_passages(library):
     for row in read_folder(library):
-        page = read(Fetched(row["url"], "text/html", "utf-8", render(row).encode()))
+        page = extract_page(FetchedPage(row["url"], "text/html", "utf-8", render_page(row).encode()))
         assert page.passages == text.passages(row["text"])
 
 
@@ -129,7 +129,7 @@ def no_other_pages(monkeypatch):
 
 
 def test_a_built_world_has_the_documents_and_their_host(library, tmp_path, no_other_pages):
-    build_world(tmp_path / "world", seed=0, documents=str(library))
+    build_offline_web(tmp_path / "world", seed=0, documents=str(library))
     lines = (tmp_path / "world" / "documents.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["url"].startswith("http://library.test/") for line in lines) == 4
     sites = json.loads((tmp_path / "world" / "sites.json").read_text())
@@ -139,16 +139,16 @@ def test_a_built_world_has_the_documents_and_their_host(library, tmp_path, no_ot
 def test_changed_documents_give_a_new_world(tmp_path, no_other_pages):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("First version.")
-    build_world(tmp_path / "world", seed=0, documents=str(tmp_path / "docs"))
+    build_offline_web(tmp_path / "world", seed=0, documents=str(tmp_path / "docs"))
     (tmp_path / "docs" / "a.txt").write_text("Second version.")
-    build_world(tmp_path / "world", seed=0, documents=str(tmp_path / "docs"))
+    build_offline_web(tmp_path / "world", seed=0, documents=str(tmp_path / "docs"))
     assert "Second version." in (tmp_path / "world" / "documents.jsonl").read_text()
 
 
 def test_scripts_decide_the_language():
-    assert language("奥地利的首都是维也纳 (Vienna)。") == "zh"
-    assert language("The capital is 维也纳 in Chinese, a word in an English text.") == "en"
-    assert language("1 2 3") == "en"
+    assert detect_language("奥地利的首都是维也纳 (Vienna)。") == "zh"
+    assert detect_language("The capital is 维也纳 in Chinese, a word in an English text.") == "en"
+    assert detect_language("1 2 3") == "en"
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import trafilatura
 
 from tools_env.errors import ToolHostError
 from tools_env.offline_web.pages import HOSTS
-from tools_env.offline_web.server import WorldWeb, make_app, render
+from tools_env.offline_web.server import OfflineWebServer, make_offline_web_app, render_page
 from tools_env.search import text
-from tools_env.web.fetch import Fetched
-from tools_env.web.page import read
+from tools_env.web.fetch import FetchedPage
+from tools_env.web.page import extract_page
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -39,10 +39,10 @@ def get(port: int, url: str):
             return error.code, error.headers, error.read()
 
 
-def fetched(port: int, url: str) -> Fetched:
+def fetched(port: int, url: str) -> FetchedPage:
     status, headers, body = get(port, url)
     assert status == 200, url
-    return Fetched(url, headers.get_content_type(), headers.get_content_charset(), body)
+    return FetchedPage(url, headers.get_content_type(), headers.get_content_charset(), body)
 
 
 def sample(documents: dict, per_host: int = 4) -> list[dict]:
@@ -60,7 +60,7 @@ def sample(documents: dict, per_host: int = 4) -> list[dict]:
 
 def test_a_reader_gets_exactly_the_passages_title_and_date(web_port, documents):
     for row in sample(documents):
-        page = read(fetched(web_port, row["url"]))
+        page = extract_page(fetched(web_port, row["url"]))
         assert page.passages == text.passages(row["text"]), row["url"]
         assert (page.title, page.published_at) == (row["title"], row["published_at"])
 
@@ -70,7 +70,7 @@ def test_main_text_is_found_on_pages_that_do_not_mark_it(documents):
         r for u, r in documents.items() if u.startswith(("http://travelnotes.test/en", "http://quickfacts.test/en"))
     ]
     for row in random.Random(1).sample(rows, 40):
-        page = render(row)
+        page = render_page(row)
         assert "<main" not in page and "<article" not in page
         found = trafilatura.extract(page, output_format="markdown", favor_recall=True)
         assert text.passages(found) == text.passages(row["text"]), row["url"]
@@ -89,7 +89,7 @@ def test_every_link_is_on_the_page(web_port, documents):
 def test_a_longer_name_wins_the_place_of_a_shorter_one():
     links = [{"anchor": name, "url": f"http://atlas.test/{i}"} for i, name in enumerate(("Guinea", "Papua New Guinea"))]
     row = {"url": "http://atlas.test/x", "title": "T", "lang": "en", "links": links}
-    page = render(row | {"text": "Papua New Guinea & Guineans & Guinea."})
+    page = render_page(row | {"text": "Papua New Guinea & Guineans & Guinea."})
     assert (
         '<p><a href="http://atlas.test/1">Papua New Guinea</a> &amp; Guineans &amp; <a href="http://atlas.test/0">Guinea</a>.</p>'
         in page
@@ -98,7 +98,7 @@ def test_a_longer_name_wins_the_place_of_a_shorter_one():
 
 def test_markup_in_a_document_stays_text():
     row = {"url": "http://library.test/x", "title": "<b>T</b>", "lang": "en", "links": []}
-    page = render(row | {"text": "# <b>T</b>\n## a < b\n<script>alert(1)</script> & more"})
+    page = render_page(row | {"text": "# <b>T</b>\n## a < b\n<script>alert(1)</script> & more"})
     assert "<script>" not in page and "<h2>a &lt; b</h2>" in page
     assert "<p>&lt;script&gt;alert(1)&lt;/script&gt; &amp; more</p>" in page
 
@@ -129,16 +129,16 @@ def test_a_page_with_a_wrong_charset_is_still_readable(web_port, documents):
     assert page.charset == "utf-8"
     with pytest.raises(UnicodeDecodeError):
         page.body.decode("utf-8")
-    assert read(page).passages == text.passages(documents[url]["text"])
+    assert extract_page(page).passages == text.passages(documents[url]["text"])
 
 
 def test_one_page_is_too_large_to_read(web_port):
     assert len(get(web_port, "http://travelnotes.test/en/scrapbook")[2]) > 4 << 20
 
 
-def test_it_runs_on_the_callers_own_event_loop(world_dir):
+def test_it_runs_on_the_callers_own_event_loop(offline_web_dir):
     async def fetch() -> str:
-        runner = aiohttp.web.AppRunner(make_app(world_dir))
+        runner = aiohttp.web.AppRunner(make_offline_web_app(offline_web_dir))
         await runner.setup()
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
         try:
@@ -152,8 +152,8 @@ def test_it_runs_on_the_callers_own_event_loop(world_dir):
     assert "<title>Austria</title>" in asyncio.run(fetch())
 
 
-def test_a_stopped_web_starts_again_and_frees_its_port(world_dir):
-    served = WorldWeb(world_dir)
+def test_a_stopped_web_starts_again_and_frees_its_port(offline_web_dir):
+    served = OfflineWebServer(offline_web_dir)
     served.stop()
     first = served.start()
     served.stop()
@@ -164,9 +164,9 @@ def test_a_stopped_web_starts_again_and_frees_its_port(world_dir):
 
 
 def test_a_missing_or_damaged_world_is_named(tmp_path):
-    with pytest.raises(ToolHostError, match="sites.json does not exist; build the world first"):
-        WorldWeb(tmp_path)
+    with pytest.raises(ToolHostError, match="sites.json does not exist; build the offline web first"):
+        OfflineWebServer(tmp_path)
     (tmp_path / "sites.json").write_text('{"hosts": {}}')
     (tmp_path / "documents.jsonl").write_text('{"url": 3}\n')
     with pytest.raises(ToolHostError, match="documents.jsonl line 1 is not a document"):
-        WorldWeb(tmp_path)
+        OfflineWebServer(tmp_path)

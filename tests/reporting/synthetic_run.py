@@ -1,4 +1,4 @@
-"""A small run directory whose content is plainly made up: random curves, template episodes. For tests of the report only."""
+"""A small run directory with made-up content: random curves, template episodes. For tests of the report only."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from stepdr_jax.records import (
     Finish,
     Judgment,
     Message,
+    ObservedSource,
     Rubric,
     RubricSet,
-    Source,
     Task,
     ToolCall,
     Trajectory,
@@ -54,7 +54,7 @@ def rubric_set(task: Task) -> RubricSet:
 def make_episode(task: Task, good: bool, *, error: bool = False, policy: str = "test", hostile: bool = False):
     """A trajectory and its verdict; `error` puts a failed call and its recovery in front."""
     number = int(task.id[4:])
-    source = Source(
+    source = ObservedSource(
         id="web_bakotefi",
         url=f"http://atlas.test/en/landia{number}",
         title=f"Landia{number}",
@@ -105,7 +105,7 @@ def make_episode(task: Task, good: bool, *, error: bool = False, policy: str = "
             "format_errors": 0.0,
             "recovered": float(error),
             "sampled_tokens": 60.0,
-            "given_tokens": 140.0,
+            "observed_tokens": 140.0,
             "wall_seconds": 0.5,
         },
     )
@@ -113,7 +113,7 @@ def make_episode(task: Task, good: bool, *, error: bool = False, policy: str = "
     verdict = Verdict(
         reward=1.0 if good else -0.4,
         judgments=[
-            Judgment(rid=r, weight=w, role=role, verdict="satisfied" if s else "not", score=s)
+            Judgment(rid=r, weight=w, role=role, verdict="satisfied" if s else "not_satisfied", score=s)
             for r, w, role, s in zip("abc", (3, 2, -2), ("explicit", "implicit", "negative"), scores, strict=True)
         ],
         correct=None if task.kind == "report" else good,
@@ -165,8 +165,8 @@ def make_result(task: Task, index: int, stage: str, seed: int, good: bool, **kin
 
 def write_corpus(run: Path, count: int = 24) -> list[Task]:
     tasks = make_tasks(count)
-    records.write(run / "corpus" / "tasks.jsonl", tasks)
-    records.write(run / "corpus" / "rubrics.jsonl", [rubric_set(task) for task in tasks])
+    records.write_records(run / "corpus" / "tasks.jsonl", tasks)
+    records.write_records(run / "corpus" / "rubrics.jsonl", [rubric_set(task) for task in tasks])
     trajectories = []
     for i, task in enumerate(tasks):
         trajectory, _ = make_episode(task, i % 5 != 0, error=i % 3 == 0, policy="expert")
@@ -179,9 +179,9 @@ def write_corpus(run: Path, count: int = 24) -> list[Task]:
                 deep=True, update={"id": trajectory.id + ".1", "metadata": {"copy_of": trajectory.id}}
             )
             trajectories.append(copy)
-    records.write(run / "corpus" / "trajectories.jsonl", trajectories)
+    records.write_records(run / "corpus" / "trajectories.jsonl", trajectories)
     files.write_jsonl(
-        run / "corpus" / "reading.jsonl",
+        run / "corpus" / "synthetic_documents.jsonl",
         [{"id": str(i), "component": ("quoting", "active_reading", "reasoning")[i % 3]} for i in range(90)],
     )
     files.write_jsonl(run / "corpus" / "documents.jsonl", [{"id": str(i)} for i in range(40)])
@@ -192,12 +192,12 @@ def write_corpus(run: Path, count: int = 24) -> list[Task]:
 
 def write_prepared(run: Path) -> None:
     def component(rate: float, tokens: int) -> dict:
-        counts = dict(rows=tokens // 256, tokens=tokens, loss_tokens=tokens // 2, examples=tokens // 90)
-        return counts | dict(dropped={"too_long": 3}, fill=0.93, rate=rate, share_of_tokens=rate)
+        counts = dict(sequences=tokens // 256, tokens=tokens, loss_tokens=tokens // 2, examples=tokens // 90)
+        return counts | dict(dropped={"too_long": 3}, fill=0.93, shards=1, rate=rate, share_of_tokens=rate)
 
     stages = {
         stage: dict(
-            context=256, components={"quoting": component(0.6, 60_000), "active_reading": component(0.4, 40_000)}
+            seq_len=256, components={"quoting": component(0.6, 60_000), "active_reading": component(0.4, 40_000)}
         )
         for stage in ("midtrain1", "midtrain2", "sft")
     }
@@ -271,7 +271,7 @@ def write_ppo(run: Path, seed: int, tasks: list[Task], iterations: int = 40) -> 
                 "turns": 2.5 - 0.3 * grown,
                 "tool_calls": 1.5 - 0.3 * grown,
                 "sampled_tokens": 70.0 - 10 * grown,
-                "given_tokens": 170.0 - 10 * grown,
+                "observed_tokens": 170.0 - 10 * grown,
                 "tokens_by_finish/answered": 60.0 - 10 * grown,
                 "tokens_by_finish/max_turns": 90.0,
                 "seconds_sampling": 4.0 + 0.2 * noise.normal(),
@@ -320,14 +320,14 @@ def write_eval(run: Path, seed: int, tasks: list[Task], skill: dict[str, float] 
             make_result(task, i, stage, seed, bool(luck[i] < share), error=i % 4 == 0, failed=stage == "sft" and i == 3)
             for i, task in enumerate(heldout)
         ]
-        records.write(run / f"seed{seed}" / "eval" / f"{stage}.jsonl", rows)
+        records.write_records(run / f"seed{seed}" / "eval" / f"{stage}.jsonl", rows)
 
 
 def write_run(run: Path, seeds: int = 3, tasks: int = 24, skill: dict[str, float] = SKILL) -> None:
     """Writes everything a finished run has that the report reads."""
     made = write_corpus(run, tasks)
     write_prepared(run)
-    ledger = {"world": {"seconds": 8.0, "peak_bytes": 2e8}, "synthesize": {"seconds": 110.0, "peak_bytes": 9e8}}
+    ledger = {"offline_web": {"seconds": 8.0, "peak_bytes": 2e8}, "synthesize": {"seconds": 110.0, "peak_bytes": 9e8}}
     for seed in range(seeds):
         write_training(run, seed)
         write_ppo(run, seed, made)

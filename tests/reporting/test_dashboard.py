@@ -43,16 +43,16 @@ def ppo(run: Path, seed: int = 0, count: int = 5, **fields) -> Path:
     return path
 
 
-def watched(run: Path) -> following.Watched:
-    out = following.Watched(run)
+def watched(run: Path) -> following.FollowedRun:
+    out = following.FollowedRun(run)
     out.poll()
     return out
 
 
-def text(one: following.Watched, width: int = 100, height: int = 60, **settings) -> str:
+def text(one: following.FollowedRun, width: int = 100, height: int = 60, **settings) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, height=height, no_color=True)
-    console.print(dashboard.frame(one, console, **settings))
+    console.print(dashboard.render_dashboard(one, console, **settings))
     return out.getvalue()
 
 
@@ -137,11 +137,11 @@ def test_a_low_terminal_keeps_what_tells_most(tmp_path):
 
 
 def test_unknown_metrics_are_shown_and_missing_ones_are_not(tmp_path):
-    ppo(tmp_path, **{"new/thing": 3.5, "age/max": 1.0, "note": "words"})
+    ppo(tmp_path, **{"new/thing": 3.5, "staleness/max": 1.0, "note": "words"})
     shown = text(watched(tmp_path), whole=True)
-    assert "new/thing" in shown and "age of samples max" in shown and "note" not in shown
+    assert "new/thing" in shown and "staleness max" in shown and "note" not in shown
     assert "explained variance" not in shown
-    assert [title for *_, title, _ in measures.arranged("ppo", ["later", "reward"])] == ["reward", "later"]
+    assert [title for *_, title, _ in measures.arrange_metrics("ppo", ["later", "reward"])] == ["reward", "later"]
 
 
 def test_training_shows_speed_guards_and_the_latest_stage(tmp_path):

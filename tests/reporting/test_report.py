@@ -50,7 +50,7 @@ class Page(HTMLParser):
 def finished(tmp_path_factory):
     run = tmp_path_factory.mktemp("finished")
     synthetic_run.write_run(run, seeds=2, tasks=40, skill=synthetic_run.SKILL | {"sft": 0.4, "ppo": 0.95})
-    path = report.write(config(run), "--config.run_dir=runs/x")
+    path = report.write_report(config(run), "--config.run_dir=runs/x")
     return run, path.read_text()
 
 
@@ -81,14 +81,15 @@ def test_headline_says_that_ppo_improved_with_its_interval(finished):
 def test_headline_says_plainly_when_ppo_did_not_improve(tmp_path):
     tasks = synthetic_run.write_corpus(tmp_path)
     synthetic_run.write_eval(tmp_path, 0, tasks, {"sft": 0.6, "ppo": 0.6})
-    page, numbers = report.render(collect.collect(tmp_path), config(tmp_path))
+    page, numbers = report.render_report(collect.collect_run(tmp_path), config(tmp_path))
     assert "PPO did not measurably improve over SFT" in page and not numbers["improved"]
 
 
 def test_headline_says_plainly_when_ppo_made_it_worse(tmp_path):
     tasks = synthetic_run.write_corpus(tmp_path, 40)
     synthetic_run.write_eval(tmp_path, 0, tasks, {"sft": 0.9, "ppo": 0.1})
-    assert "PPO did not improve over SFT: it lowered" in report.render(collect.collect(tmp_path), config(tmp_path))[0]
+    page, _ = report.render_report(collect.collect_run(tmp_path), config(tmp_path))
+    assert "PPO did not improve over SFT: it lowered" in page
 
 
 def test_numbers_are_written_beside_the_page(finished):
@@ -107,30 +108,35 @@ def section_of(page, title):
 
 def test_training_shows_losses_by_component_capability_family_and_on_held_out_rows(finished):
     sft = section_of(finished[1], "SFT")
-    for title in ("Loss by mixture component", "Loss on rows held out", "Loss by capability", "Loss by data family"):
+    for title in (
+        "Loss by mixture component",
+        "Held-out loss by component",
+        "Loss by capability",
+        "Loss by data family",
+    ):
         assert title in sft
     assert "FLOPs over the devices" not in sft and "FLOPs over the devices" in section_of(finished[1], "Mid-training I")
 
 
 def test_a_held_out_loss_is_one_line_through_the_rows_that_have_it(finished):
-    figure = section_of(finished[1], "SFT").split("Loss on rows held out", 1)[1].split("</figure>")[0]
+    figure = section_of(finished[1], "SFT").split("Held-out loss by component", 1)[1].split("</figure>")[0]
     assert re.search(r'd="M[\d.]+ [\d.]+(L[\d.]+ [\d.]+){3}"', figure)
 
 
 def test_training_tells_of_skips_returns_restarts_and_goodput(finished):
     first = section_of(finished[1], "Mid-training I")
     assert "Of its steps, 2 whose gradient was a spike were skipped." in first
-    assert "At step 120 it went back to step 100 (5 steps skipped) and read on past the data between." in first
+    assert "At step 120 it rolled back to step 100 (5 steps skipped) and skipped the data in between." in first
     assert "It was started 2 times." in first and "Goodput 90" in first
-    assert "<title>went back here from step 120: 5 steps skipped</title>" in first
-    assert "went back" not in section_of(finished[1], "SFT")
+    assert "<title>rolled back to here from step 120: 5 steps skipped</title>" in first
+    assert "rolled back" not in section_of(finished[1], "SFT")
 
 
-def test_qa_at_milestones_is_drawn_over_training_tokens(finished):
+def test_qa_at_evaluation_checkpoints_is_drawn_over_training_tokens(finished):
     first = section_of(finished[1], "Mid-training I")
     figure = first.split("Held-out tasks while training", 1)[1].split("</figure>")[0]
     assert "training tokens" in figure and "409600" in figure.replace(".0", "")
-    assert "Well-formed, of what was sampled" in first
+    assert "Share of sampled output that is well-formed" in first
     assert "Held-out tasks while training" not in section_of(finished[1], "SFT")
 
 
@@ -159,7 +165,7 @@ def test_the_same_tasks_are_shown_at_every_stage(finished):
 
 
 def test_embedded_episodes_are_bounded(finished):
-    run = collect.collect(finished[0])
+    run = collect.collect_run(finished[0])
     few = report.episodes_for_viewer(run, max_bytes=40_000)
     assert 0 < len(json.dumps(few, ensure_ascii=False).encode()) <= 41_000
     assert len({row["where"] for row in few}) > 5
@@ -170,7 +176,7 @@ def test_commands_repeat_the_config_flags(finished):
 
 
 def test_empty_run_names_the_commands(tmp_path):
-    page = report.write(config(tmp_path / "new")).read_text()
+    page = report.write_report(config(tmp_path / "new")).read_text()
     for name in ("synthesize", "build_data", "midtrain --stage=midtrain1", "sft", "ppo", "evaluate"):
         assert f"python -m launch.{name}" in page
     assert "Nothing has been evaluated yet" in page
@@ -185,13 +191,13 @@ def test_report_renders_with_some_stages(tmp_path, parts):
         synthetic_run.write_ppo(tmp_path, 3, tasks, iterations=3)
     if parts == "eval":
         synthetic_run.write_eval(tmp_path, 0, tasks, {"init": 0.0, "sft": 0.5})
-    page, numbers = report.render(collect.collect(tmp_path), config(tmp_path))
+    page, numbers = report.render_report(collect.collect_run(tmp_path), config(tmp_path))
     assert "</html>" in page and not numbers["improved"]
 
 
 def test_one_row_of_metrics_is_enough(tmp_path):
     files.append_jsonl(tmp_path / "seed0" / "sft" / "metrics.jsonl", {"step": 1, "loss": 3.0})
-    assert "1 step, loss 3.00" in report.render(collect.collect(tmp_path), config(tmp_path))[0]
+    assert "1 step, loss 3.00" in report.render_report(collect.collect_run(tmp_path), config(tmp_path))[0]
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -199,11 +205,11 @@ def test_a_damaged_file_is_named(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("{broken}\n{}\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl line 1"):
-        report.write(config(tmp_path))
+        report.write_report(config(tmp_path))
 
 
 def test_curves_of_a_resumed_stage_take_the_last_row_of_a_step():
-    curves = collect.curves(
+    curves = collect.read_curves(
         [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}, {"step": 1, "loss": 3.0, "by": {"a": 1}}]
     )
     assert curves.x == [1, 2] and curves.values["loss"] == [3.0, 4.0]

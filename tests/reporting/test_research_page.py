@@ -44,8 +44,8 @@ def test_only_http_sources_are_links(url):
 def test_no_answer_says_why():
     trajectory, _ = synthetic_run.make_episode(TASK, True)
     trajectory.answer, trajectory.finish = None, Finish.BUDGET
-    assert "the tool calls were used up" in research_page.render_markdown(trajectory, "q")
-    assert "the tool calls were used up" in research_page.render_html(trajectory, "q")
+    assert "the limit of tool calls was reached" in research_page.render_markdown(trajectory, "q")
+    assert "the limit of tool calls was reached" in research_page.render_html(trajectory, "q")
 
 
 def test_chinese_question():

@@ -14,12 +14,12 @@ import pytest
 
 from stepdr_jax import records
 from stepdr_jax.errors import UserError
+from stepdr_jax.judge.scored import Scored
 from stepdr_jax.records import Judgment, RubricSet
 from stepdr_jax.reporting import trajectories
 from stepdr_jax.rl import recordings, rollouts
 from stepdr_jax.rl.learner import Details
-from stepdr_jax.rl.reward import Scored
-from stepdr_jax.rl.rollouts import Episode
+from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.tokens.log import TokenLog
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.reporting import synthetic_run
@@ -30,7 +30,7 @@ ATTACK = "<script>window.attacked=1</script><img src=x onerror=window.attacked=1
 SPOKEN = f"<think>奥地利 🜚 {ATTACK}</think>\n<answer>维也纳\\cite{{web_bakotefi}}</answer>"
 
 
-def episodes_of(iteration: int, tasks, tokenizer) -> list[Episode]:
+def episodes_of(iteration: int, tasks, tokenizer) -> list[Rollout]:
     """Eight made-up episodes: one masked by broken tools, one with a judgment that failed, all with hostile text."""
     out = []
     noise = np.random.default_rng(iteration)
@@ -46,14 +46,14 @@ def episodes_of(iteration: int, tasks, tokenizer) -> list[Episode]:
                 rid="b", weight=2, role="implicit", verdict="error", score=None, reason=ATTACK
             )
         log = TokenLog()
-        log.given(tokenizer.encode(trajectory.messages[1].content))
+        log.observed(tokenizer.encode(trajectory.messages[1].content))
         for text, given in (("<tool_call>搜索", trajectory.messages[-2].content), (SPOKEN, None)):
             ids = tokenizer.encode(text)
             log.sampled(ids, -noise.random(len(ids)), iteration)
             if given:
-                log.given(tokenizer.encode(given))
+                log.observed(tokenizer.encode(given))
         scored = Scored(None, None, "infra_failed") if masked else Scored(verdict.reward, verdict)
-        out.append(Episode(index, task, 7, trajectory, log, scored))
+        out.append(Rollout(index, task, 7, trajectory, log, scored))
     return out
 
 
@@ -65,8 +65,8 @@ def run(tmp_path_factory) -> Path:
     directory = home / "seed0" / "ppo" / "iterations"
     for iteration in range(3):
         episodes = episodes_of(iteration, tasks, tokenizer)
-        recordings.save(directory, iteration, episodes, "mark")
-        batch = rollouts.arrays(episodes, 2048)
+        recordings.save_rollouts(directory, iteration, episodes, "mark")
+        batch = rollouts.rollout_arrays(episodes, 2048)
         noise = np.random.default_rng(100 + iteration)
         values, advantages = noise.normal(size=(2, *batch.tokens_ET.shape))
         recordings.add_details(
@@ -76,9 +76,9 @@ def run(tmp_path_factory) -> Path:
 
 
 def write(run: Path, out: Path, iterations=(0, 1, 2), **settings) -> tuple[dict, str]:
-    tasks = {task.id: task for task in records.read(run / "corpus" / "tasks.jsonl", records.Task)}
-    rubrics = {row.task_id: row for row in records.read(run / "corpus" / "rubrics.jsonl", RubricSet)}
-    counts = trajectories.write(
+    tasks = {task.id: task for task in records.read_records(run / "corpus" / "tasks.jsonl", records.Task)}
+    rubrics = {row.task_id: row for row in records.read_records(run / "corpus" / "rubrics.jsonl", RubricSet)}
+    counts = trajectories.write_trajectories_page(
         run / "seed0" / "ppo" / "iterations",
         out,
         iterations=iterations,
@@ -107,7 +107,7 @@ def test_every_episode_is_listed_and_unpacks_to_what_was_recorded(run, tmp_path)
     assert all(row["gap"] == pytest.approx(1e-4, rel=0.01) for row in rows if row.get("detailed"))
     for row in rows[:8]:
         body = unpacked(page, f"block-{row['block']}")[row["at"]]
-        _, held = recordings.read(run / "seed0" / "ppo" / "iterations", 0)
+        _, held = recordings.read_recording(run / "seed0" / "ppo" / "iterations", 0)
         log = held[row["index"]][1]
         assert body["tokens"]["ids"] == log["tokens"][: len(body["tokens"]["ids"])].tolist()
         assert body["tokens"]["sampler"] == pytest.approx(log["logprobs"][log["sampled"]].tolist(), abs=1e-6)
@@ -120,7 +120,7 @@ def test_a_small_page_keeps_some_of_every_iteration_those_with_values_first(run,
     rows = unpacked(page, "episode-data")
     assert 3 <= counts["shown"] == len(rows) < 24
     assert {row["iteration"] for row in rows} == {0, 1, 2} and all(row.get("detailed") for row in rows)
-    assert f"{24 - len(rows)} more were left out" in page
+    assert f"{24 - len(rows)} more were omitted" in page
 
 
 def test_text_of_episodes_is_nowhere_in_the_page(run, tmp_path):
@@ -131,14 +131,14 @@ def test_text_of_episodes_is_nowhere_in_the_page(run, tmp_path):
 
 def test_iterations_are_chosen_by_number_and_range(run, tmp_path):
     directory = run / "seed0" / "ppo" / "iterations"
-    assert trajectories.iterations_of(directory) == [0, 1, 2]
-    assert trajectories.iterations_of(directory, "2,0-1") == [0, 1, 2]
+    assert trajectories.select_iterations(directory) == [0, 1, 2]
+    assert trajectories.select_iterations(directory, "2,0-1") == [0, 1, 2]
     with pytest.raises(UserError, match="iteration 7 is not in"):
-        trajectories.iterations_of(directory, "7")
+        trajectories.select_iterations(directory, "7")
     with pytest.raises(UserError, match="expected iterations such as"):
-        trajectories.iterations_of(directory, "last")
+        trajectories.select_iterations(directory, "last")
     with pytest.raises(UserError, match="found none"):
-        trajectories.iterations_of(tmp_path)
+        trajectories.select_iterations(tmp_path)
 
 
 def test_an_iteration_alone_without_corpus_and_token_logs(run, tmp_path):
@@ -181,17 +181,16 @@ def browser():
 
 
 CONTRAST = """() => {
-  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
-  const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255));
-  const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor);
-  let least = 99;
-  for (const name of ["", "below", "rare"]) {
-    const span = document.querySelector(".turn").appendChild(document.createElement("span"));
-    span.className = name; span.style.setProperty("--k", "1");
-    const style = getComputedStyle(span), a = light(over(paint(style.backgroundColor), card)), b = light(paint(style.color));
-    least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
-    span.remove();
+  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour;
+  c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; }; const over = (a, b) => [0, 1, 2].map((i) =>
+  a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255)); const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255;
+  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor); let least = 99; for (const
+  name of ["", "below", "rare"]) {
+    const span = document.querySelector(".turn").appendChild(document.createElement("span")); span.className = name;
+    span.style.setProperty("--k", "1"); const style = getComputedStyle(span), a =
+    light(over(paint(style.backgroundColor), card)), b = light(paint(style.color)); least = Math.min(least,
+    (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)); span.remove();
   }
   return least;
 }"""

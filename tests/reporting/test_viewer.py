@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 
+from stepdr_jax.pages.render import embed_json, pack_json
 from stepdr_jax.records import Task
 from stepdr_jax.reporting import viewer
 from stepdr_jax.tokens.tokenizer import Tokenizer
@@ -14,20 +15,20 @@ from tests.reporting import synthetic_run
 
 def test_segments_of_a_turn():
     turn = "<think>I look.</think>\n<tool_call>\n{}\n</tool_call>\n<answer>Yes.</answer> tail"
-    assert viewer.segments(turn) == [("thought", "I look."), ("call", "{}"), ("answer", "Yes."), ("text", "tail")]
+    assert viewer.split_segments(turn) == [("thought", "I look."), ("call", "{}"), ("answer", "Yes."), ("text", "tail")]
 
 
 def test_segments_of_a_cut_turn_run_to_the_end():
-    assert viewer.segments("so <answer>The capital") == [("text", "so"), ("answer", "The capital")]
+    assert viewer.split_segments("so <answer>The capital") == [("text", "so"), ("answer", "The capital")]
 
 
 def test_cited_ids_in_order_once():
-    assert viewer.cited("a \\cite{web_b} b \\cite{web_a, web_b} \\cite{}") == ["web_b", "web_a"]
+    assert viewer.distinct_citations("a \\cite{web_b} b \\cite{web_a, web_b} \\cite{}") == ["web_b", "web_a"]
 
 
 @pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--", "]]>", "\u2028 & <"])
 def test_embedded_json_cannot_end_its_element_and_reads_back(text):
-    embedded = viewer.embed({"text": text})
+    embedded = embed_json({"text": text})
     assert not set("<>&\u2028\u2029") & set(embedded)
     assert json.loads(embedded) == {"text": text}
 
@@ -35,7 +36,7 @@ def test_embedded_json_cannot_end_its_element_and_reads_back(text):
 def test_vocabulary_is_text_where_tokens_are_whole_characters_and_bytes_where_not():
     tokenizer = Tokenizer.train(["plain words only"], 300)
     ids = [*tokenizer.encode("a 奥"), tokenizer.im_end, 9999]
-    known = viewer.vocabulary(ids, tokenizer.piece)
+    known = viewer.token_texts(ids, tokenizer.piece)
     assert known[str(tokenizer.im_end)] == "<|im_end|>" and known["9999"] == "\ufffd"
     assert [known[str(id_)] for id_ in ids[-5:-2]] == [[0xE5], [0xA5], [0xA5]]
     assert b"".join(map(tokenizer.piece, ids[:-2])).decode() == "a 奥"
@@ -57,22 +58,22 @@ def test_runs_begin_with_given_tokens_also_where_there_are_none():
 
 
 def test_packed_json_reads_back():
-    raw = base64.b64decode(viewer.pack({"a": "奥</script>"}))
+    raw = base64.b64decode(pack_json({"a": "奥</script>"}))
     assert json.loads(zlib.decompress(raw, -zlib.MAX_WBITS)) == {"a": "奥</script>"}
 
 
 def test_episode_outcomes():
     task = synthetic_run.make_tasks(1)[0]
-    good = viewer.episode(*synthetic_run.make_episode(task, True), where="w", seed=0, task=task)
-    bad = viewer.episode(*synthetic_run.make_episode(task, False), where="w", seed=0, task=task)
-    masked = viewer.episode(*synthetic_run.failed_episode(task), where="w", seed=0, task=task, missing="gone")
+    good = viewer.episode_row(*synthetic_run.make_episode(task, True), where="w", seed=0, task=task)
+    bad = viewer.episode_row(*synthetic_run.make_episode(task, False), where="w", seed=0, task=task)
+    masked = viewer.episode_row(*synthetic_run.failed_episode(task), where="w", seed=0, task=task, missing="gone")
     assert (good["outcome"], bad["outcome"], masked["outcome"]) == ("correct", "wrong", "masked")
     assert list(good["sources"]) == ["web_bakotefi"]
 
 
 def test_rubric_criteria_stand_beside_their_verdicts():
     task = Task(id="task000", kind="fact", lang="en", query="?")
-    row = viewer.episode(
+    row = viewer.episode_row(
         *synthetic_run.make_episode(task, True),
         where="w",
         seed=0,
@@ -85,10 +86,10 @@ def test_rubric_criteria_stand_beside_their_verdicts():
 
 def test_choose_is_fair_between_groups_and_bounded():
     groups = [[{"t": "x" * 100}] * 50, [{"t": "y" * 100}] * 2]
-    chosen = viewer.choose(groups, max_bytes=1200)
+    chosen = viewer.take_in_turn(groups, max_bytes=1200)
     assert sum(row["t"][0] == "y" for row in chosen) == 2
     assert len(json.dumps(chosen)) <= 1300
 
 
 def test_spread_shows_every_kind_first():
-    assert viewer.spread(["a1", "a2", "a3", "b1", "c1"], lambda row: row[0])[:3] == ["a1", "b1", "c1"]
+    assert viewer.stratify(["a1", "a2", "a3", "b1", "c1"], lambda row: row[0])[:3] == ["a1", "b1", "c1"]

@@ -3,14 +3,16 @@
     python -m tests.rl.breakage --run_dir=runs/miniature --what=faults
     python -m tests.rl.breakage --run_dir=runs/miniature --what=kills --kills=9
 
-faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools broken for
-good (half of them after one call, which many never exceed), the judge fails on a twentieth of the reports and leaves a twentieth of the rubrics without a verdict ("machinery"); and,
-in another run, a tenth of all calls goes wrong besides, in ways that the model sees ("machinery and tools"). The weights must
-be, bit for bit, those that the surviving episodes make alone.
+faults: a tenth of the replies of tools is lost on its way and asked for again, a tenth of the episodes finds its tools
+broken for good (half of them after one call, which many never exceed), the judge fails on a twentieth of the reports
+and leaves a twentieth of the rubrics without a verdict ("machinery"); and, in another run, a tenth of all calls goes
+wrong besides, in ways that the model sees ("machinery and tools"). The weights must be, bit for bit, those that the
+surviving episodes make alone.
 
-kills: signal 9 at random moments, an iteration apart, to the trainer, its tool host and its judge, in turn; the judge is an endpoint of
-`judge_server` that answers a twentieth of the requests wrongly at first. A killed trainer is started again, a judge two seconds
-after its end. Then the weights and rewards must be, bit for bit, those of a run that nobody touched.
+kills: signal 9 at random moments, an iteration apart, to the trainer, its tool host and its judge, in turn; the judge
+is an endpoint of `judge_server` that answers a twentieth of the requests wrongly at first. A killed trainer is started
+again, a judge two seconds after its end. Then the weights and rewards must be, bit for bit, those of a run that nobody
+touched.
 
 Both start from the run's SFT checkpoint, in a copy; the run itself is only read.
 """
@@ -55,7 +57,7 @@ def config_of(run_dir: Path, iterations: int, **ppo):
 
 
 def rows(config) -> list[dict]:
-    found = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
+    found = files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
     return [{name: value for name, value in row.items() if name not in OF_THE_PROCESS} for row in found]
 
 
@@ -70,35 +72,35 @@ class Faulty(faulty.FaultyJudge):
 
 
 def with_faults(config, visible: dict | None) -> dict:
-    parts, made = loop.prepare(config), []
+    parts, made = loop.read_inputs(config), []
 
     def tools(host):
         made.append(faulty.FaultyTools(host.address, host=host, lost=0.1, broken=0.1, visible=visible))
         return made[-1]
 
     judge = Faulty(parts.judge)
-    with tool_host.of(config, "breakage") as host:
-        done = loop.train(config, dataclasses.replace(parts, judge=judge, tools=lambda: tools(host)))
+    with tool_host.start_if_needed(config, "breakage") as host:
+        done = loop.train_ppo(config, dataclasses.replace(parts, judge=judge, connect_tools=lambda: tools(host)))
     return done | {"replies_lost": made[0].faulty.replies_lost, "rubrics_without_a_verdict": judge.dropped}
 
 
 def of_survivors(config, folder: Path) -> tuple[dict, int, int]:
     """PPO from the unmasked episodes of a run alone: (done.json, episodes that survived, and that did not)."""
     alone, kept, masked = config_of(copy_of(Path(config.run_dir), folder), config.ppo.iterations), 0, 0
-    parts = loop.prepare(alone)
+    parts = loop.read_inputs(alone)
     tasks = {task.id: task for task in parts.tasks}
     for iteration in range(config.ppo.iterations):
-        episodes = recordings.load(loop.home_of(config) / "iterations", iteration, tasks)
+        episodes = recordings.load_rollouts(loop.ppo_layout(config).directory / "iterations", iteration, tasks)
         survived = [episode for episode in episodes if episode.masked is None]
         kept, masked = kept + len(survived), masked + len(episodes) - len(survived)
         renumbered = [dataclasses.replace(episode, index=index) for index, episode in enumerate(survived)]
-        recordings.save(loop.home_of(alone) / "iterations", iteration, renumbered, "survivors")
-    return loop.replay(alone, parts), kept, masked
+        recordings.save_rollouts(loop.ppo_layout(alone).directory / "iterations", iteration, renumbered, "survivors")
+    return loop.replay_ppo(alone, parts), kept, masked
 
 
 def faults(run_dir: Path, iterations: int, folder: Path) -> dict:
     peace = config_of(copy_of(run_dir, folder / "peace"), iterations)
-    loop.run(peace, lambda: tool_host.of(peace, "peace"))
+    loop.run_ppo(peace, lambda: tool_host.start_if_needed(peace, "peace"))
     result = {"iterations": iterations, "in peace": {"reward": reward_of(peace)}}
     for name, visible in (("machinery", None), ("machinery and tools", faulty.VISIBLE)):
         struck = config_of(copy_of(run_dir, folder / name), iterations)
@@ -165,7 +167,7 @@ def torture(config, port: int, endpoint: Kept, count: int, seed: int) -> tuple[l
     Returns a line for each kill, and what the trainer said where it stopped by itself.
     """
     rng, lines, stops, process = random.Random(seed), [], [], trainer(config, port)
-    home = loop.home_of(config)
+    home = loop.ppo_layout(config).directory
 
     def iterations() -> int:
         return len(list((home / "iterations").glob("*.npz")))
@@ -214,7 +216,9 @@ def kills(run_dir: Path, iterations: int, folder: Path, count: int, seed: int) -
         began = time.monotonic()
         lines, stops = torture(struck, port, endpoint, count, seed)
         torn = time.monotonic() - began
-    done = [files.read_json(loop.home_of(config) / "done.json")["params_sha256"] for config in (whole, struck)]
+    done = [
+        files.read_json(loop.ppo_layout(config).directory / "done.json")["params_sha256"] for config in (whole, struck)
+    ]
     return {
         "iterations": iterations,
         "kills": {kind: sum(line.startswith(kind) for line in lines) for kind in ("trainer", "tool host", "judge")},

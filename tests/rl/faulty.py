@@ -1,6 +1,7 @@
 """Things that break as asked: tools whose replies get lost or that stay broken, and judges that fail.
 
-Draws are hashes of names and seeds, so that the same episodes are struck in every run, whatever the order in which they come.
+Draws are hashes of names and seeds, so that the same episodes are struck in every run, whatever the order in which they
+come.
 """
 
 import hashlib
@@ -131,5 +132,5 @@ class FaultyJudge(judges.ProgrammaticJudge):
     def decide(self, rubric, view):
         if struck(self.drops, "rubric", rubric.rid, view.answer):
             self.dropped += 1
-            return judges.failed(rubric, "injected: no verdict")
+            return judges.failed_judgment(rubric, "injected: no verdict")
         return super().decide(rubric, view)

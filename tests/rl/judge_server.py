@@ -2,9 +2,9 @@
 
     python -m tests.rl.judge_server --port=8123 --faults=0.05
 
-Its verdict on a criterion is a hash of the criterion and the report: no opinion, but the same in every run and every process.
-A share of all requests is answered wrongly at their first coming, one way after another: 500, 429, a page of HTML, an empty
-reply, a reply without verdicts, one whose verdicts are no verdicts, a closed connection, and silence.
+Its verdict on a criterion is a hash of the criterion and the report: no opinion, but the same in every run and every
+process. A share of all requests is answered wrongly at their first coming, one way after another: 500, 429, a page of
+HTML, an empty reply, a reply without verdicts, one whose verdicts are no verdicts, a closed connection, and silence.
 """
 
 import argparse
@@ -28,7 +28,9 @@ def verdicts(user: str) -> list[dict]:
     rows = []
     for criterion in json.loads(_CRITERIA.search(user).group(1)):
         digest = hashlib.blake2b(f"{criterion['statement']}|{report}".encode(), digest_size=1).digest()[0]
-        rows.append({"id": criterion["id"], "reason": "drawn", "verdict": ("satisfied", "partial", "not")[digest % 3]})
+        rows.append(
+            {"id": criterion["id"], "reason": "drawn", "verdict": ("satisfied", "partial", "not_satisfied")[digest % 3]}
+        )
     return rows
 
 

@@ -1,8 +1,8 @@
 """Kills a PPO run with signal 9 while it samples, while it learns and while it saves, and tells it to end (SIGTERM) in
 between; compares what it ends with to a run that nobody touched: parameters, rows of metrics and recorded episodes.
 
-  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature                  one seed's SFT policy, from that run's data
-  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature --staleness=1    sampled one step off
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature                  the SFT policy of that run
+  python -m tests.rl.kills --kills=8 --run_dir=runs/miniature --staleness=1    sampled one step off-policy
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ import numpy as np
 from absl import app, flags
 
 from stepdr_jax import files
-from stepdr_jax.rl import rows
+from stepdr_jax.rl import rollout_metrics
 from stepdr_jax.runtime import distributed
 
 ROOT = Path(__file__).parents[2]
-PHASES = ("sampling", "learning", "saving", "told to end")
+PHASES = ("sampling", "learning", "saving", "preempted")
 PATIENCE = 600.0  # seconds to come to a phase
 SMALL = {"ppo.iterations": 16, "ppo.prompts_per_iteration": 8, "ppo.checkpoint_every": 3}
 
@@ -56,14 +56,14 @@ class Job:
     def rows(self) -> list[dict]:
         """metrics.jsonl without what is of one process."""
         found = files.read_jsonl(self.home / "metrics.jsonl") if (self.home / "metrics.jsonl").exists() else []
-        return [{n: v for n, v in row.items() if n not in rows.TIMINGS} for row in found]
+        return [{n: v for n, v in row.items() if n not in rollout_metrics.TIMINGS} for row in found]
 
     def recorded(self) -> list[dict[str, np.ndarray]]:
         """Token logs of every iteration."""
         return [dict(np.load(path)) for path in sorted((self.home / "iterations").glob("*.npz"))]
 
     def phase(self) -> str:
-        """What the run does now, from what is on disk; one step off it may sample besides."""
+        """What the run does now, from what is on disk; with staleness it may sample, too."""
         if list((self.home / "checkpoints").glob(".writing-*")):
             return "saving"
         try:
@@ -85,11 +85,11 @@ def same(one: Job, other: Job) -> bool:
 def strike(job: Job, phase: str, skip: int, delay: float) -> str:
     """Starts `job`, lets it come to `phase` as often as `skip` says and once more, and ends it `delay` seconds later.
 
-    Returns what it was doing then. Raises RuntimeError when it ended by itself, or was told to end and did not say so.
+    Returns what it was doing then. Raises RuntimeError when it ended by itself, or was preempted without a message.
     """
     process, before, seen = job.start(), "", 0
     deadline = time.monotonic() + PATIENCE
-    wanted = "learning" if phase == "told to end" else phase
+    wanted = "learning" if phase == "preempted" else phase
     while seen <= skip:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
@@ -100,9 +100,9 @@ def strike(job: Job, phase: str, skip: int, delay: float) -> str:
         time.sleep(0.002)
     time.sleep(delay)
     doing, rows_then = job.phase(), len(job.rows())
-    process.send_signal(signal.SIGTERM if phase == "told to end" else signal.SIGKILL)
+    process.send_signal(signal.SIGTERM if phase == "preempted" else signal.SIGKILL)
     status = process.wait(PATIENCE)
-    expected = distributed.RESTART if phase == "told to end" else -signal.SIGKILL
+    expected = distributed.RESTART if phase == "preempted" else -signal.SIGKILL
     if status != expected:
         raise RuntimeError(f"exit status {status}, expected {expected}; see {job.run_dir.with_suffix('.log')}")
     saved = sorted(path.name for path in (job.home / "checkpoints").glob("[0-9]*"))

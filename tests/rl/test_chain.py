@@ -1,7 +1,8 @@
 """A chain whose values are known: the critic finds them, and PPO finds the policy that walks it.
 
-States 0 to GOAL; a turn is one sampled token, an odd id steps forward, an even one falls back to 0. Between turns stands an
-observation of random length that ends with the state. Reaching GOAL within TURNS turns is worth 1, all else 0.
+States 0 to GOAL; a turn is one sampled token, an odd id steps forward, an even one falls back to 0. Between turns
+stands an observation of random length that ends with the state. Reaching GOAL within TURNS turns is
+worth 1, all else 0.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ MODEL = qwen2.Qwen2Config(8, 32, 2, 2, 1, 16, 48, 1e4, 1e-6, False)
 def settings(**changes) -> learner.PPOConfig:
     return learner.PPOConfig(
         **dict(
-            settings=ppo.Settings(MODEL, 1.0, 0.2, 10.0, 0.0, 0.0),
+            settings=ppo.ProgramSettings(MODEL, 1.0, 0.2, 10.0, 0.0, 0.0),
             actor_optimizer=ppo.make_optimizer(3e-3, 1, 0.95, 1.0),
             critic_optimizer=ppo.make_optimizer(2e-3, 10, 0.95, 1.0),
             gamma=1.0,
@@ -36,8 +37,8 @@ def settings(**changes) -> learner.PPOConfig:
             loss_aggregation="token_mean",
             whiten=True,
             tis_cap=0.0,
-            rows=8,
-            context=CONTEXT,
+            microbatch_sequences=8,
+            seq_len=CONTEXT,
             seed=0,
         )
         | changes

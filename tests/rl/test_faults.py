@@ -1,4 +1,4 @@
-"""Broken tools, judges and engines: a run with them learns what its surviving episodes alone teach, and nothing else."""
+"""Broken tools, judges and engines: a run with them learns from its unmasked episodes alone."""
 
 import dataclasses
 
@@ -36,14 +36,14 @@ def broken_for_good(seed, attempt):
 
 def episodes_of(config, parts, iteration):
     tasks = {task.id: task for task in parts.tasks}
-    return recordings.load(loop.home_of(config) / "iterations", iteration, tasks)
+    return recordings.load_rollouts(loop.ppo_layout(config).directory / "iterations", iteration, tasks)
 
 
 @pytest.fixture(scope="module")
 def struck_run(tmp_path_factory):
     config = toy.config(tmp_path_factory.mktemp("struck"), **SPLIT)
-    parts = toy.parts(config, tools=toy.ToyTools(broken=broken_for_good), judge=AwayJudge())
-    return config, parts, loop.train(config, parts)
+    parts = toy.inputs(config, tools=toy.ToyTools(broken=broken_for_good), judge=AwayJudge())
+    return config, parts, loop.train_ppo(config, parts)
 
 
 def test_a_run_with_faults_ends_with_the_weights_that_its_surviving_episodes_make_alone(struck_run, tmp_path):
@@ -56,21 +56,21 @@ def test_a_run_with_faults_ends_with_the_weights_that_its_surviving_episodes_mak
         kept = [episode for episode in all_of_them if episode.masked is None]
         lost += len(all_of_them) - len(kept)
         kept = [dataclasses.replace(episode, index=index) for index, episode in enumerate(kept)]
-        recordings.save(loop.home_of(alone) / "iterations", iteration, kept, "survivors")
+        recordings.save_rollouts(loop.ppo_layout(alone).directory / "iterations", iteration, kept, "survivors")
     assert lost >= 6
-    assert loop.replay(alone, toy.parts(alone))["params_sha256"] == done["params_sha256"]
+    assert loop.replay_ppo(alone, toy.inputs(alone))["params_sha256"] == done["params_sha256"]
 
     def rows(home):
         names = ("reward", "value_loss", "policy_loss", "entropy", "actor_grad_norm", "critic_grad_norm", "turns")
         return [[row[name] for name in names] for row in files.read_jsonl(home / "metrics.jsonl")]
 
-    assert rows(loop.replay_home_of(alone)) == rows(loop.home_of(config))
+    assert rows(loop.replay_layout(alone).directory) == rows(loop.ppo_layout(config).directory)
 
 
 def test_every_cause_of_a_masked_episode_is_counted(struck_run):
     config, parts, _ = struck_run
     totals = {"infra_failed": 0, "judge_failed": 0}
-    for iteration, row in enumerate(files.read_jsonl(loop.home_of(config) / "metrics.jsonl")):
+    for iteration, row in enumerate(files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")):
         masked = [episode for episode in episodes_of(config, parts, iteration) if episode.masked]
         for cause in totals:
             counted = sum(episode.masked == cause for episode in masked)
@@ -85,7 +85,7 @@ def test_faults_take_episodes_away_and_change_none_of_the_others(struck_run, tmp
     """Before anything was learned from a thinner batch, what survives is what a run without faults has."""
     config, parts, _ = struck_run
     healthy = toy.config(tmp_path, **SPLIT | {"iterations": 1})
-    loop.train(healthy, toy.parts(healthy))
+    loop.train_ppo(healthy, toy.inputs(healthy))
     for with_faults, without in zip(episodes_of(config, parts, 0), episodes_of(healthy, parts, 0), strict=True):
         assert without.masked is None
         if with_faults.masked is None:
@@ -110,23 +110,23 @@ def test_a_judge_that_comes_back_is_asked_again_without_sampling_again(struck_ru
         ran.append(1)
         return await toy.run_episode(*arguments, **keywords)
 
-    loop.train(config, toy.parts(config, judge=Returning(), run_episode=run_episode))
+    loop.train_ppo(config, toy.inputs(config, judge=Returning(), run_episode=run_episode))
     assert len(ran) == 8 and len(asked) == 16
     healthy = toy.config(tmp_path / "healthy", **SPLIT | {"iterations": 1})
-    loop.train(healthy, toy.parts(healthy))
-    rows = [files.read_jsonl(loop.home_of(one) / "iterations" / "0000.jsonl") for one in (config, healthy)]
+    loop.train_ppo(healthy, toy.inputs(healthy))
+    rows = [files.read_jsonl(loop.ppo_layout(one).directory / "iterations" / "0000.jsonl") for one in (config, healthy)]
     for row in (*rows[0], *rows[1]):
         row["trajectory"]["stats"].pop("wall_seconds", None)
     assert rows[0] == rows[1]
 
 
-# ----------------------------------------------------------------------------------------------- the engine breaks inside
+# --------------------------------------------------------------------------------------------- the engine breaks inside
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     config = toy.config(tmp_path_factory.mktemp("whole"), iterations=2)
-    return loop.train(config, toy.parts(config))
+    return loop.train_ppo(config, toy.inputs(config))
 
 
 def breaking_steps(monkeypatch, when):
@@ -153,7 +153,7 @@ def test_an_engine_whose_programs_fail_samples_the_same_again_from_new_pages(who
         causes.append(done.trajectory.metadata.get("cause"))
         return done
 
-    done = loop.train(config, toy.parts(config, run_episode=run_episode))
+    done = loop.train_ppo(config, toy.inputs(config, run_episode=run_episode))
     broken = [cause for cause in causes if cause]
     assert count[0] > 7 and len(causes) == 16 + len(broken) and broken
     assert all("EngineError" in cause and "deleted" in cause for cause in broken)
@@ -166,7 +166,7 @@ def test_an_engine_that_stays_broken_stops_the_run_in_one_line_and_it_continues_
         seen = []
         breaking_steps(patched, lambda number: bool(seen) or (number > 6 and not seen.append(number)))
         with pytest.raises(UserError) as error:
-            loop.train(config, toy.parts(config))
+            loop.train_ppo(config, toy.inputs(config))
     message = str(error.value)
     assert "\n" not in message and "EngineError" in message and "same command" in message
-    assert loop.train(config, toy.parts(config))["params_sha256"] == whole["params_sha256"]
+    assert loop.train_ppo(config, toy.inputs(config))["params_sha256"] == whole["params_sha256"]

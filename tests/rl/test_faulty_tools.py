@@ -18,10 +18,10 @@ from stepdr_jax.rl import rollouts
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.rl import faulty
-from tests.tools_env.conftest import write_world
+from tests.tools_env.conftest import write_offline_web
 from tools_env.process import ToolHost
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 
 def append(mark: str) -> str:
@@ -46,13 +46,15 @@ TASKS = [
 
 
 def rubrics(task: Task) -> RubricSet:
-    said = {"kind": "states", "any": ["Vienna"]}
     rows = [
-        Rubric(rid=f"{task.id}/value", criterion="c", weight=5, role="explicit", check=said),
-        Rubric(rid=f"{task.id}/name", criterion="c", weight=3, role="implicit", check={"kind": "states", "any": ["Austria"]}),
-        Rubric(rid=f"{task.id}/loop", criterion="c", weight=2, role="implicit", check={"kind": "states", "any": ["is"]}),
-        Rubric(rid=f"{task.id}/graz", criterion="c", weight=-4, role="negative", check={"kind": "states_wrong", "any": ["Graz"]}),
-    ]  # fmt: skip
+        Rubric(rid=f"{task.id}/{name}", criterion="c", weight=weight, role=role, check={"kind": kind, "any": [text]})
+        for name, weight, role, kind, text in (
+            ("value", 5, "explicit", "states", "Vienna"),
+            ("name", 3, "implicit", "states", "Austria"),
+            ("loop", 2, "implicit", "states", "is"),
+            ("graz", -4, "negative", "states_wrong", "Graz"),
+        )
+    ]
     return RubricSet(id="r" + task.id, task_id=task.id, rubrics=rows)
 
 
@@ -71,7 +73,7 @@ def policy():
 
 @contextlib.asynccontextmanager
 async def hosted(world, **faults):
-    host = await serve(Settings(world_dir=str(world), web_port=9, drain=0.5, cache_failure_seconds=0.0))
+    host = await start_host(HostSettings(offline_web=str(world), web_port=9, drain=0.5, cache_failure_seconds=0.0))
     tools = faulty.FaultyTools(host.address, **faults)
     try:
         yield tools
@@ -82,7 +84,7 @@ async def hosted(world, **faults):
 
 async def collected(tools, judge, tasks=TASKS, **keywords):
     seeds = list(range(100, 100 + len(tasks)))
-    return await rollouts.collect(tasks, seeds, policy(), tools.client, judge, RUBRICS, LIMITS, **keywords)
+    return await rollouts.collect_rollouts(tasks, seeds, policy(), tools.client, judge, RUBRICS, LIMITS, **keywords)
 
 
 def run_with(world, judge, **faults):
@@ -95,7 +97,7 @@ def run_with(world, judge, **faults):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_offline_web(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +148,8 @@ def test_a_rubric_without_a_verdict_is_in_neither_sum(struck):
 
 def test_the_learner_gets_the_surviving_episodes_and_of_the_others_nothing(struck):
     kept = [episode.index for episode in struck if episode.masked is None]
-    whole = rollouts.arrays(struck, LIMITS.max_episode_tokens)
-    alone = rollouts.arrays([struck[index] for index in kept], LIMITS.max_episode_tokens)
+    whole = rollouts.rollout_arrays(struck, LIMITS.max_episode_tokens)
+    alone = rollouts.rollout_arrays([struck[index] for index in kept], LIMITS.max_episode_tokens)
     lost = np.setdiff1d(np.arange(EPISODES), kept)
     for name, array in vars(whole).items():
         np.testing.assert_array_equal(array[kept], getattr(alone, name))
@@ -155,7 +157,7 @@ def test_the_learner_gets_the_surviving_episodes_and_of_the_others_nothing(struc
 
 
 def test_episodes_whose_tool_host_is_killed_are_masked_and_run_again_on_the_next_one(world, tmp_path):
-    """Signal 9 while all are in the middle: their sessions and files are gone, so they begin again, with their seeds."""
+    """Signal 9 in the middle of all episodes: sessions and files are lost, so they start again with their seeds."""
     host = ToolHost(world, web_port=9, log_path=tmp_path / "log")
     host.start()
     tools = Tools(host.address, call_timeout=15.0, host=host)

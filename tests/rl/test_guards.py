@@ -1,4 +1,4 @@
-"""Limits of an iteration: each stops the run in a line that names it, or leaves the actor as it was; a resumed run agrees."""
+"""Limits of an iteration: each stops the run in a line that names it, or leaves the actor unchanged."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ import pytest
 
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl import guards, loop, rows
+from stepdr_jax.rl import guards, loop, rollout_metrics
 from stepdr_jax.runtime import checkpoint
 from tests.rl import toy
 
@@ -21,8 +21,8 @@ def config_with(run_dir, **limits):
 
 
 def table(config):
-    found = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in rows.TIMINGS} for row in found]
+    found = files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in rollout_metrics.TIMINGS} for row in found]
 
 
 def test_each_limit_is_named_with_its_value_and_what_is_absent_breaks_none():
@@ -39,7 +39,7 @@ def test_each_limit_is_named_with_its_value_and_what_is_absent_breaks_none():
 @pytest.fixture(scope="module")
 def unguarded(tmp_path_factory):
     config = config_with(tmp_path_factory.mktemp("run"))
-    return config, loop.train(config, toy.parts(config))
+    return config, loop.train_ppo(config, toy.inputs(config))
 
 
 @pytest.mark.parametrize("metric, field", [("entropy", "min_entropy"), ("kl_after", "max_kl")])
@@ -49,22 +49,22 @@ def test_a_broken_limit_stops_the_run_and_a_wider_one_continues_it_to_the_same_b
     config = config_with(tmp_path, **{field: limits[field]})
     # Iteration 0 trains only the critic: no limit holds there.
     with pytest.raises(UserError, match=rf"iteration 1: {metric} .*ppo.guard.{field} = .*--config.ppo.guard.{field}="):
-        loop.train(config, toy.parts(config))
+        loop.train_ppo(config, toy.inputs(config))
     assert len(table(config)) == 1
-    [event] = [e for e in files.read_jsonl(loop.home_of(config) / "events.jsonl") if e["event"] == "guard"]
+    [event] = [e for e in files.read_jsonl(loop.ppo_layout(config).directory / "events.jsonl") if e["event"] == "guard"]
     assert event["step"] == 2 and metric in event["reason"]
     wider = config_with(tmp_path)
-    assert loop.train(wider, toy.parts(wider))["params_sha256"] == done["params_sha256"]
+    assert loop.train_ppo(wider, toy.inputs(wider))["params_sha256"] == done["params_sha256"]
 
 
 @pytest.mark.parametrize("field, limit", [("min_entropy", 100.0), ("max_kl", 1e-12)])
 def test_a_skipped_update_leaves_the_actor_as_it_was_while_the_critic_learns(unguarded, tmp_path, field, limit):
     whole, _ = unguarded
     config = config_with(tmp_path, action="skip", **{field: limit})
-    loop.train(config, toy.parts(config))
+    loop.train_ppo(config, toy.inputs(config))
     assert [row["guarded_updates"] for row in table(config)] == [0, 1, 1, 1]
-    tree = checkpoint.restore(loop.home_of(config) / "checkpoints", _abstract(config)).tree
-    for name, leaf in jax.tree_util.tree_leaves_with_path(toy.parts(config).actor()):
+    tree = checkpoint.restore(loop.ppo_layout(config).directory / "checkpoints", _abstract(config)).tree
+    for name, leaf in jax.tree_util.tree_leaves_with_path(toy.inputs(config).read_actor()):
         np.testing.assert_array_equal(leaf, _at(tree["params"], name))
     assert all(int(count) == 0 for count in _counts(tree["params_moments"]))
     assert all(int(count) == 8 for count in _counts(tree["critic_moments"]))
@@ -74,7 +74,7 @@ def test_a_skipped_update_leaves_the_actor_as_it_was_while_the_critic_learns(ung
 def test_a_guard_that_changes_nothing_changes_nothing(unguarded, tmp_path):
     whole, done = unguarded
     config = config_with(tmp_path, action="skip", max_kl=1e3, min_entropy=1e-9, max_repetition=1.0)
-    assert loop.train(config, toy.parts(config))["params_sha256"] == done["params_sha256"]
+    assert loop.train_ppo(config, toy.inputs(config))["params_sha256"] == done["params_sha256"]
     found = table(config)
     measured = [row.pop("kl_after", None) for row in found]
     assert found == table(whole)
@@ -93,16 +93,16 @@ def test_episodes_that_repeat_themselves_are_counted_and_stop_the_run(tmp_path):
         return done
 
     with pytest.raises(UserError, match=r"repetition (0\.\d+|1) is above ppo.guard.max_repetition = 0.4.*iterations/"):
-        loop.train(config, toy.parts(config, run_episode=says_it_again))
+        loop.train_ppo(config, toy.inputs(config, run_episode=says_it_again))
     assert 0 < table(config)[0]["repetition"] <= 1
 
 
 def _abstract(config):
-    from stepdr_jax.rl import learner, roles
+    from stepdr_jax.rl import learner, placement
 
-    parts = toy.parts(config)
-    who = roles.Roles.of(config)
-    return roles.abstract_state(parts.model, learner.PPOConfig.from_config(config, parts.model, who.mesh), who.mesh)
+    parts = toy.inputs(config)
+    who = placement.DevicePlacement.from_config(config)
+    return placement.abstract_state(parts.model, learner.PPOConfig.from_config(config, parts.model, who.mesh), who.mesh)
 
 
 def _at(tree, path):

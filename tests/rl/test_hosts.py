@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from stepdr_jax import files
-from stepdr_jax.rl import hosts, recordings, rows
+from stepdr_jax.rl import hosts, recordings, rollout_metrics
 from stepdr_jax.runtime import checkpoint
 from tests.rl import toy
 
@@ -59,7 +59,7 @@ class Run:
     def result(self) -> tuple:
         """All that must not depend on the processes."""
         found = files.read_jsonl(self.home / "metrics.jsonl")
-        kept = [{name: value for name, value in row.items() if name not in rows.TIMINGS} for row in found]
+        kept = [{name: value for name, value in row.items() if name not in rollout_metrics.TIMINGS} for row in found]
         recorded = [files.read_jsonl(self.home / "iterations" / f"{i:04d}.jsonl") for i in range(len(kept))]
         return files.read_json(self.home / "done.json")["params_sha256"], kept, recorded
 
@@ -84,7 +84,7 @@ def test_a_run_by_two_processes_one_of_which_dies_ends_with_the_bits_of_one_proc
     whole, shared = run("whole"), run("shared")
     whole.finish({})
 
-    # The tools of one process break: which episodes are sampled again is decided on the whole, and by whom is no matter.
+    # The tools of one process break: which episodes are sampled again is decided on all, whoever sampled them.
     lead, other = shared.start({"fail": 8}, {"die": 1})
     said = [process.communicate(timeout=240)[1] for process in (lead, other)]
     assert other.returncode == -signal.SIGKILL
@@ -96,10 +96,10 @@ def test_a_run_by_two_processes_one_of_which_dies_ends_with_the_bits_of_one_proc
     shared.finish({})
     assert shared.result() == whole.result()
 
-    known = {task.id: task for task in toy.parts(toy.config(shared.folder)).tasks}
-    recorded = recordings.load(shared.home / "iterations", 0, known)
-    assert hosts.decode(hosts.encode([]), known) == []
-    for one, other in zip(hosts.decode(hosts.encode(recorded), known), recorded, strict=True):
+    known = {task.id: task for task in toy.inputs(toy.config(shared.folder)).tasks}
+    recorded = recordings.load_rollouts(shared.home / "iterations", 0, known)
+    assert hosts.decode_rollouts(hosts.encode_rollouts([]), known) == []
+    for one, other in zip(hosts.decode_rollouts(hosts.encode_rollouts(recorded), known), recorded, strict=True):
         assert dataclasses.replace(one, log=None) == dataclasses.replace(other, log=None)
         logs = one.log.arrays(), other.log.arrays()
         assert all(np.array_equal(logs[0][name], logs[1][name]) for name in logs[0])

@@ -1,4 +1,4 @@
-"""A judge at an endpoint that breaks in every way it can, while PPO runs: the run waits for it, or says in one line why not."""
+"""A judge's endpoint that fails in every way during PPO: the run waits for it, or stops with one line."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def endpoint(port: int, *first: str, away: float = 0.0) -> Kept:
 
 def judged_by(config, port, **settings):
     """The toy's parts with a judge at the endpoint."""
-    parts = toy.parts(config)
+    parts = toy.inputs(config)
     rows = [Rubric(rid=f"r{i}", criterion=f"criterion {i}", weight=i + 1, role="explicit") for i in range(4)]
     rows.append(Rubric(rid="flaw", criterion="a flaw", weight=-2, role="negative"))
     sets = {task.id: RubricSet(id="r" + task.id, task_id=task.id, rubrics=rows) for task in parts.tasks}
@@ -60,15 +60,15 @@ def expected(tmp_path_factory):
     """The run with a judge that never breaks."""
     config = toy.config(tmp_path_factory.mktemp("whole"), iterations=ITERATIONS)
     parts = dataclasses.replace(judged_by(config, 1), judge=ModelJudge(Drawn(), per_request=3))
-    return loop.train(config, parts)
+    return loop.train_ppo(config, parts)
 
 
 def test_errors_garbage_and_kills_of_the_endpoint_change_nothing(expected, tmp_path, caplog):
-    """Every second request is answered wrongly at first, and the process is killed in the middle of the first iteration."""
+    """Every second request fails at first, and the process is killed in the middle of the first iteration."""
     config, port = toy.config(tmp_path, iterations=ITERATIONS, max_masked_share=0.0), free_port()
     with endpoint(port, "--dies_at=9", away=0.3) as server:
         parts = judged_by(config, port)
-        done = loop.train(config, parts)
+        done = loop.train_ppo(config, parts)
         del parts
         gc.collect()
     assert server.deaths == 1
@@ -78,18 +78,18 @@ def test_errors_garbage_and_kills_of_the_endpoint_change_nothing(expected, tmp_p
 
 
 def rows(config):
-    return files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
+    return files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
 
 
 def test_an_endpoint_that_is_away_stops_the_run_in_one_line_and_it_continues_when_it_is_back(expected, tmp_path):
     config, port = toy.config(tmp_path, iterations=ITERATIONS), free_port()
     with pytest.raises(UserError) as error:
-        loop.train(config, judged_by(config, port, retries=0, backoff=0.0))
+        loop.train_ppo(config, judged_by(config, port, retries=0, backoff=0.0))
     message = str(error.value)
     assert "\n" not in message and "8 of 8 episodes of iteration 0 are masked" in message and "judge_failed" in message
     assert f"http://127.0.0.1:{port}" in message and "check that the endpoint is up" in message
     with endpoint(port):
-        assert loop.train(config, judged_by(config, port))["params_sha256"] == expected["params_sha256"]
+        assert loop.train_ppo(config, judged_by(config, port))["params_sha256"] == expected["params_sha256"]
 
 
 def test_an_endpoint_that_takes_requests_and_says_nothing_is_given_up(tmp_path):
@@ -98,6 +98,6 @@ def test_an_endpoint_that_takes_requests_and_says_nothing_is_given_up(tmp_path):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as silent:
         began = time.monotonic()
         with pytest.raises(UserError, match="judge_failed.*TimeoutError"):
-            loop.train(config, judged_by(config, silent.getsockname()[1], timeout=0.1, backoff=0.01))
+            loop.train_ppo(config, judged_by(config, silent.getsockname()[1], timeout=0.1, backoff=0.01))
     # 3 rounds, 3 attempts, twice the time of a request
     assert time.monotonic() - began < 30.0

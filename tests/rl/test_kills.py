@@ -25,11 +25,11 @@ def test_killed_while_it_saves_it_ends_as_one_that_was_not(tmp_path):
         )
         for name in ("whole", "killed")
     )
-    expected = loop.train(config_of(whole.run_dir), toy.parts(config_of(whole.run_dir)))
+    expected = loop.train_ppo(config_of(whole.run_dir), toy.inputs(config_of(whole.run_dir)))
     if (whole.run_dir / ".jax_cache").exists():  # the killed one need not compile everything again
         shutil.copytree(whole.run_dir / ".jax_cache", killed.run_dir / ".jax_cache")
     assert kills.strike(killed, "saving", skip=0, delay=0.0).startswith("saving: struck while")
     assert not (killed.home / "done.json").exists()
-    done = loop.train(config_of(killed.run_dir), toy.parts(config_of(killed.run_dir)))
+    done = loop.train_ppo(config_of(killed.run_dir), toy.inputs(config_of(killed.run_dir)))
     assert done["params_sha256"] == expected["params_sha256"]
     assert len(whole.rows()) == 3 and kills.same(whole, killed)

@@ -1,4 +1,4 @@
-"""An update on a mesh is that of one device: rows over data and fsdp, tokens over context in zigzag, heads over tensor."""
+"""An update on a mesh is that of one device: rows over data and fsdp, tokens over context, heads over tensor."""
 
 import json
 import os

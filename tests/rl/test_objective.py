@@ -58,7 +58,7 @@ def test_the_dual_clip_is_a_setting_of_the_learner():
         advantage=np.where(mask, -1.0, 0.0),
         old_logprob=np.where(mask, -60.0, 0.0),
     )
-    micro, *_ = ppo.pack(episodes, range(6), rows=8, context=24)
+    micro, *_ = ppo.pack(episodes, range(6), rows=8, seq_len=24)
     norms = {}
     for bound in (0.0, 3.0):
         settings = dataclasses.replace(CONFIG.settings, dual_clip=bound)

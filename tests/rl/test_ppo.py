@@ -26,7 +26,7 @@ MODEL = qwen2.Qwen2Config(
 )
 CONTEXT = 24
 CONFIG = learner.PPOConfig(
-    settings=ppo.Settings(MODEL, 1.0, 0.2, 0.2, 0.0, 0.0),
+    settings=ppo.ProgramSettings(MODEL, 1.0, 0.2, 0.2, 0.0, 0.0),
     actor_optimizer=ppo.make_optimizer(1e-2, 1, 0.95, 1.0),
     critic_optimizer=ppo.make_optimizer(1e-2, 1, 0.95, 1.0),
     gamma=1.0,
@@ -37,8 +37,8 @@ CONFIG = learner.PPOConfig(
     loss_aggregation="token_mean",
     whiten=True,
     tis_cap=0.0,
-    rows=2,
-    context=CONTEXT,
+    microbatch_sequences=2,
+    seq_len=CONTEXT,
     seed=0,
 )
 
@@ -132,11 +132,11 @@ def test_packing_keeps_every_action_once_and_its_own_history(order):
     episodes = make_episodes()
     seen = np.zeros_like(episodes.action_mask_ET, int)
     back = np.arange(CONTEXT) if order is None else np.argsort(order)
-    for micro in ppo.pack(episodes, range(6), rows=2, context=CONTEXT, order=order):
+    for micro in ppo.pack(episodes, range(6), rows=2, seq_len=CONTEXT, order=order):
         rows = {name: array if array.ndim == 1 else array[:, back] for name, array in micro.rows.items()}
-        places = list(zip(*np.nonzero(micro.used_N), strict=True))
+        places = list(zip(*np.nonzero(micro.used_A), strict=True))
         for place in places:
-            e, t = micro.episode_N[place], micro.token_N[place]
+            e, t = micro.episode_A[place], micro.token_A[place]
             seen[e, t] += 1
             assert micro.rows["target"][place] == episodes.tokens_ET[e, t]
             if order is None:
@@ -193,7 +193,7 @@ def actor_gradient(groups, settings=CONFIG.settings, **more):
     )
     total, objective = ppo.zeros_like(params), 0.0
     for members in groups:
-        for micro in ppo.pack(episodes, members, rows=2, context=CONTEXT):
+        for micro in ppo.pack(episodes, members, rows=2, seq_len=CONTEXT):
             actions = micro.gather(**per_action)
             total, sums = ppo.actor_gradients(params, total, micro.rows, actions, settings=settings)
             objective += float(sums["policy_loss"])
@@ -305,7 +305,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     state = make_state()
     expected = jax.device_get((state["params"], state["params_moments"]))
     gradient = jax.tree.map(lambda w: jnp.full_like(w, jnp.nan), state["params"])
-    params, moments, _, skipped = ppo.apply(
+    params, moments, _, skipped = ppo.apply_gradient(
         state["params"], state["params_moments"], gradient, optimizer=CONFIG.actor_optimizer
     )
     assert bool(skipped)

@@ -42,7 +42,7 @@ def rows_of(run_dir):
 def expected(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("jax")
     config = config_of(run_dir)
-    return loop.train(config, toy.parts(config)), rows_of(run_dir)
+    return loop.train_ppo(config, toy.inputs(config)), rows_of(run_dir)
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
@@ -57,7 +57,7 @@ def test_a_server_that_is_killed_gives_what_the_engine_in_process_gives(engine, 
     settings, first = (f"--model={other}", f"--log={log}"), ("--dies_in=00000001",)
     with Kept("tests.engine.serve_checkpoint", port, *settings, first=first) as server:
         wait_until_it_answers(config.sampler.urls[0])
-        done = loop.train(config, toy.parts(config))
+        done = loop.train_ppo(config, toy.inputs(config))
     assert server.deaths == 1
     rows = rows_of(tmp_path / "run")
     assert [row["sampler_weights_sent_again"] for row in rows] == [0, 1]
@@ -72,4 +72,4 @@ def test_a_server_that_is_killed_gives_what_the_engine_in_process_gives(engine, 
 def test_a_server_that_is_not_there_is_one_line(tmp_path):
     config = config_of(tmp_path, engine="sglang", urls=(f"http://127.0.0.1:{free_port()}",))
     with pytest.raises(UserError, match="does not answer .* start the server first"):
-        loop.train(config, toy.parts(config))
+        loop.train_ppo(config, toy.inputs(config))

@@ -53,7 +53,7 @@ def collect(tools, judge=None, policy=None, tasks=TASKS, **keywords):
         return tools() if callable(tools) else tools
 
     return asyncio.run(
-        rollouts.collect(
+        rollouts.collect_rollouts(
             tasks,
             list(range(100, 100 + len(tasks))),
             policy or searching_policy(),
@@ -84,7 +84,7 @@ def test_episodes_come_in_order_of_index_whatever_ends_first():
 def test_exactly_the_sampled_tokens_are_trainable_through_the_real_episode_loop():
     episodes = collect(TableTools, tasks=TASKS[:2])
     assert [str(episode.trajectory.finish) for episode in episodes] == ["answered"] * 2
-    batch = rollouts.arrays(episodes, 1024)
+    batch = rollouts.rollout_arrays(episodes, 1024)
     sampled = chat.assistant_ids(TOKENIZER, search("capital")) + chat.assistant_ids(TOKENIZER, ANSWER)
     for row in range(2):
         assert batch.tokens_ET[row][batch.action_mask_ET[row]].tolist() == sampled
@@ -104,7 +104,7 @@ def test_a_broken_host_is_tried_again_and_then_masked():
     episodes = collect(hosts, tasks=TASKS[:1])
     assert len(calls) == 2
     assert (episodes[0].scored.reward, episodes[0].masked) == (None, "infra_failed")
-    batch = rollouts.arrays(episodes, 64)
+    batch = rollouts.rollout_arrays(episodes, 64)
     assert not batch.kept_E.any() and not batch.action_mask_ET.any() and batch.rewards_E[0] == 0
 
 
@@ -136,10 +136,10 @@ def test_not_finishing_is_never_better_than_a_wrong_answer():
             for i, w in enumerate(weights)
         ],
     )
-    assert reward.unfinished_reward(rubrics, "worst") == -0.5
-    assert reward.unfinished_reward(rubrics, "zero") == 0.0
-    with pytest.raises(ValueError, match="unfinished"):
-        reward.unfinished_reward(rubrics, "half")
+    assert reward.truncated_reward(rubrics, "worst") == -0.5
+    assert reward.truncated_reward(rubrics, "zero") == 0.0
+    with pytest.raises(ValueError, match="truncated"):
+        reward.truncated_reward(rubrics, "half")
 
 
 @pytest.mark.parametrize("finish", list(Finish))
@@ -196,4 +196,4 @@ def test_tasks_and_seeds_are_arithmetic():
 def test_a_log_that_does_not_fit_is_named():
     episodes = collect(TableTools, tasks=TASKS[:1])
     with pytest.raises(ValueError, match="expected at most 16"):
-        rollouts.arrays(episodes, 16)
+        rollouts.rollout_arrays(episodes, 16)

@@ -1,4 +1,4 @@
-"""One step off: whoever is faster, killed or told to end, the same weights sample the same episodes."""
+"""Weights one iteration old: whatever is faster, killed or preempted, the same weights sample the same episodes."""
 
 import asyncio
 import os
@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from configs import miniature
+from configs import base, miniature
 from stepdr_jax import configuration, files
 from stepdr_jax.errors import UserError
-from stepdr_jax.rl import learner, loop, recordings, rows
+from stepdr_jax.rl import learner, loop, recordings, rollout_metrics
 from stepdr_jax.runtime import checkpoint, distributed
 from tests.rl import toy
 
@@ -18,12 +18,12 @@ STALE = dict(staleness=1, tis_cap=2.0)
 
 
 def table(config):
-    found = files.read_jsonl(loop.home_of(config) / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in rows.TIMINGS} for row in found]
+    found = files.read_jsonl(loop.ppo_layout(config).directory / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in rollout_metrics.TIMINGS} for row in found]
 
 
 def recorded(config, iteration):
-    return recordings.paths(loop.home_of(config) / "iterations", iteration)[1]
+    return recordings.recording_paths(loop.ppo_layout(config).directory / "iterations", iteration)[1]
 
 
 def wait_for(reached) -> None:
@@ -47,26 +47,26 @@ def learner_waits(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "update", slow)
-        done = loop.train(config, toy.parts(config))
+        done = loop.train_ppo(config, toy.inputs(config))
     return config, done
 
 
 def test_the_sampler_is_one_version_behind_and_every_token_says_so(learner_waits):
     config, _ = learner_waits
-    tasks = {task.id: task for task in toy.parts(config).tasks}
+    tasks = {task.id: task for task in toy.inputs(config).tasks}
     for iteration, version in enumerate((0, 0, 1, 2)):
-        logs = [e.log.arrays() for e in recordings.load(recorded(config, 0).parent, iteration, tasks)]
+        logs = [e.log.arrays() for e in recordings.load_rollouts(recorded(config, 0).parent, iteration, tasks)]
         assert {v for log in logs for v in log["version"][log["sampled"]].tolist()} == {version}
-    assert [(row["age/mean"], row["age/max"]) for row in table(config)] == [(0, 0), (1, 1), (1, 1), (1, 1)]
+    assert [(row["staleness/mean"], row["staleness/max"]) for row in table(config)] == [(0, 0), (1, 1), (1, 1), (1, 1)]
     # Iteration 1 is the first that trains the actor: from 2 on the learner has newer weights than sampled.
     gaps = [row["logprob_gap/max"] for row in table(config)]
     assert max(gaps[:2]) < 1e-3 < min(gaps[2:])
 
 
 def test_rows_are_in_the_event_file_too(learner_waits):
-    [events] = (loop.home_of(learner_waits[0]) / "tensorboard").iterdir()
+    [events] = (loop.ppo_layout(learner_waits[0]).directory / "tensorboard").iterdir()
     content = events.read_bytes()
-    assert content.count(b"logprob_gap/max") == 4 and b"age/mean" in content
+    assert content.count(b"logprob_gap/max") == 4 and b"staleness/mean" in content
 
 
 def test_whoever_is_faster_the_results_are_the_same(learner_waits, monkeypatch, tmp_path):
@@ -88,7 +88,7 @@ def test_whoever_is_faster_the_results_are_the_same(learner_waits, monkeypatch, 
     calls = []
     monkeypatch.setattr(learner, "update", counted)
     assert (
-        loop.train(config, toy.parts(config, run_episode=waits_for_the_learner))["params_sha256"]
+        loop.train_ppo(config, toy.inputs(config, run_episode=waits_for_the_learner))["params_sha256"]
         == (done["params_sha256"])
     )
     assert table(config) == table(before)
@@ -106,12 +106,12 @@ def test_killed_in_both_at_once_it_goes_on_with_the_same_weights(learner_waits, 
         return await toy.run_episode(*arguments, **keywords)
 
     with pytest.raises(KeyboardInterrupt):
-        loop.train(config, toy.parts(config, run_episode=dies_in_iteration_3))
-    assert checkpoint.steps(loop.home_of(config) / "checkpoints") == [2]
+        loop.train_ppo(config, toy.inputs(config, run_episode=dies_in_iteration_3))
+    assert checkpoint.steps(loop.ppo_layout(config).directory / "checkpoints") == [2]
     if kept == "none":  # iteration 2 was sampled with weights that nobody has any more, but for the checkpoint
         for iteration in range(4):
             recorded(config, iteration).unlink(missing_ok=True)
-    assert loop.train(config, toy.parts(config))["params_sha256"] == done["params_sha256"]
+    assert loop.train_ppo(config, toy.inputs(config))["params_sha256"] == done["params_sha256"]
     assert table(config) == table(before)
 
 
@@ -132,12 +132,12 @@ def test_told_to_end_it_saves_where_it_is_and_loses_no_more_than_the_iteration_i
         return await toy.run_episode(*arguments, **keywords)
 
     with pytest.raises(distributed.Preempted) as ended:
-        loop.train(config, toy.parts(config, run_episode=told_in_iteration_2))
+        loop.train_ppo(config, toy.inputs(config, run_episode=told_in_iteration_2))
     assert ended.value.code == distributed.RESTART
-    home = loop.home_of(config)
+    home = loop.ppo_layout(config).directory
     assert checkpoint.steps(home / "checkpoints") == [2] and len(table(config)) == 2
     assert [row["event"] for row in files.read_jsonl(home / "events.jsonl")] == ["start", "preempted"]
-    again = loop.train(config, toy.parts(config))
+    again = loop.train_ppo(config, toy.inputs(config))
     assert len(table(config)) == 4
     if staleness:
         assert again["params_sha256"] == done["params_sha256"] and table(config) == table(before)
@@ -147,9 +147,9 @@ def test_stale_episodes_need_weighing():
     config = miniature.get_config().unlock()
     config.ppo.staleness = 1
     with pytest.raises(UserError, match="ppo.tis_cap: expected a number above 0 where ppo.staleness is 1"):
-        configuration.check_values(config)
+        configuration.check_values(config, base.FIELDS)
     config.ppo.tis_cap = 2.0
-    configuration.check_values(config)
+    configuration.check_values(config, base.FIELDS)
     config.ppo.staleness = 2
     with pytest.raises(UserError, match="ppo.staleness: expected one of 0, 1, got 2"):
-        configuration.check_values(config)
+        configuration.check_values(config, base.FIELDS)

@@ -107,16 +107,16 @@ class LetterJudge:
         pass
 
 
-def parts(config, *, tools=None, run_episode=run_episode, judge=None, tasks=8) -> loop.Parts:
+def inputs(config, *, tools=None, run_episode=run_episode, judge=None, tasks=8) -> loop.PPOInputs:
     model = qwen2.Qwen2Config.from_config(config.model, TOKENIZER.vocab_size)
-    return loop.Parts(
+    return loop.PPOInputs(
         tokenizer=TOKENIZER,
         model=model,
-        actor=lambda: qwen2.init_params(model, jax.random.key(config.seed)),
+        read_actor=lambda: qwen2.init_params(model, jax.random.key(config.seed)),
         tasks=[Task(id=f"t{i}", kind="fact", lang="en", query="abcdefgh"[: i + 1]) for i in range(tasks)],
         rubric_sets={f"t{i}": RubricSet(id=f"r{i}", task_id=f"t{i}", rubrics=[]) for i in range(tasks)},
         judge=judge or LetterJudge(),
-        tools=lambda: tools or ToyTools(),
+        connect_tools=lambda: tools or ToyTools(),
         origin="toy",
         run_episode=run_episode,
     )

@@ -1,4 +1,4 @@
-"""PPO in the toy world as one of several processes that a test starts: python -m tests.rl.toy_process RUN_DIR [field=value ...]
+"""PPO in the toy world, in a process that a test starts: python -m tests.rl.toy_process RUN_DIR [field=value ...]
 
 fail=N: the first N tool calls of this process break. die=I: this process kills itself while it samples iteration I.
 """
@@ -38,7 +38,7 @@ def main(argv):
         from stepdr_jax.rl import loop
 
         tools = toy.ToyTools(broken=lambda seed, attempt: next(looks) < fail)
-        print(json.dumps(loop.train(config, toy.parts(config, tools=tools, run_episode=run_episode))))
+        print(json.dumps(loop.train_ppo(config, toy.inputs(config, tools=tools, run_episode=run_episode))))
 
     sys.exit(entry.among_others(lambda: config.lock(), work))
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from stepdr_jax.records import Document
-from stepdr_jax.synthesis import corpora, knowledge
+from stepdr_jax.synthesis import corpora
+from stepdr_jax.synthesis.scripted import knowledge
 
 FACTS = {
     "aut": (
@@ -101,14 +102,14 @@ def _values(row, lang):
 
 
 def documents() -> list[Document]:
-    from stepdr_jax.synthesis import sentences
+    from stepdr_jax.synthesis.scripted import sentences
 
     pages = []
     for country, row in FACTS.items():
         for lang in ("en", "zh"):
             name = row[0 if lang == "en" else 1]
             values = _values(row, lang) | {"population": (str(POPULATION[country]),)}
-            lines = [sentences.sentence(relation, name, value, lang) for relation, value in values.items()]
+            lines = [sentences.state_fact(relation, name, value, lang) for relation, value in values.items()]
             pages.append(
                 Document(
                     id=f"atlas:{lang}:{country}",
@@ -129,8 +130,8 @@ def documents() -> list[Document]:
                 title=f"{row[0]} in numbers",
                 text="\n".join(
                     [
-                        sentences.sentence("capital", row[0], (wrong,), "en"),
-                        sentences.sentence("population", row[0], (str(POPULATION[country] // 2),), "en"),
+                        sentences.state_fact("capital", row[0], (wrong,), "en"),
+                        sentences.state_fact("population", row[0], (str(POPULATION[country] // 2),), "en"),
                     ]
                 ),
                 lang="en",

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from stepdr_jax.records import Answer, Finish, Message, PlanStep, Source, Task, ToolCall, Trajectory, Verdict
-from stepdr_jax.synthesis import cleaning, planning, reflection
+from stepdr_jax.records import Answer, Finish, Message, ObservedSource, PlanStep, Task, ToolCall, Trajectory, Verdict
+from stepdr_jax.synthesis import cleaning, plan_alignment, reflection
+from stepdr_jax.synthesis.scripted import tasks
 from stepdr_jax.tokens import chat
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 PASSAGE = "The capital of Austria is Vienna."
-SOURCE = Source(id="web_bakotefi", url="http://atlas.test/en/austria", text=PASSAGE, authority=2)
+SOURCE = ObservedSource(id="web_bakotefi", url="http://atlas.test/en/austria", text=PASSAGE, authority=2)
 TASK = Task(
     id="k",
     kind="fact",
@@ -59,7 +60,7 @@ def episode(*turns, answer=PASSAGE + r" \cite{web_bakotefi}", finish=Finish.ANSW
 
 
 def reason(trajectory, verdict=GOOD, task=TASK):
-    return cleaning.drop_reason(task, trajectory, verdict)
+    return cleaning.drop_reason(task, trajectory, verdict, tasks.answer_fault)
 
 
 def test_a_plain_good_episode_stays():
@@ -137,7 +138,7 @@ def many(tasks, recovered):
 
 def test_the_share_of_recoveries_is_exact_and_one_episode_stays_per_task():
     rows = many(100, 30)
-    cleaning.select(rows, 0.08, random.Random(0))
+    cleaning.select_episodes(rows, 0.08, random.Random(0))
     kept = [row for row in rows if row.kept]
     assert len(kept) == len({row.task_id for row in kept}) == 100
     assert sum(cleaning.has_recovery(row) for row in kept) == 8
@@ -146,14 +147,14 @@ def test_the_share_of_recoveries_is_exact_and_one_episode_stays_per_task():
 
 def test_too_few_recoveries_are_all_kept():
     rows = many(50, 2)
-    cleaning.select(rows, 0.1, random.Random(0))
+    cleaning.select_episodes(rows, 0.1, random.Random(0))
     assert sum(cleaning.has_recovery(row) for row in rows if row.kept) == 2
 
 
 def test_the_shortest_correct_episode_stays():
     long = episode(search(0, "Austria"), shown(0), search(1, "capital of Austria"), shown(1), id="long")
     rows = [long, episode(id="short")]
-    cleaning.select(rows, 0.0, random.Random(0))
+    cleaning.select_episodes(rows, 0.0, random.Random(0))
     assert [row.id for row in rows if row.kept] == ["short"]
     assert long.drop_reason == "longer than another correct episode"
 
@@ -161,16 +162,17 @@ def test_the_shortest_correct_episode_stays():
 def test_plan_alignment_measures_coverage_order_and_strays():
     plan = [PlanStep(goal="a", query="capital of Austria"), PlanStep(goal="b", query="currency of Austria")]
     both = episode(search(0, "capital of Austria"), shown(0), search(1, "currency of Austria"), shown(1))
-    assert planning.alignment(plan, both) == planning.Alignment(1.0, 1.0, 0.0)
+    assert plan_alignment.alignment(plan, both) == plan_alignment.Alignment(1.0, 1.0, 0.0)
     swapped = episode(search(0, "currency of Austria"), shown(0), search(1, "capital of Austria"), shown(1))
-    assert planning.alignment(plan, swapped).order == 0.5
+    assert plan_alignment.alignment(plan, swapped).order == 0.5
     stray = episode(search(0, "capital of Austria"), shown(0), search(1, "weather"), shown(1))
-    assert planning.alignment(plan, stray) == planning.Alignment(0.5, 0.5, 0.5)
-    assert not planning.alignment(plan, stray).consistent
+    assert plan_alignment.alignment(plan, stray) == plan_alignment.Alignment(0.5, 0.5, 0.5)
+    assert not plan_alignment.alignment(plan, stray).consistent
 
 
 def test_induction_is_removed_from_thoughts_and_never_from_calls():
-    text = '<think>According to the hint I was wrong. I check again.</think>\n<tool_call>\n{"name": "x", "arguments": {"q": "you told"}}\n</tool_call>'
+    call = '<tool_call>\n{"name": "x", "arguments": {"q": "you told"}}\n</tool_call>'
+    text = f"<think>According to the hint I was wrong. I check again.</think>\n{call}"
     cleaned = reflection.remove_induction(text)
     assert cleaned.startswith("<think>I check again.</think>") and '"you told"' in cleaned
     assert (
@@ -192,7 +194,7 @@ def test_real_agent_texts_do_not_look_degenerate():
     assert texts
     from stepdr_jax.text import repetition
 
-    flagged = [text for text in texts if repetition.degenerate(text)]
+    flagged = [text for text in texts if repetition.degenerate_reason(text)]
     assert len(flagged) <= 0.05 * len(texts)
 
 

@@ -73,8 +73,8 @@ def test_a_model_teaches_and_its_corrections_look_spontaneous(endpoint, tmp_path
         config.synthesis.kind_weights = {"fact": 1.0, "deep_search": 0.0, "verification": 0.0, "report": 0.0}
         config.synthesis.trajectory_copies = config.synthesis.document_copies = 0
     with ToolHost(tmp_path / "world", web_port=9, log_path=tmp_path / "host.log") as host:
-        card = pipeline.run(config, host.address)
-        rows = records.read(tmp_path / "corpus" / "trajectories.jsonl", Trajectory)
+        card = pipeline.synthesize_corpus(config, host.address)
+        rows = records.read_records(tmp_path / "corpus" / "trajectories.jsonl", Trajectory)
         assert card["teacher"] == "model" and "<tools>" in endpoint["system"]
         corrected = [row for row in rows if row.kept and row.attempt]
         assert corrected and card["episodes"]["kept_after_reflection"] == len(corrected)
@@ -92,4 +92,4 @@ def test_an_endpoint_without_a_model_is_one_line(tmp_path):
         config.teacher.endpoint, config.teacher.model = "http://127.0.0.1:9/v1", ""
     with ToolHost(tmp_path / "world", web_port=9, log_path=tmp_path / "host.log") as host:
         with pytest.raises(UserError, match="teacher.model"):
-            pipeline.run(config, host.address)
+            pipeline.synthesize_corpus(config, host.address)

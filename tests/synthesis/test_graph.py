@@ -70,7 +70,7 @@ def test_every_sample_of_a_real_graph_is_connected_and_of_the_right_size(wikispe
     rng = np.random.default_rng(0)
     met = 0
     for seed in wikispeedia.seeds((3, 10)):
-        found = graph.sample(wikispeedia, int(seed), rng)
+        found = graph.sample_subgraph(wikispeedia, int(seed), rng)
         assert found is not None
         assert 10 <= len(found.nodes) <= 40
         assert len(set(found.nodes)) == len(found.nodes)
@@ -83,7 +83,7 @@ def test_every_sample_of_a_real_graph_is_connected_and_of_the_right_size(wikispe
 
 def test_a_super_node_is_reached_but_not_expanded():
     built = star(2000, chain=12)
-    found = graph.sample(built, built.index["chain00"], np.random.default_rng(0), nodes=(13, 14))
+    found = graph.sample_subgraph(built, built.index["chain00"], np.random.default_rng(0), nodes=(13, 14))
     assert {built.names[node] for node in found.nodes} >= {"hub", "chain12"}
     assert not any(built.names[node].startswith("leaf") for node in found.nodes)
 
@@ -91,19 +91,19 @@ def test_a_super_node_is_reached_but_not_expanded():
 def test_a_super_node_is_never_a_seed():
     built = star(2000)
     with pytest.raises(ValueError, match="'hub' has degree 2001"):
-        graph.sample(built, built.index["hub"], np.random.default_rng(0))
+        graph.sample_subgraph(built, built.index["hub"], np.random.default_rng(0))
 
 
 def test_one_node_adds_at_most_the_fan_out():
     built = star(100)
-    found = graph.sample(built, built.index["hub"], np.random.default_rng(0), nodes=(9, 9), fan_out=8)
+    found = graph.sample_subgraph(built, built.index["hub"], np.random.default_rng(0), nodes=(9, 9), fan_out=8)
     assert len(found.nodes) == 9
-    assert graph.sample(built, built.index["hub"], np.random.default_rng(0), nodes=(10, 40), fan_out=8) is None
+    assert graph.sample_subgraph(built, built.index["hub"], np.random.default_rng(0), nodes=(10, 40), fan_out=8) is None
 
 
 def test_a_sample_is_a_function_of_its_generator(wikispeedia):
     seed = int(wikispeedia.seeds()[7])
-    first, second = (graph.sample(wikispeedia, seed, np.random.default_rng(5)) for _ in range(2))
+    first, second = (graph.sample_subgraph(wikispeedia, seed, np.random.default_rng(5)) for _ in range(2))
     assert first == second
 
 
@@ -126,16 +126,16 @@ def page(url: str, *targets: str) -> Document:
 
 def test_walks_follow_links_without_repeats_and_stop_at_the_limit():
     ring = {f"p{i}": (f"p{(i + 1) % 30}", f"p{(i + 2) % 30}") for i in range(30)}
-    path = graph.walk(ring, "p0", np.random.default_rng(1), max_hops=12)
+    path = graph.random_walk(ring, "p0", np.random.default_rng(1), max_hops=12)
     assert len(path) == 13 and len(set(path)) == 13
     assert all(after in ring[before] for before, after in zip(path, path[1:], strict=False))
 
 
 def test_walks_that_meet_too_few_pages_are_dropped():
-    assert graph.walk({"a": ("b",), "b": ("c",)}, "a", np.random.default_rng(0)) is None
-    assert graph.walk({"a": ("b",), "b": ("c",)}, "a", np.random.default_rng(0), min_pages=3) == ["a", "b", "c"]
+    assert graph.random_walk({"a": ("b",), "b": ("c",)}, "a", np.random.default_rng(0)) is None
+    assert graph.random_walk({"a": ("b",), "b": ("c",)}, "a", np.random.default_rng(0), min_pages=3) == ["a", "b", "c"]
 
 
 def test_links_that_leave_the_documents_are_no_edges():
-    links = graph.hyperlinks([page("a", "b#part", "a", "dead", "b"), page("b")])
+    links = graph.page_links([page("a", "b#part", "a", "dead", "b"), page("b")])
     assert links == {"a": ("b",), "b": ()}

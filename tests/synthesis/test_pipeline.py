@@ -1,7 +1,9 @@
 """Facts about a whole synthesis run over a small web behind a real tool host."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +11,10 @@ from configs.miniature import get_config
 from stepdr_jax import files, records
 from stepdr_jax.errors import UserError
 from stepdr_jax.records import RubricSet, Task, Trajectory
-from stepdr_jax.synthesis import cleaning, knowledge, pipeline
-from stepdr_jax.text.matching import cited_ids, contains
+from stepdr_jax.synthesis import cleaning, pipeline
+from stepdr_jax.synthesis.scripted import knowledge
+from stepdr_jax.text.citations import cited_ids
+from stepdr_jax.text.matching import states_value
 from stepdr_jax.tokens import chat
 from tests.synthesis import small_world
 from tools_env.process import ToolHost
@@ -39,7 +43,7 @@ def host(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(host, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
-    card = pipeline.run(config_for(run_dir), host.address, world_dir=host.world)
+    card = pipeline.synthesize_corpus(config_for(run_dir), host.address, world_dir=host.world)
     return run_dir, card
 
 
@@ -48,26 +52,27 @@ def contents(run_dir):
 
 
 def trajectories(run_dir):
-    return records.read(run_dir / "corpus" / "trajectories.jsonl", Trajectory)
+    return records.read_records(run_dir / "corpus" / "trajectories.jsonl", Trajectory)
 
 
 def test_the_card_counts_what_the_files_hold(finished):
     run_dir, card = finished
-    tasks = records.read(run_dir / "corpus" / "tasks.jsonl", Task)
+    tasks = records.read_records(run_dir / "corpus" / "tasks.jsonl", Task)
     rows = trajectories(run_dir)
     originals = [row for row in rows if "copy_of" not in row.metadata]
     assert sum(sum(table.values()) for table in card["tasks"].values()) == len(tasks)
     assert card["trajectories"]["kept"] == sum(row.kept for row in originals)
     assert card["trajectories"]["renamed copies"] == len(rows) - len(originals) == 2 * card["trajectories"]["kept"]
-    assert sum(card["reading"].values()) == len(files.read_jsonl(run_dir / "corpus" / "reading.jsonl"))
+    documents = files.read_jsonl(run_dir / "corpus" / "synthetic_documents.jsonl")
+    assert sum(card["synthetic_documents"].values()) == len(documents)
     kinds = {kind.split()[0] for kind in card["episodes"]["kept"]}
     assert kinds >= {"fact", "deep_search", "verification", "report"}
 
 
 def test_every_task_has_its_rubrics(finished):
     run_dir, _ = finished
-    sets = {row.task_id: row for row in records.read(run_dir / "corpus" / "rubrics.jsonl", RubricSet)}
-    for task in records.read(run_dir / "corpus" / "tasks.jsonl", Task):
+    sets = {row.task_id: row for row in records.read_records(run_dir / "corpus" / "rubrics.jsonl", RubricSet)}
+    for task in records.read_records(run_dir / "corpus" / "tasks.jsonl", Task):
         assert sets[task.id].id == task.rubric_set_id and sets[task.id].kept
 
 
@@ -95,22 +100,23 @@ def test_the_share_of_recoveries_is_the_configured_one(finished):
 
 def test_training_data_names_nothing_that_only_held_out_countries_have(finished, host):
     run_dir, _ = finished
-    known = knowledge.load(host.world, heldout_share=0.2, seed=0)
+    known = knowledge.load_knowledge(host.world, heldout_share=0.2, seed=0)
     assert known.heldout
-    tasks = {task.id: task for task in records.read(run_dir / "corpus" / "tasks.jsonl", Task)}
+    tasks = {task.id: task for task in records.read_records(run_dir / "corpus" / "tasks.jsonl", Task)}
     assert {task.split for task in tasks.values()} == {"train", "heldout"}
-    texts = [json.dumps(row, ensure_ascii=False) for row in files.read_jsonl(run_dir / "corpus" / "reading.jsonl")]
+    documents = files.read_jsonl(run_dir / "corpus" / "synthetic_documents.jsonl")
+    texts = [json.dumps(row, ensure_ascii=False) for row in documents]
     for row in trajectories(run_dir):
         assert tasks[row.task_id].split == "train"
         texts += [m.content for m in row.messages] + [s.text for s in row.sources().values()]
     for text in texts:
-        assert [name for name in known.private if contains(text, name)] == [], text
+        assert [name for name in known.private if states_value(text, name)] == [], text
 
 
 def test_a_finished_run_is_left_alone(finished, host):
     run_dir, card = finished
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "corpus").iterdir()}
-    assert pipeline.run(config_for(run_dir), "127.0.0.1:1", world_dir=host.world) == card
+    assert pipeline.synthesize_corpus(config_for(run_dir), "127.0.0.1:1", world_dir=host.world) == card
     assert before == {path: path.stat().st_mtime_ns for path in (run_dir / "corpus").iterdir()}
 
 
@@ -120,7 +126,7 @@ def test_a_killed_run_continues_to_the_same_corpus(finished, host, tmp_path):
     corpus.mkdir()
     lines = (run_dir / "corpus" / "episodes.journal.jsonl").read_text().splitlines(keepends=True)
     (corpus / "episodes.journal.jsonl").write_text("".join(lines[:60]) + lines[60][:100])  # the kill tore a line
-    pipeline.run(config_for(tmp_path), host.address, world_dir=host.world)
+    pipeline.synthesize_corpus(config_for(tmp_path), host.address, world_dir=host.world)
     whole, resumed = contents(run_dir), contents(tmp_path)
     for name in whole.keys() - {"episodes.journal.jsonl"}:
         assert resumed[name] == whole[name], name
@@ -136,10 +142,17 @@ def test_another_seed_starts_a_new_journal(finished, host, tmp_path):
     with config.unlocked():
         config.data_seed = 1
         config.synthesis.tasks_per_entity = 2
-    card = pipeline.run(config, host.address, world_dir=host.world)
+    card = pipeline.synthesize_corpus(config, host.address, world_dir=host.world)
     assert card["fingerprint"] != finished[1]["fingerprint"] and card["episodes"]["run"] < 30
 
 
 def test_a_missing_world_and_a_dead_tool_host_are_named(host, tmp_path):
     with pytest.raises(UserError, match="documents.jsonl does not exist"):
-        pipeline.run(config_for(tmp_path), host.address)
+        pipeline.synthesize_corpus(config_for(tmp_path), host.address)
+
+
+def test_only_the_pipeline_imports_the_domain_and_only_as_a_whole():
+    general = Path(pipeline.__file__).parent.glob("*.py")
+    lines = {path.name: re.findall(r"^.*synthesis\.scripted.*$", path.read_text(), re.MULTILINE) for path in general}
+    expected = ["from stepdr_jax.synthesis.scripted.domain import CountryDomain"]
+    assert {name: found for name, found in lines.items() if found} == {"pipeline.py": expected}

@@ -6,8 +6,8 @@ import random
 import pytest
 
 from stepdr_jax.records import Link
-from stepdr_jax.synthesis import deep_search, knowledge, planning, reports, tasks, verification
-from stepdr_jax.text.matching import contains
+from stepdr_jax.synthesis.scripted import deep_search, knowledge, reports, tasks, verification
+from stepdr_jax.text.matching import states_value
 from tests.synthesis import small_world
 
 KNOWN = small_world.known()
@@ -44,9 +44,9 @@ def test_names_that_give_held_out_answers_away_are_private():
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_a_two_hop_question_hides_the_country_and_the_answer(lang):
     task, brief = two_hop("capital", "currency", lang=lang)
-    assert not contains(task.query, brief.hidden_entity)
-    assert not contains(task.query, task.answer.value)
-    assert contains(task.query, KNOWN.facts["aut", "capital", lang].value)
+    assert not states_value(task.query, brief.hidden_entity)
+    assert not states_value(task.query, task.answer.value)
+    assert states_value(task.query, KNOWN.facts["aut", "capital", lang].value)
     assert [t.relation for t in task.facts] == ["capital", "currency"]
     assert task.plan[1].depends_on == [0]
 
@@ -72,10 +72,10 @@ def test_a_claim_is_refuted_or_supported_by_the_authoritative_fact():
 
 def test_pages_are_taken_apart_into_typed_points():
     document = next(d for d in small_world.documents() if d.id == "quickfacts:aut")
-    points = verification.extract(document)
+    points = verification.extract_points(document)
     assert [p.type for p in points] == ["place", "data"]
-    assert verification.plan(points, document.authority) == points
-    assert verification.plan(points, 2) == []
+    assert verification.points_to_check(points, document.authority) == points
+    assert verification.points_to_check(points, 2) == []
 
 
 def test_a_report_is_reverse_engineered_from_a_page_in_its_order():
@@ -86,12 +86,12 @@ def test_a_report_is_reverse_engineered_from_a_page_in_its_order():
     positions = [page.index(KNOWN.facts["aut", r, "en"].sentence) for r in relations]
     assert positions == sorted(positions) and set(relations) <= set(order)
     assert [step.query for step in task.plan] == [f"{r.replace('_', ' ')} of Austria" for r in relations]
-    assert not any(contains(task.query, p.accepted[0]) for p in brief.points if p.accepted)
+    assert not any(states_value(task.query, p.accepted[0]) for p in brief.points if p.accepted)
 
 
 def test_the_page_gives_no_more_points_than_it_has():
     document = next(d for d in small_world.documents() if d.id == "quickfacts:aut")
-    project = planning.reverse_engineer(document, random.Random(0), subject="Austria", relations=["capital"], size=3)
+    project = reports.reverse_engineer(document, random.Random(0), subject="Austria", relations=["capital"], size=3)
     assert project.relations == ("capital",)
 
 
@@ -110,7 +110,7 @@ def draw(**changes):
         },
         walks={},
     )
-    return known, tasks.draw(known, **(settings | changes))
+    return known, tasks.draw_tasks(known, **(settings | changes))
 
 
 def test_tasks_are_drawn_reproducibly_and_without_repetition():
@@ -129,7 +129,7 @@ def test_no_training_question_names_a_held_out_country():
     known, drawn = draw()
     for item in drawn:
         if item.task.split == "train":
-            assert not any(contains(item.task.query, name) for name in known.private)
+            assert not any(states_value(item.task.query, name) for name in known.private)
 
 
 def test_a_walk_ends_at_a_page_that_an_episode_can_hold():
@@ -137,7 +137,7 @@ def test_a_walk_ends_at_a_page_that_an_episode_can_hold():
     by_url = {document.url: document for document in documents}
     austria, hungary = "http://atlas.test/en/austria", "http://atlas.test/en/hungary"
     by_url[austria].links.append(Link(anchor="Hungary", url=hungary))
-    found = deep_search.walks(KNOWN, documents, max_chars=2000, page_chars=700, seed=0)
+    found = deep_search.link_walks(KNOWN, documents, max_chars=2000, page_chars=700, seed=0)
     every = [walk for walks in found.values() for walk in walks]
     assert every
     for walk in every:
@@ -145,7 +145,7 @@ def test_a_walk_ends_at_a_page_that_an_episode_can_hold():
         task, _ = deep_search.walk_task(KNOWN, walk, random.Random(0), "")
         assert walk.urls[0] in task.query and task.kind == "doc_walk"
         assert walk.fact.sentence in by_url[walk.urls[-1]].text
-    assert deep_search.walks(KNOWN, documents, max_chars=50, page_chars=700, seed=0) == {}
+    assert deep_search.link_walks(KNOWN, documents, max_chars=50, page_chars=700, seed=0) == {}
 
 
 def test_a_question_that_holds_its_answer_is_not_asked():

@@ -30,14 +30,14 @@ def second():
 def test_the_history_is_kept_and_only_told_to_be_wrong():
     policy = Named()
     start = first().messages[:2]
-    reflection.Continued(policy, first(), reflection.REFLECT["en"]).start(start, episode_id="e", seed=0)
+    reflection.ContinuedPolicy(policy, first(), reflection.REFLECT["en"]).start(start, episode_id="e", seed=0)
     assert [m.role for m in policy.told] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert policy.told[3].content.startswith("<tool_response>\n") and SOURCE.text in policy.told[3].content
     assert "Vienna" not in policy.told[-1].content
 
 
 def test_a_corrected_episode_looks_spontaneous():
-    merged = reflection.merge(first(), second(), "en")
+    merged = reflection.merge_attempts(first(), second(), "en")
     assert [m.role for m in merged.messages] == [
         "system",
         "user",
@@ -70,7 +70,9 @@ def solve(answers, max_reflections=3, finish=Finish.ANSWERED, reward=1.0):
         return Verdict(reward=reward if right or reward is None else 0.0, judgments=[], correct=right)
 
     result = asyncio.run(
-        reflection.solve("en", lambda attempt: Named(), run, judge, lambda v: bool(v.correct), max_reflections)
+        reflection.solve_with_reflection(
+            "en", lambda attempt: Named(), run, judge, lambda v: bool(v.correct), max_reflections
+        )
     )
     return *result, attempts
 

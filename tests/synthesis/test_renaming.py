@@ -3,7 +3,7 @@
 import random
 import re
 
-from stepdr_jax.records import Finish, Message, Source, ToolCall, Trajectory
+from stepdr_jax.records import Finish, Message, ObservedSource, ToolCall, Trajectory
 from stepdr_jax.synthesis import renaming
 from stepdr_jax.tokens import chat
 
@@ -32,7 +32,9 @@ def episode():
                 content=f"1. Austria | atlas.test | 2025-03-01\n{passage} \\cite{{web_bakotefi}}\n"
                 "http://flaky.test/en/austria: HTTP 503\nThe population of Austria is 8527230.",
                 tool_call_id="0.0",
-                sources=[Source(id="web_bakotefi", url="http://atlas.test/en/austria", text=passage, authority=2)],
+                sources=[
+                    ObservedSource(id="web_bakotefi", url="http://atlas.test/en/austria", text=passage, authority=2)
+                ],
             ),
             Message(role="assistant", content=f"<answer>{passage} \\cite{{web_bakotefi}}</answer>"),
         ],

@@ -3,7 +3,8 @@
 import dataclasses
 import random
 
-from stepdr_jax.synthesis import deep_search, reports, rubrics, verification
+from stepdr_jax.synthesis import rubrics
+from stepdr_jax.synthesis.scripted import deep_search, reports, verification
 from tests.synthesis import small_world
 
 KNOWN = small_world.known()
@@ -25,7 +26,7 @@ def roles(rubric_set):
 
 
 def test_a_fact_asks_for_its_value_and_lets_good_form_be_implicit():
-    rubric_set = rubrics.synthesise(*fact("What is the capital of Austria?"))
+    rubric_set = rubrics.synthesize_rubrics(*fact("What is the capital of Austria?"))
     assert rubric_set.kept
     assert roles(rubric_set) == {
         "states": ("explicit", 5),
@@ -39,13 +40,13 @@ def test_a_fact_asks_for_its_value_and_lets_good_form_be_implicit():
 
 
 def test_sources_asked_for_make_citing_explicit():
-    rubric_set = rubrics.synthesise(*fact("What is the capital of Austria? Cite the source."))
+    rubric_set = rubrics.synthesize_rubrics(*fact("What is the capital of Austria? Cite the source."))
     assert rubric_set.kept and roles(rubric_set)["cites_support"] == ("explicit", 3)
 
 
 def test_a_role_that_the_task_does_not_bear_out_discards_the_sample():
     task, brief = fact("What do you know of Austria?")
-    rubric_set = rubrics.synthesise(task, brief)
+    rubric_set = rubrics.synthesize_rubrics(task, brief)
     assert not rubric_set.kept and rubric_set.drop_reason == "roles disagree"
     assert rubric_set.consistency["disagreement"]["r1"][:2] == ["explicit", "implicit"]
 
@@ -54,16 +55,16 @@ def test_a_hidden_entity_that_the_task_names_discards_the_sample():
     task, brief = deep_search.two_hop_task(
         KNOWN, KNOWN.facts["aut", "capital", "en"], KNOWN.facts["aut", "currency", "en"], random.Random(0), AS_OF
     )
-    assert rubrics.synthesise(task, brief).kept
+    assert rubrics.synthesize_rubrics(task, brief).kept
     leaky = task.model_copy(update={"query": task.query + " It is Austria."})
-    assert not rubrics.synthesise(leaky, brief).kept
+    assert not rubrics.synthesize_rubrics(leaky, brief).kept
 
 
 def test_a_value_both_wanted_and_punished_discards_the_sample():
     task, brief = fact("What is the capital of Austria?")
-    point = rubrics.Point("capital", "Austria", accepted=("Vienna",), wrong=("Vienna",))
+    point = rubrics.Point("capital of Austria", ("capital",), "Austria", accepted=("Vienna",), wrong=("Vienna",))
 
-    rubric_set = rubrics.synthesise(task, dataclasses.replace(brief, points=(point,)))
+    rubric_set = rubrics.synthesize_rubrics(task, dataclasses.replace(brief, points=(point,)))
     assert rubric_set.drop_reason == "rubrics contradict"
 
 
@@ -79,6 +80,6 @@ def test_every_kind_and_language_passes_its_own_check():
             verification.claim_task(KNOWN, "aut", "capital", "Budapest", lang, rng, AS_OF),
         ]
         for task, brief in made:
-            rubric_set = rubrics.synthesise(task, brief)
+            rubric_set = rubrics.synthesize_rubrics(task, brief)
             assert rubric_set.kept, (task.query, rubric_set.consistency)
             assert all((r.weight < 0) == (r.role == "negative") for r in rubric_set.rubrics)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepdr_jax.synthesis import sentences
+from stepdr_jax.synthesis.scripted import sentences
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ from stepdr_jax.synthesis import sentences
     ],
 )
 def test_what_is_written_is_read_back(relation, subject, values, lang, text):
-    assert sentences.sentence(relation, subject, values, lang) == text
-    statement = sentences.parse(text + r" \cite{web_bakotefi}")
+    assert sentences.state_fact(relation, subject, values, lang) == text
+    statement = sentences.parse_statement(text + r" \cite{web_bakotefi}")
     assert (statement.relation, statement.subject, statement.values, statement.lang) == (
         relation,
         subject,
@@ -34,8 +34,11 @@ def test_what_is_written_is_read_back(relation, subject, values, lang, text):
     "text", ["Austria is a country.", "# Austria", "", "Vienna", "The best of Austria is its cake."]
 )
 def test_other_text_states_nothing(text):
-    assert sentences.parse(text) is None
+    assert sentences.parse_statement(text) is None
 
 
 def test_names_with_and_stay_whole_as_subjects():
-    assert sentences.parse("The capital of Bosnia and Herzegovina is Sarajevo.").subject == "Bosnia and Herzegovina"
+    assert (
+        sentences.parse_statement("The capital of Bosnia and Herzegovina is Sarajevo.").subject
+        == "Bosnia and Herzegovina"
+    )

@@ -1,8 +1,9 @@
-"""The known case of tokens that drift: whitespace before <tool_call>, sampled as one id and written by a template as another.
+"""The known case of token drift: whitespace before <tool_call>, sampled as one id and by a template as another.
 
-Qwen2.5 ends a sentence and its line with 624 (".\\n") and a paragraph with 382 (".\\n\\n"). A model that sampled 624 before
-<tool_call> (151657) and is shown 382 in the next turn has been trained on a text that it never wrote (a published regression
-fixture of another framework has exactly these ids). Here nothing is rendered again, so the next turn sees 624.
+Qwen2.5 ends a sentence and its line with 624 (".\\n") and a paragraph with 382 (".\\n\\n"). A model that sampled 624
+before <tool_call> (151657) and is shown 382 in the next turn has been trained on a text that it never wrote (a
+published regression fixture of another framework has exactly these ids). Here nothing is rendered again, so the next
+turn sees 624.
 """
 
 import asyncio

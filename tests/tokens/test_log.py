@@ -8,10 +8,10 @@ from stepdr_jax.tokens.log import TEACHER, TokenLog
 
 def test_the_log_keeps_what_was_sampled_apart_from_what_was_given():
     log = TokenLog()
-    log.given([5, 6])
+    log.observed([5, 6])
     log.sampled([7, 8], [-0.5, -1.5], version=3)
-    log.given([9])
-    log.taught([4])
+    log.observed([9])
+    log.supervised([4])
     arrays = log.arrays()
     assert log.tokens == (5, 6, 7, 8, 9, 4) and len(log) == 6 and log.sampled_count == 3
     assert log.spans() == [(0, 2, False), (2, 4, True), (4, 5, False), (5, 6, True)]
@@ -28,7 +28,7 @@ def test_the_log_keeps_what_was_sampled_apart_from_what_was_given():
 
 def test_what_is_in_the_log_cannot_be_changed_from_outside():
     log = TokenLog()
-    log.given([1, 2])
+    log.observed([1, 2])
     log.arrays()["tokens"][0] = 9
     assert log.tokens == (1, 2)
 

@@ -10,8 +10,8 @@ import pytest
 from aiohttp import web
 
 from tools_env.client import ToolsClient
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 COUNTRIES = {
     "austria": ("Austria", "Vienna", "奥地利", "维也纳", "euro"),
@@ -63,7 +63,7 @@ def documents() -> list[dict]:
     return rows
 
 
-def write_world(folder: Path) -> Path:
+def write_offline_web(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in documents()]
     (folder / "documents.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -73,9 +73,9 @@ def write_world(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
+def offline_web(tmp_path_factory) -> Path:
     """A world directory; the index in it is built by the first test that needs it. Read only."""
-    return write_world(tmp_path_factory.mktemp("world"))
+    return write_offline_web(tmp_path_factory.mktemp("world"))
 
 
 AUSTRIA = """<!doctype html><html><head><title>Austria</title><meta name="date" content="2025-03-01"></head><body>
@@ -142,7 +142,7 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def _running(world: Path, *, client_token: str | None = None, **settings):
+async def _running(offline_web: Path, *, client_token: str | None = None, **settings):
     site = Site()
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", site.answer)
@@ -152,8 +152,11 @@ async def _running(world: Path, *, client_token: str | None = None, **settings):
     tcp = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1)
     await tcp.start()
     port = runner.addresses[0][1]
-    host = await serve(
-        Settings(world_dir=str(world), **({"web_port": port, "drain": 0.5, "cache_failure_seconds": 0.0} | settings))
+    host = await start_host(
+        HostSettings(
+            offline_web=str(offline_web),
+            **({"web_port": port, "drain": 0.5, "cache_failure_seconds": 0.0} | settings),
+        )
     )
     client = ToolsClient(host.address, token=client_token)
     try:
@@ -165,6 +168,6 @@ async def _running(world: Path, *, client_token: str | None = None, **settings):
 
 
 @pytest.fixture
-def running(world):
+def running(offline_web):
     """`async with running(**settings) as it:` gives a client, the host and the site, all on this event loop."""
-    return lambda **settings: _running(world, **settings)
+    return lambda **settings: _running(offline_web, **settings)

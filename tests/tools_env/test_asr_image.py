@@ -16,7 +16,7 @@ from aiohttp import web
 from tools_env.check import media_bench
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import analyze_image, arguments, asr
-from tools_env.tools.base import Call
+from tools_env.tools.base import CallContext
 
 needs_sphinx = pytest.mark.skipif(importlib.util.find_spec("pocketsphinx") is None, reason="pocketsphinx not installed")
 needs_tesseract = pytest.mark.skipif(shutil.which("tesseract") is None, reason="tesseract is not installed")
@@ -30,8 +30,8 @@ def room(tmp_path):
 
 
 async def use(tool, room, seconds: float = 60, **given) -> str:
-    arguments.check(tool.schema, given)
-    return (await tool.run(Call(room, {}, time.monotonic() + seconds, 700), given)).text
+    arguments.check_arguments(tool.schema, given)
+    return (await tool.run(CallContext(room, {}, time.monotonic() + seconds, 700), given)).text
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +83,7 @@ def test_speech_goes_to_the_endpoint_with_model_language_and_key(room, monkeypat
 
     async def run():
         async with endpoint(answer) as url:
-            tool = asr.build({"url": url, "model": "speech", "key_variable": "SPEECH_KEY"}, None)
+            tool = asr.build_tool({"url": url, "model": "speech", "key_variable": "SPEECH_KEY"}, None)
             (room / "workspace" / "a.mp3").write_bytes(b"audio")
             return await use(tool, room, path="a.mp3", language="de")
 
@@ -107,7 +107,7 @@ def test_a_picture_goes_to_the_endpoint_with_the_question(room):
 
     async def run():
         async with endpoint(answer) as url:
-            tool = analyze_image.build({"url": url, "model": "vision"}, None)
+            tool = analyze_image.build_tool({"url": url, "model": "vision"}, None)
             (room / "workspace" / "a.png").write_bytes(png(3, 3))
             return await use(tool, room, path="a.png", question="What is it?")
 
@@ -132,7 +132,7 @@ def test_what_an_endpoint_does_wrong_is_told_without_its_address(room, status, b
         async with endpoint(answer) as url:
             (room / "workspace" / "a.wav").write_bytes(b"audio")
             with pytest.raises(ToolError, match=message) as error:
-                await use(asr.build({"url": url, "model": "m"}, None), room, path="a.wav")
+                await use(asr.build_tool({"url": url, "model": "m"}, None), room, path="a.wav")
             assert "127.0.0.1" not in str(error.value)
 
     asyncio.run(run())
@@ -147,10 +147,10 @@ def test_a_slow_or_absent_endpoint_ends_with_the_call(room):
         async with endpoint(answer) as url:
             started = time.monotonic()
             with pytest.raises(ToolError, match="too long"):
-                await use(asr.build({"url": url, "model": "m"}, None), room, seconds=0.8, path="a.wav")
+                await use(asr.build_tool({"url": url, "model": "m"}, None), room, seconds=0.8, path="a.wav")
             assert time.monotonic() - started < 3
         with pytest.raises(ToolError, match="cannot be reached"):
-            await use(asr.build({"url": url, "model": "m"}, None), room, path="a.wav")
+            await use(asr.build_tool({"url": url, "model": "m"}, None), room, path="a.wav")
 
     asyncio.run(run())
 
@@ -166,17 +166,17 @@ def test_a_slow_or_absent_endpoint_ends_with_the_call(room):
 )
 def test_wrong_options_are_refused(module, options, message):
     with pytest.raises(ToolHostError, match=message):
-        module.build(options, None)
+        module.build_tool(options, None)
 
 
 def test_without_endpoint_and_recogniser_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ToolHostError, match="package pocketsphinx"):
-        asr.build({}, None)
+        asr.build_tool({}, None)
     if shutil.which("prlimit"):
         monkeypatch.setattr(analyze_image.shutil, "which", lambda name: None)
         with pytest.raises(ToolHostError, match="apt-get install tesseract-ocr|package pillow"):
-            analyze_image.build({}, None)
+            analyze_image.build_tool({}, None)
 
 
 @needs_sphinx
@@ -191,9 +191,9 @@ def test_without_endpoint_and_recogniser_the_error_names_what_to_install(monkeyp
 def test_audio_that_cannot_be_taken_is_told(room, content, message):
     (room / "workspace" / "a.wav").write_bytes(content)
     with pytest.raises(ToolError, match=message):
-        asyncio.run(use(asr.build({}, None), room, path="a.wav"))
+        asyncio.run(use(asr.build_tool({}, None), room, path="a.wav"))
     with pytest.raises(ToolError, match="English only"):
-        asyncio.run(use(asr.build({}, None), room, path="a.wav", language="zh"))
+        asyncio.run(use(asr.build_tool({}, None), room, path="a.wav", language="zh"))
 
 
 @needs_sphinx
@@ -201,7 +201,7 @@ def test_audio_that_cannot_be_taken_is_told(room, content, message):
 def test_clear_generated_speech_is_mostly_understood_and_the_weakness_is_told(room):
     said = "Researchers counted the birds on the island every spring."
     (room / "workspace" / "a.wav").write_bytes(media_bench.speak("flite rms", said))
-    told, heard = asyncio.run(use(asr.build({}, None), room, path="a.wav")).split("\n")
+    told, heard = asyncio.run(use(asr.build_tool({}, None), room, path="a.wav")).split("\n")
     assert told == asr.WEAK and media_bench.word_error_rate(said, heard) < 0.4
 
 
@@ -210,14 +210,14 @@ def test_clear_generated_speech_is_mostly_understood_and_the_weakness_is_told(ro
 def test_a_rendered_page_is_read_and_the_weakness_is_told(room):
     text, picture = media_bench.page(28)
     (room / "workspace" / "a.png").write_bytes(picture)
-    told, read = asyncio.run(use(analyze_image.build({}, None), room, path="a.png")).split("\n", 1)
+    told, read = asyncio.run(use(analyze_image.build_tool({}, None), room, path="a.png")).split("\n", 1)
     assert told == " ".join(analyze_image.WEAK.split("\n")) and media_bench.character_error_rate(text, read) < 0.03
 
 
 @needs_tesseract
 @needs_pillow
 def test_a_picture_bomb_and_what_is_no_picture_are_refused(room):
-    tool = analyze_image.build({}, None)
+    tool = analyze_image.build_tool({}, None)
     (room / "workspace" / "bomb.png").write_bytes(png(30_000, 30_000))
     (room / "workspace" / "wide.png").write_bytes(png(10_000, 5_000))
     (room / "workspace" / "text.png").write_bytes(b"text")

@@ -13,7 +13,7 @@ from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.service import health
 from tools_env.service.auth import check_exposure
-from tools_env.service.settings import Settings
+from tools_env.service.settings import HostSettings
 
 
 def certificates(folder):
@@ -119,7 +119,7 @@ def test_reflection_needs_the_token_too(running):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "10.0.0.1", "tools.example"])
 def test_host_that_strangers_could_reach_does_not_start(host):
-    with pytest.raises(ToolHostError, match="no caller would be checked; set .STEPDR_TOOLS_TOKEN"):
+    with pytest.raises(ToolHostError, match="callers would not be authenticated; set .STEPDR_TOOLS_TOKEN"):
         check_exposure(host, None, None, False)
     check_exposure(host, "secret", None, False)
     check_exposure(host, None, "ca.pem", False)
@@ -128,8 +128,8 @@ def test_host_that_strangers_could_reach_does_not_start(host):
 
 
 def test_half_a_certificate_and_an_empty_token_are_named(running, tmp_path):
-    with pytest.raises(ToolHostError, match="tls_cert and tls_key together"):
-        Settings(world_dir="w", tls_cert="c.pem")
+    with pytest.raises(ToolHostError, match="tls_cert and tls_key need each other"):
+        HostSettings(offline_web="w", tls_cert="c.pem")
 
     async def main(**settings):
         async with running(**settings):

@@ -13,8 +13,8 @@ from aiohttp import web
 
 from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.tools import arguments, browser
-from tools_env.tools.base import Call
-from tools_env.web.egress import Reach
+from tools_env.tools.base import CallContext
+from tools_env.web.egress import EgressPolicy
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -76,15 +76,15 @@ class Site:
 class Room:
     """The tool over a site, and calls of sessions named by their folder."""
 
-    def __init__(self, tool, site: Site, folder: Path, port: int, state: browser.Browser):
+    def __init__(self, tool, site: Site, folder: Path, port: int, state: browser.BrowserTool):
         self.tool, self.site, self.folder, self.port, self.state = tool, site, folder, port, state
 
     async def __call__(self, action: str, session: str = "a", seconds: float = 30.0, **rest):
         directory = self.folder / session
         (directory / "workspace").mkdir(parents=True, exist_ok=True)
         given = {"action": action, **rest}
-        arguments.check(self.tool.schema, given)
-        return await self.tool.run(Call(directory, {}, time.monotonic() + seconds, 700), given)
+        arguments.check_arguments(self.tool.schema, given)
+        return await self.tool.run(CallContext(directory, {}, time.monotonic() + seconds, 700), given)
 
     def processes(self) -> list[psutil.Process]:
         """Chromium's, below this one."""
@@ -108,7 +108,7 @@ async def opened(tmp_path: Path, **options):
     await web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=0.1).start()
     port = runner.addresses[0][1]
     async with contextlib.AsyncExitStack() as resources:
-        tool = browser.build(options, resources, Reach(["atlas.test", "other.test"], port))
+        tool = browser.build_tool(options, resources, EgressPolicy(["atlas.test", "other.test"], port))
         yield Room(tool, site, tmp_path, port, tool.run.__self__)
     await runner.cleanup()
 
@@ -161,7 +161,7 @@ def test_a_session_reads_clicks_types_and_goes_back(run, room, tmp_path):
             )
             assert "Vienna came late" in home.text and "[8 button Press]" in home.text
             assert "[3 textbox Capital]" in home.text and "euro / forint" in home.text and "hunter2" not in home.text
-            assert (tmp_path / "a/workspace/shots/1.png").read_bytes().startswith(b"\x89PNG")
+            assert (tmp_path / "a/workspace/screenshots/1.png").read_bytes().startswith(b"\x89PNG")
             pressed = await use("click", target="Press")
             assert "[8 button pressed]" in pressed.text
             with pytest.raises(
@@ -185,27 +185,34 @@ def test_screenshots_are_kept_when_the_screen_changes_and_left_out_when_it_barel
     async def main():
         async with room() as use:
             first = await use("open", url="http://atlas.test/long")
-            assert first.text.splitlines()[1] == "screenshot: shots/1.png"
+            assert first.text.splitlines()[1] == "screenshot: screenshots/1.png"
             again = await use("open", url="http://atlas.test/long")
-            assert again.text.splitlines()[1] == "the screen is as in shots/1.png"
+            assert again.text.splitlines()[1] == "the screen is as in screenshots/1.png"
             use.site.extra = {"/long": LONG.replace("Line 3.", "Line three.")}
             worded = await use("open", url="http://atlas.test/long")
-            assert worded.text.splitlines()[1] == "the screen looks as in shots/1.png" and "Line three." in worded.text
+            assert (
+                worded.text.splitlines()[1] == "the screen looks as in screenshots/1.png"
+                and "Line three." in worded.text
+            )
             down = await use("scroll")
             assert down.text.splitlines()[1:4] == [
-                *("screenshot: shots/2.png", "... 6 lines above; scroll up to read them", "Line 6."),
+                *("screenshot: screenshots/2.png", "... 6 lines above; scroll up to read them", "Line 6."),
             ]
-            assert (await use("look")).text.splitlines()[1] == "the screen looks as in shots/2.png"
+            assert (await use("look")).text.splitlines()[1] == "the screen looks as in screenshots/2.png"
             up = await use("scroll", direction="up")
-            assert up.text.splitlines()[1:3] == ["screenshot: shots/3.png", "Line 0."]
+            assert up.text.splitlines()[1:3] == ["screenshot: screenshots/3.png", "Line 0."]
             # Nothing that is read has changed, but the screen has: a look sees it.
             await use.state.tab(tmp_path / "a").page.evaluate("document.body.style.transform = 'rotate(90deg)'")
-            assert (await use("look")).text.splitlines()[1] == "screenshot: shots/4.png"
+            assert (await use("look")).text.splitlines()[1] == "screenshot: screenshots/4.png"
             use.site.extra = {"/long": LONG, "/twin": LONG.replace("Line", "Row")}
             await use("open", url="http://atlas.test/long")
             twin = await use("open", url="http://atlas.test/twin")
-            assert twin.text.splitlines()[1] == "screenshot: shots/6.png", "another text at another address is new"
-        assert sorted(p.name for p in (tmp_path / "a/workspace/shots").iterdir()) == [f"{i}.png" for i in range(1, 7)]
+            assert twin.text.splitlines()[1] == "screenshot: screenshots/6.png", (
+                "another text at another address is new"
+            )
+        assert sorted(p.name for p in (tmp_path / "a/workspace/screenshots").iterdir()) == [
+            f"{i}.png" for i in range(1, 7)
+        ]
 
     run(main())
 
@@ -358,7 +365,7 @@ def test_sessions_share_no_cookies_and_end_with_their_folder(run, room, tmp_path
 def test_pages_and_screenshots_are_bounded_and_sessions_are_told(run, room, monkeypatch):
     async def main():
         monkeypatch.setattr(browser, "_GRACE_SECONDS", 0.0)
-        async with room(contexts=1, shots=1) as use:
+        async with room(contexts=1, screenshots=1) as use:
             await use("open", session="a", url="http://atlas.test/second")
             more = await use("open", session="a", url="http://atlas.test/long")
             assert more.text.splitlines()[1] == "no screenshot: a session keeps 1" and "Line 0." in more.text
@@ -391,11 +398,14 @@ def test_a_host_serves_it_and_its_pictures_can_be_looked_at(run, running):
             session = await it.client.open_session("e")
             opened = await session.call("browser", {"action": "open", "url": "atlas.test/en/austria"}, call_id="0")
             assert opened.outcome == "ok" and "The capital of Austria is [2 link Vienna] ." in opened.text
-            assert opened.text.splitlines()[:2] == ["Austria | http://atlas.test/en/austria", "screenshot: shots/1.png"]
-            seen = await session.call("analyze_image", {"path": "shots/1.png"}, call_id="1")
+            assert opened.text.splitlines()[:2] == [
+                "Austria | http://atlas.test/en/austria",
+                "screenshot: screenshots/1.png",
+            ]
+            seen = await session.call("analyze_image", {"path": "screenshots/1.png"}, call_id="1")
             assert "The capital of Austria is Vienna" in seen.text
             long = await session.call("browser", {"action": "open", "url": "http://atlas.test/long"}, call_id="2")
-            assert long.truncated and len(long.text) <= 700 and "screenshot: shots/2.png" in long.text
+            assert long.truncated and len(long.text) <= 700 and "screenshot: screenshots/2.png" in long.text
             stored = long.text.split("stored in ")[1].split(";")[0]
             read = await session.call("file", {"op": "read", "path": stored}, call_id="3")
             assert "Line 9 says that 9 is a number." in read.text
@@ -410,7 +420,7 @@ def test_a_host_serves_it_and_its_pictures_can_be_looked_at(run, running):
 
 def test_a_browser_that_is_killed_is_started_again(run, room):
     async def main():
-        async with room(shots=5) as use:
+        async with room(screenshots=5) as use:
             await use("open", url="http://atlas.test/second")
             main_process = next(p for p in use.processes() if "--type=" not in " ".join(p.cmdline()))
             slow = asyncio.create_task(use("open", session="b", url="http://atlas.test/slow"))
@@ -519,10 +529,10 @@ def test_what_cannot_be_done_is_said(run, room):
 )
 def test_wrong_options_are_refused(options, words):
     with pytest.raises(ToolHostError, match=words):
-        browser.build(options, contextlib.AsyncExitStack(), Reach([], 1))
+        browser.build_tool(options, contextlib.AsyncExitStack(), EgressPolicy([], 1))
 
 
 def test_weaker_walls_are_named_and_refused(monkeypatch):
     without_bubblewrap(monkeypatch)
     with pytest.raises(ToolHostError, match="no sandbox of namespaces .* accept_weaker_isolation"):
-        browser.build({}, contextlib.AsyncExitStack(), Reach([], 1))
+        browser.build_tool({}, contextlib.AsyncExitStack(), EgressPolicy([], 1))

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tools_env.cache.retrieval import SESSION_MODE, Cache
+from tools_env.cache.retrieval import SESSION_MODE, RetrievalCache
 from tools_env.cache.stores import RedisStore, SqliteStore
 from tools_env.errors import ToolError, ToolHostError, Unavailable
 
@@ -68,8 +68,8 @@ def counted(value="v", gate=None, error=None):
 def test_value_outlives_the_cache_that_computed_it(make_store):
     async def main():
         compute = counted("奥地利")
-        assert await Cache(store=make_store()).get("k", compute) == ({"value": "奥地利"}, False)
-        assert await Cache(store=make_store()).get("k", compute) == ({"value": "奥地利"}, True)
+        assert await RetrievalCache(store=make_store()).get("k", compute) == ({"value": "奥地利"}, False)
+        assert await RetrievalCache(store=make_store()).get("k", compute) == ({"value": "奥地利"}, True)
         assert compute.count == 1
 
     asyncio.run(main())
@@ -79,7 +79,7 @@ def test_processes_that_miss_together_compute_once(make_store):
     async def main():
         gate = asyncio.Event()
         compute = counted(gate=gate)
-        caches = [Cache(store=make_store()) for _ in range(5)]
+        caches = [RetrievalCache(store=make_store()) for _ in range(5)]
         asked = [asyncio.create_task(cache.get("k", compute)) for cache in caches for _ in range(3)]
         while not compute.count:
             await asyncio.sleep(0)
@@ -92,7 +92,7 @@ def test_processes_that_miss_together_compute_once(make_store):
 
 def test_failure_is_not_stored_and_frees_the_claim(make_store):
     async def main():
-        first, second = Cache(store=make_store()), Cache(store=make_store())
+        first, second = RetrievalCache(store=make_store()), RetrievalCache(store=make_store())
         with pytest.raises(ToolError, match="HTTP 503"):
             await first.get("k", counted(error=ToolError("HTTP 503")))
         assert await asyncio.wait_for(second.get("k", counted()), 5) == ({"value": "v"}, False)
@@ -103,12 +103,12 @@ def test_failure_is_not_stored_and_frees_the_claim(make_store):
 def test_cancelled_computation_frees_the_claim(make_store):
     async def main():
         compute = counted(gate=asyncio.Event())
-        first = asyncio.create_task(Cache(store=make_store()).get("k", compute))
+        first = asyncio.create_task(RetrievalCache(store=make_store()).get("k", compute))
         while not compute.count:
             await asyncio.sleep(0)
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-        assert (await asyncio.wait_for(Cache(store=make_store()).get("k", counted()), 5))[0] == {"value": "v"}
+        assert (await asyncio.wait_for(RetrievalCache(store=make_store()).get("k", counted()), 5))[0] == {"value": "v"}
 
     asyncio.run(main())
 
@@ -130,7 +130,7 @@ def test_claim_of_a_process_that_died_ends_by_itself(make_store):
 def test_failure_is_told_again_for_a_moment_only():
     async def main():
         now = [0.0]
-        cache = Cache(failure_seconds=2.0, clock=lambda: now[0])
+        cache = RetrievalCache(failure_seconds=2.0, clock=lambda: now[0])
         failing = counted(error=ToolError("HTTP 503"))
         for _ in range(3):
             with pytest.raises(ToolError, match="HTTP 503"):
@@ -144,7 +144,7 @@ def test_failure_is_told_again_for_a_moment_only():
 
 def test_fault_of_the_host_is_not_told_again():
     async def main():
-        cache = Cache(failure_seconds=60.0)
+        cache = RetrievalCache(failure_seconds=60.0)
         with pytest.raises(RuntimeError):
             await cache.get("k", counted(error=RuntimeError("bug")))
         assert (await cache.get("k", counted()))[0] == {"value": "v"}
@@ -154,7 +154,7 @@ def test_fault_of_the_host_is_not_told_again():
 
 def test_session_mode_goes_before_the_hosts():
     async def main():
-        cache, compute = Cache(), counted()
+        cache, compute = RetrievalCache(), counted()
         await cache.get("k", compute)
         SESSION_MODE.set("live")
         assert (await cache.get("k", compute))[1] is False and compute.count == 2
@@ -169,10 +169,10 @@ def test_session_mode_goes_before_the_hosts():
 def test_redis_that_is_gone_costs_speed_but_no_call():
     async def main():
         counts = []
-        cache = Cache(store=RedisStore("redis://127.0.0.1:1/0"), count=counts.append)
+        cache = RetrievalCache(store=RedisStore("redis://127.0.0.1:1/0"), count=counts.append)
         assert await cache.get("k", counted()) == ({"value": "v"}, False)
         assert "store_error" in counts
-        strict = Cache(store=RedisStore("redis://127.0.0.1:1/0"), mode="replay_only")
+        strict = RetrievalCache(store=RedisStore("redis://127.0.0.1:1/0"), mode="replay_only")
         with pytest.raises(Unavailable, match="does not answer"):
             await strict.get("k", counted())
 
@@ -197,7 +197,7 @@ def test_redis_killed_in_the_middle_loses_no_call_and_is_used_again_when_it_retu
                 with contextlib.suppress(OSError):
                     socket.create_connection(("127.0.0.1", port), 1).close()
                     break
-            cache = Cache(store=RedisStore(f"redis://127.0.0.1:{port}/0"), entries=1, clock=lambda: now[0])
+            cache = RetrievalCache(store=RedisStore(f"redis://127.0.0.1:{port}/0"), entries=1, clock=lambda: now[0])
             assert (await cache.get("before", counted()))[1] is False
             process.kill()
             process.wait()

@@ -16,15 +16,15 @@ def states(results):
 def test_our_host_complies(running):
     async def main():
         async with running(token="secret", client_token="secret") as it:
-            results = await compliance.check(it.address, "secret")
+            results = await compliance.check_server(it.address, "secret")
             assert [r for r in results if r.state != "passed"] == []
 
     asyncio.run(main())
 
 
-def test_workers_behind_one_port_comply(world, tmp_path, capsys, monkeypatch):
+def test_workers_behind_one_port_comply(offline_web, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("STEPDR_TOOLS_TOKEN", "secret")
-    with ToolHost(world, web_port=9, token="secret", workers=2, log_path=tmp_path / "log") as host:
+    with ToolHost(offline_web, web_port=9, token="secret", workers=2, log_path=tmp_path / "log") as host:
         assert compliance.main([f"--address={host.address}"]) == 0
     assert "18 passed, 0 failed, 0 skipped" in capsys.readouterr().out
 
@@ -41,7 +41,7 @@ def test_server_without_a_guard_fails_its_check(running, monkeypatch, attribute,
 
     async def main():
         async with running() as it:
-            assert states(await compliance.check(it.address))[failing] == "failed"
+            assert states(await compliance.check_server(it.address))[failing] == "failed"
 
     asyncio.run(main())
 
@@ -55,4 +55,4 @@ async def execute_anew(session, asked, execute):
 
 def test_address_without_a_server_fails_every_check(monkeypatch):
     monkeypatch.setattr(compliance, "SECONDS", 0.2)
-    assert "passed" not in states(asyncio.run(compliance.check("127.0.0.1:1"))).values()
+    assert "passed" not in states(asyncio.run(compliance.check_server("127.0.0.1:1"))).values()

@@ -72,7 +72,9 @@ def test_contradiction_adds_a_citable_passage_that_says_otherwise(running):
 
 
 def test_draws_repeat_for_equal_seeds_and_call_ids_whatever_the_order():
-    profile = faults.parse(json.dumps({"seed": 1, "tools": {"*": [{"kind": "empty", "rate": 0.3}]}}), ["file"])
+    profile = faults.parse_fault_profile(
+        json.dumps({"seed": 1, "tools": {"*": [{"kind": "empty", "rate": 0.3}]}}), ["file"]
+    )
     drawn = {i: bool(profile.plan("file", 5, str(i)).chosen) for i in range(1000)}
     again = {i: bool(profile.plan("file", 5, str(i)).chosen) for i in reversed(range(1000))}
     other = {i: bool(profile.plan("file", 6, str(i)).chosen) for i in range(1000)}
@@ -82,7 +84,7 @@ def test_draws_repeat_for_equal_seeds_and_call_ids_whatever_the_order():
 
 def test_renamed_field_stays_renamed_for_the_whole_session():
     row = {"kind": "rename_fields", "rate": 0.5, "fields": {"op": "verb"}}
-    profile = faults.parse(json.dumps({"tools": {"file": [row]}}), ["file"])
+    profile = faults.parse_fault_profile(json.dumps({"tools": {"file": [row]}}), ["file"])
     drawn = [{bool(profile.plan("file", seed, str(call)).chosen) for call in range(20)} for seed in range(20)]
     assert {len(of_session) for of_session in drawn} == {1} and drawn.count({True}) not in (0, 20)
 
@@ -102,7 +104,7 @@ def test_renamed_field_stays_renamed_for_the_whole_session():
 )
 def test_wrong_profile_is_named(text, message):
     with pytest.raises(BadArguments, match=message):
-        faults.parse(text, ["file"])
+        faults.parse_fault_profile(text, ["file"])
 
 
 def test_wrong_profile_is_refused_when_the_session_opens(running):

@@ -9,9 +9,9 @@ import pytest
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import arguments, file_parser, implicit_context
-from tools_env.tools.base import Call
+from tools_env.tools.base import CallContext
 
-TOOL = file_parser.build({}, None)
+TOOL = file_parser.build_tool({}, None)
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def parse(tmp_path):
     def run(name: str, content: bytes, seconds: float = 60, **given) -> str:
         (tmp_path / "workspace" / name).write_bytes(content)
         given = {"path": name} | given
-        arguments.check(TOOL.schema, given)
-        return asyncio.run(TOOL.run(Call(tmp_path, {}, time.monotonic() + seconds, 700), given)).text
+        arguments.check_arguments(TOOL.schema, given)
+        return asyncio.run(TOOL.run(CallContext(tmp_path, {}, time.monotonic() + seconds, 700), given)).text
 
     return run
 
@@ -156,9 +156,9 @@ def test_html_csv_and_text(parse):
 
 def test_long_documents_are_paged_by_the_rule_of_all_tools(parse, tmp_path):
     text = parse("a.pdf", pdf(*(f"Page number {i} says something of its own." for i in range(60))))
-    path = implicit_context.store(tmp_path / "workspace", text)
+    path = implicit_context.store_result(tmp_path / "workspace", text)
     assert (tmp_path / "workspace" / path).read_text() == text
-    assert len(implicit_context.shorten(text, text.split("\n\n"), path, 700)) <= 700
+    assert len(implicit_context.shorten_result(text, text.split("\n\n"), path, 700)) <= 700
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(parse, monkeypatch):
@@ -225,4 +225,4 @@ def test_size_and_place_of_the_file_are_limited(parse, tmp_path, monkeypatch):
 
 def test_an_unknown_option_is_refused():
     with pytest.raises(ToolHostError, match="no option x"):
-        file_parser.build({"x": 1}, None)
+        file_parser.build_tool({"x": 1}, None)

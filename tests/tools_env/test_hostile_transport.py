@@ -9,9 +9,9 @@ import struct
 import grpc
 import pytest
 
-from tools_env import server
 from tools_env.client import ToolsClient
 from tools_env.protocol import tools_pb2
+from tools_env.service.host import SERVICE
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 METHODS = ("ListTools", "OpenSession", "CallTool", "CloseSession")
@@ -111,7 +111,7 @@ def test_mutated_truncated_and_random_messages_get_a_status_or_a_reply(running, 
                 bodies.append(bytes(changed))
             bodies += [b"\x0b" * 5000, b"\x0a\x80\x80\x80\x80\x08", b"\x08" + b"\xff" * 10, b"\x12" + b"\x7f" * 200]
             async with grpc.aio.insecure_channel(it.address) as channel:
-                rpc = channel.unary_unary(f"/{server.SERVICE}/{method}")
+                rpc = channel.unary_unary(f"/{SERVICE}/{method}")
 
                 async def one(content):
                     try:
@@ -142,7 +142,7 @@ def test_odd_metadata_and_unknown_methods_are_refused(running):
                     except grpc.aio.AioRpcError as error:
                         return error.code().name
 
-                listing = f"/{server.SERVICE}/ListTools"
+                listing = f"/{SERVICE}/ListTools"
                 assert await status(listing, [authorization]) == "OK"
                 huge = [authorization, *((f"x-{i}", "a" * 7000) for i in range(10))]
                 assert await status(listing, huge) in ("RESOURCE_EXHAUSTED", "INTERNAL", "UNAVAILABLE")
@@ -152,7 +152,7 @@ def test_odd_metadata_and_unknown_methods_are_refused(running):
                 assert await status(listing, [("authorization-bin", b"Bearer secret")]) == "UNAUTHENTICATED"
                 assert await status(listing, [authorization, ("traceparent", "00-zz")]) == "OK"
                 assert await status(listing, [authorization, ("x-odd-bin", os.urandom(500))]) == "OK"
-                for path in ("/x", f"/{server.SERVICE}/Shutdown", "/../../etc/passwd", f"/{server.SERVICE}/calltool"):
+                for path in ("/x", f"/{SERVICE}/Shutdown", "/../../etc/passwd", f"/{SERVICE}/calltool"):
                     assert await status(path, [authorization]) == "UNIMPLEMENTED"
                     assert await status(path) == "UNAUTHENTICATED"  # a stranger does not learn which methods there are
                 assert await status("/grpc.health.v1.Health/Check") == "OK"
@@ -174,7 +174,7 @@ def test_messages_are_bounded(running, megabytes, answer):
             )
             async with grpc.aio.insecure_channel(it.address, [("grpc.max_send_message_length", -1)]) as channel:
                 rpc = channel.unary_unary(
-                    f"/{server.SERVICE}/CallTool",
+                    f"/{SERVICE}/CallTool",
                     tools_pb2.CallToolRequest.SerializeToString,
                     tools_pb2.CallToolResponse.FromString,
                 )

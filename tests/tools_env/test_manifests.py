@@ -28,14 +28,14 @@ def given(monkeypatch) -> object:
     container = pod("StatefulSet", "tools")["containers"][0]
     for variable in container["env"]:
         monkeypatch.setenv(variable["name"], "given")
-    settings, _, _ = server.parse_flags([flag.replace("$(POD)", "tools-0") for flag in container["args"]])
+    settings, _ = server.parse_flags([flag.replace("$(POD)", "tools-0") for flag in container["args"]])
     return settings
 
 
 def test_host_takes_the_flags_of_the_manifest(monkeypatch):
     settings = given(monkeypatch)
     assert settings.token == "given" and settings.workers > 1 and settings.tls_cert and settings.otlp_endpoint
-    assert choose.read_options(settings.search, settings.search_options)["index"]
+    assert choose.read_search_options(settings.search, settings.search_options)["index"]
     drain = pod("StatefulSet", "tools")["terminationGracePeriodSeconds"]
     assert settings.drain < drain
 
@@ -53,7 +53,7 @@ def test_names_ports_mounts_and_secrets_fit_together(monkeypatch):
     spec = pod("StatefulSet", "tools")
     container = spec["containers"][0]
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
-    for path in (settings.world_dir, settings.state_dir, "/tls", "/tmp"):
+    for path in (settings.offline_web, settings.state_dir, "/tls", "/tmp"):
         assert path in mounts
     claimed = {t["metadata"]["name"] for t in of("StatefulSet", "tools")["spec"]["volumeClaimTemplates"]}
     assert {mount["name"] for mount in mounts.values()} == {v["name"] for v in spec["volumes"]} | claimed

@@ -10,12 +10,12 @@ mcp = pytest.importorskip("mcp")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_an_mcp_client_lists_and_calls_the_same_tools(world):
+def test_an_mcp_client_lists_and_calls_the_same_tools(offline_web):
     from mcp import ClientSession, StdioServerParameters
     from mcp.client.stdio import stdio_client
 
     async def main():
-        command = ["-m", "tools_env.server", "--mcp", f"--world={world}", "--web_port=9"]
+        command = ["-m", "tools_env.server", "--mcp", f"--offline_web={offline_web}", "--web_port=9"]
         server = StdioServerParameters(command=sys.executable, args=command, cwd=str(ROOT))
         async with stdio_client(server) as streams, ClientSession(*streams) as client:
             await client.initialize()
@@ -39,6 +39,6 @@ def test_an_mcp_client_lists_and_calls_the_same_tools(world):
 def test_setting_that_cannot_work_is_one_line_on_stderr(tmp_path, capsys):
     from tools_env.server import main
 
-    assert main(["--mcp", f"--world={tmp_path}"]) == 2
+    assert main(["--mcp", f"--offline_web={tmp_path}"]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err.startswith("tool host: ") and told.err.count("\n") == 1

@@ -9,7 +9,7 @@ from tools_env.tools import patch
 
 @pytest.fixture(scope="module")
 def result():
-    return patch_bench.run(patch_bench.read_texts(None), edits=160, seed=3)
+    return patch_bench.run_patch_bench(patch_bench.read_texts(None), edits=160, seed=3)
 
 
 def test_patching_saves_most_of_the_tokens_of_rewriting(result):
@@ -29,23 +29,23 @@ def test_patch_never_changes_another_place_silently(result):
 
 def test_a_sentence_with_a_slip_is_replaced_within_its_line():
     text = "One is here. The second sentence speaks of rain. The third is about snow."
-    done = patch.apply(text, "The second sentense speaks of  rain.", "It rains.")
+    done = patch.apply_patch(text, "The second sentense speaks of  rain.", "It rains.")
     assert done.text == "One is here. It rains. The third is about snow."
 
 
 def test_a_line_that_says_more_than_the_anchor_is_not_swallowed():
     text = "first line of the text\n   stock forms, with powerful engines, large tyres, and light bodies\nlast line"
     with pytest.raises(ToolError):
-        patch.apply(text, "with powerful engines, large tyres, and light  bodies", "X")
+        patch.apply_patch(text, "with powerful engines, large tyres, and light  bodies", "X")
 
 
 def test_indentation_stays():
-    assert patch.apply("a\n    the value is seven\nb", "the value  is seven", "eight").text == "a\n    eight\nb"
+    assert patch.apply_patch("a\n    the value is seven\nb", "the value  is seven", "eight").text == "a\n    eight\nb"
 
 
 def test_lines_between_which_the_text_has_an_empty_one_are_found():
     text = "intro\n\nfirst paragraph of it\n\nsecond paragraph of it\n\nend"
-    done = patch.apply(text, "first paragraph of it\n\nsecond paragreph of it", "one")
+    done = patch.apply_patch(text, "first paragraph of it\n\nsecond paragreph of it", "one")
     assert (done.text, done.first_line, done.last_line) == ("intro\n\none\n\nend", 3, 5)
 
 

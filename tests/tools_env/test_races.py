@@ -6,7 +6,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.client import ToolInfraError
-from tools_env.server import SERVICE
+from tools_env.service.host import SERVICE
 
 STATUS = health_pb2.HealthCheckResponse
 

@@ -10,7 +10,7 @@ import pytest
 HEAD = "import sys; import {module} as m; m.{parse} = {attack}; m.{seconds} = 1; sys.argv = ['x', 'a.pdf']; m.main()"
 READERS = {
     "tools_env.web.page": dict(parse="_parse_pdf", seconds="_PDF_SECONDS"),
-    "tools_env.tools.documents": dict(parse="read", seconds="CPU_SECONDS"),
+    "tools_env.tools.documents": dict(parse="read_document", seconds="CPU_SECONDS"),
 }
 ATTACKS = {
     "memory": "lambda *a: bytearray(3 << 30)",

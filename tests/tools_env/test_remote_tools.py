@@ -17,9 +17,9 @@ def remote(**fields):
     return config
 
 
-def test_the_token_is_that_of_the_named_variable(world, tmp_path, monkeypatch):
+def test_the_token_is_that_of_the_named_variable(offline_web, tmp_path, monkeypatch):
     async def names(config):
-        tools = Tools.of(config, None)
+        tools = Tools.from_config(config, None)
         try:
             return [tool.name for tool in await (await tools.client()).list_tools()]
         finally:
@@ -27,7 +27,7 @@ def test_the_token_is_that_of_the_named_variable(world, tmp_path, monkeypatch):
 
     monkeypatch.setenv("OTHER_TOKEN", "right")
     monkeypatch.delenv("STEPDR_TOOLS_TOKEN", raising=False)
-    with ToolHost(world, web_port=9, token="right", log_path=tmp_path / "log") as host:
+    with ToolHost(offline_web, web_port=9, token="right", log_path=tmp_path / "log") as host:
         assert asyncio.run(names(remote(address=host.address, token_env="OTHER_TOKEN")))
         with pytest.raises(ToolInfraError, match="UNAUTHENTICATED"):
             asyncio.run(names(remote(address=host.address)))
@@ -35,4 +35,4 @@ def test_the_token_is_that_of_the_named_variable(world, tmp_path, monkeypatch):
 
 def test_a_missing_authority_is_one_line_that_names_the_field(tmp_path):
     with pytest.raises(UserError, match="tools.tls_ca: expected a PEM file, got .*nothing.pem"):
-        Tools.of(remote(address="x:1", tls_ca=f"{tmp_path}/nothing.pem"), None)
+        Tools.from_config(remote(address="x:1", tls_ca=f"{tmp_path}/nothing.pem"), None)

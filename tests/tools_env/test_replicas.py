@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
-def test_two_hosts_behind_one_address_keep_sessions_and_share_a_cache(world, tmp_path):
+def test_two_hosts_behind_one_address_keep_sessions_and_share_a_cache(offline_web, tmp_path):
     async def main(addresses):
         async with balancer(addresses) as (address, counts):
             client = ToolsClient(address, channels=4)
@@ -68,11 +68,11 @@ def test_two_hosts_behind_one_address_keep_sessions_and_share_a_cache(world, tmp
                 await session.close()
             await client.close()
 
-    with chaos.Redis() as redis, contextlib.ExitStack() as hosts:
+    with chaos.RedisServer() as redis, contextlib.ExitStack() as hosts:
         addresses = []
         for i in range(2):
             port = free_port()
             settings = dict(port=port, advertise=f"127.0.0.1:{port}", redis_url=redis.url)
-            host = ToolHost(world, web_port=9, log_path=tmp_path / f"log{i}", **settings)
+            host = ToolHost(offline_web, web_port=9, log_path=tmp_path / f"log{i}", **settings)
             addresses.append(hosts.enter_context(host).address)
         asyncio.run(main(addresses))

@@ -12,7 +12,7 @@ import pytest
 
 from tools_env.errors import ToolHostError
 from tools_env.sandbox import disk, isolation, seccomp
-from tools_env.sandbox.cgroups import Groups
+from tools_env.sandbox.cgroups import ControlGroups
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -28,10 +28,10 @@ def inside(tmp_path):
 
     def run(script: str, without: dict[str, int] | None = None, limits=None, **settings) -> str:
         session = tmp_path / "session"
-        argv = isolation.arguments(
+        argv = isolation.sandbox_command(
             session / "workspace",
             session / "shell",
-            limits or isolation.Limits(),
+            limits or isolation.SandboxLimits(),
             None,
             ["bash", "-c", script],
             **settings,
@@ -49,13 +49,13 @@ def inside(tmp_path):
 @pytest.fixture(scope="module", autouse=True)
 def sandbox_starts():
     try:
-        isolation.check(Groups())
+        isolation.check_isolation(ControlGroups())
     except ToolHostError as error:
         pytest.skip(str(error))
 
 
 def test_this_machine_gives_every_wall_or_says_which_is_missing():
-    found = isolation.check(Groups())
+    found = isolation.check_isolation(ControlGroups())
     assert not [words for words in found if "memory" not in words and "number of processes" not in words], found
 
 
@@ -139,14 +139,14 @@ def test_ordinary_programs_pass_the_filter(inside):
 
 
 def test_a_file_memory_and_open_files_are_limited(inside):
-    limits = isolation.Limits(file_mb=2, memory_mb=200, open_files=20)
+    limits = isolation.SandboxLimits(file_mb=2, memory_mb=200, open_files=20)
     assert "File size limit" in inside("dd if=/dev/zero of=x bs=1M count=5 status=none; true", limits=limits)
     assert "MemoryError" in inside("python3 -c 'x = bytearray(1 << 30)'", limits=limits)
     assert "Too many open files" in inside("python3 -c 'x = [open(\"/dev/null\") for _ in range(40)]'", limits=limits)
 
 
 def test_temporary_folders_are_bounded(inside):
-    limits = isolation.Limits(tmp_mb=2)
+    limits = isolation.SandboxLimits(tmp_mb=2)
     for folder in ("/tmp", "/dev/shm"):
         assert "No space left" in inside(f"dd if=/dev/zero of={folder}/x bs=1M count=5 status=none", limits=limits)
 
@@ -158,7 +158,7 @@ def test_a_full_workspace_can_be_cleared_not_filled(inside):
 
 
 def test_memory_of_all_processes_together_is_limited(tmp_path):
-    groups = Groups()
+    groups = ControlGroups()
     if not groups.memory:
         pytest.skip("no writable memory control group")
     (tmp_path / "w").mkdir()
@@ -168,8 +168,8 @@ def test_memory_of_all_processes_together_is_limited(tmp_path):
         "for i in 1 2 3 4; do python3 -c 'x = bytearray(60 << 20); import time; time.sleep(1)' || echo killed; done & "
         * 2
     )
-    argv = isolation.arguments(
-        tmp_path / "w", tmp_path / "c", isolation.Limits(), group, ["bash", "-c", script + "wait"]
+    argv = isolation.sandbox_command(
+        tmp_path / "w", tmp_path / "c", isolation.SandboxLimits(), group, ["bash", "-c", script + "wait"]
     )
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     assert "illed" in done.stdout + done.stderr
@@ -177,14 +177,16 @@ def test_memory_of_all_processes_together_is_limited(tmp_path):
 
 
 def test_a_fork_bomb_stays_within_its_group(tmp_path):
-    groups = Groups()
+    groups = ControlGroups()
     if not groups.pids:
         pytest.skip("no writable pids control group")
     (tmp_path / "w").mkdir()
     isolation.write_control(tmp_path / "c")
     group = groups.make("test_forks", 256 << 20, 40)
     bomb = "f() { f | f & f; }; f 2>/dev/null & sleep 1; exit 0"
-    argv = isolation.arguments(tmp_path / "w", tmp_path / "c", isolation.Limits(), group, ["bash", "-c", bomb])
+    argv = isolation.sandbox_command(
+        tmp_path / "w", tmp_path / "c", isolation.SandboxLimits(), group, ["bash", "-c", bomb]
+    )
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = 0
     while process.poll() is None:
@@ -206,9 +208,9 @@ def test_disk_use_counts_blocks_links_not_followed_and_files_without_a_name(tmp_
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_bytes(b"x" * 100_000)
     (tmp_path / "a" / "up").symlink_to("/")
-    size, entries = disk.used(tmp_path, 100)
+    size, entries = disk.disk_usage(tmp_path, 100)
     assert 100_000 <= size < 130_000 and entries == 3
-    assert disk.used(tmp_path, 1)[1] == 2
+    assert disk.disk_usage(tmp_path, 1)[1] == 2
     with open(tmp_path / "hidden", "wb") as hidden:
         hidden.write(b"x" * 1_000_000)
         hidden.flush()
@@ -218,7 +220,7 @@ def test_disk_use_counts_blocks_links_not_followed_and_files_without_a_name(tmp_
 
 
 def test_the_filter_is_whole_and_jumps_stay_inside():
-    program = seccomp.program()
+    program = seccomp.filter_program()
     if program is None:
         pytest.skip("no filter for this machine")
     lines = [struct.unpack("<HBBI", program[i : i + 8]) for i in range(0, len(program), 8)]
@@ -230,4 +232,4 @@ def test_the_filter_is_whole_and_jumps_stay_inside():
 def test_without_bubblewrap_the_error_names_the_package(monkeypatch):
     monkeypatch.setattr(isolation.shutil, "which", lambda name: None)
     with pytest.raises(ToolHostError, match="apt-get install bubblewrap"):
-        isolation.check(None)
+        isolation.check_isolation(None)

@@ -11,9 +11,9 @@ import pytest
 
 from tools_env.errors import ToolError
 from tools_env.tools import arguments, file, implicit_context, workspace
-from tools_env.tools.base import Call
+from tools_env.tools.base import CallContext
 
-FILE = file.make(max_file_chars=5_000, max_files=50)
+FILE = file.make_file_tool(max_file_chars=5_000, max_files=50)
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def room(tmp_path):
 
 
 def use(room, **given) -> str:
-    arguments.check(FILE.schema, given)
-    return asyncio.run(FILE.run(Call(room.parent, {}, time.monotonic() + 60, 2_000), given)).text
+    arguments.check_arguments(FILE.schema, given)
+    return asyncio.run(FILE.run(CallContext(room.parent, {}, time.monotonic() + 60, 2_000), given)).text
 
 
 def test_links_are_named_and_never_followed(room, tmp_path):
@@ -142,9 +142,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(room, monkeypat
 def test_long_results_are_not_stored_through_a_link(room, tmp_path):
     (tmp_path / "outside").mkdir()
     (room / "results").symlink_to(tmp_path / "outside")
-    path = implicit_context.store(room, "x" * 1000)
+    path = implicit_context.store_result(room, "x" * 1000)
     assert path == "" and not list((tmp_path / "outside").iterdir())
-    assert "could not be stored" in implicit_context.shorten("x\n" * 1000, ["x\n" * 1000], path, 200)
+    assert "could not be stored" in implicit_context.shorten_result("x\n" * 1000, ["x\n" * 1000], path, 200)
 
 
 def test_a_list_of_very_many_files_is_cut(room):

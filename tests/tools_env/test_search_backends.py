@@ -18,8 +18,8 @@ from tools_env.search.index import EmbeddedBackend, PassageIndex
 from tools_env.search.opensearch import OpenSearchBackend
 from tools_env.search.providers import WebBackend
 from tools_env.search.remote import Remote
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 
 @contextlib.asynccontextmanager
@@ -179,7 +179,7 @@ def test_opensearch_holds_what_was_indexed_and_answers_filtered_queries(rows, tm
             assert len(cluster.documents) == 3
 
             for mode in ("bm25", "dense", "hybrid"):
-                embedder = choose.embedder_of(vector_options(vectors), 5.0)
+                embedder = choose.make_embedder(vector_options(vectors), 5.0)
                 backend = OpenSearchBackend(
                     Remote(f"http://127.0.0.1:{port}", "the search cluster", 5.0), "passages", mode, True, embedder
                 )
@@ -238,7 +238,9 @@ def test_cluster_that_dies_in_use_gives_typed_errors_and_is_used_again_when_back
         async with served(cluster.app()) as port:
             assert await pushed(rows, tmp_path / "out", port) == 0
             options = json.dumps({"url": f"http://127.0.0.1:{port}", "index": "passages"})
-            host = await serve(Settings(search="opensearch", search_options=options, cache_failure_seconds=0.0))
+            host = await start_host(
+                HostSettings(search="opensearch", search_options=options, cache_failure_seconds=0.0)
+            )
             client = ToolsClient(host.address)
             session = await client.open_session("e")
             found = await session.call("batch_web_surfer", {"queries": ["harbour of Alpha"]}, call_id="0")
@@ -302,12 +304,12 @@ def test_serper_is_asked_and_read_as_documented_and_needs_its_key(monkeypatch):
         app.router.add_post("/search", search)
         async with served(app) as port:
             options = json.dumps({"kind": "serper", "url": f"http://127.0.0.1:{port}", "authority": {"b.example": 1}})
-            settings = Settings(search="web", search_options=options)
+            settings = HostSettings(search="web", search_options=options)
             monkeypatch.delenv("SERPER_API_KEY", raising=False)
             with pytest.raises(ToolHostError, match="SERPER_API_KEY is not set"):
-                await choose.make(settings, {})
+                await choose.make_search_backend(settings, {})
             monkeypatch.setenv("SERPER_API_KEY", "key")
-            backend, _ = await choose.make(settings, {})
+            backend, _ = await choose.make_search_backend(settings, {})
             (found,) = await backend.search("港口", 3, Filters(since="2024-01-02", language="zh"), 5.0)
             assert (found.text, found.authority, found.published_at) == ("港口于1871年开放。", 1, "2025-03-01")
             await backend.close()
@@ -324,8 +326,8 @@ def test_embedding_endpoint_makes_and_asks_the_vectors(rows, tmp_path, monkeypat
             out = tmp_path / "out"
             arguments = [f"--out={out}", str(rows), "--vectors=endpoint", f"--search_options={options}"]
             assert await asyncio.to_thread(command.main, arguments) == 0
-            settings = Settings(world_dir=str(out), search_ranking="dense", search_options=options)
-            backend, _ = await choose.make(settings, {})
+            settings = HostSettings(offline_web=str(out), search_ranking="dense", search_options=options)
+            backend, _ = await choose.make_search_backend(settings, {})
             assert isinstance(backend, EmbeddedBackend)
             found = await backend.search("Park: a Page Alpha has", 1, Filters(), 5.0)
             assert found[0].text == "Alpha has a park."
@@ -345,9 +347,9 @@ def test_embedding_endpoint_makes_and_asks_the_vectors(rows, tmp_path, monkeypat
         ("web", '{"kind": "searxng"}', "needs url"),
         ("opensearch", '{"url": "http://x", "index": "i", "colour": 1}', "has no option colour"),
         ("opensearch", '{"url": "x:9200", "index": "i"}', "expected the search cluster as http://host:port"),
-        ("embedded", "", "expected --world=DIR"),
+        ("embedded", "", "expected --offline_web=DIR"),
     ],
 )
 def test_wrong_search_options_are_named_at_the_start(search, options, message):
     with pytest.raises(ToolHostError, match=message):
-        asyncio.run(serve(Settings(search=search, search_options=options)))
+        asyncio.run(start_host(HostSettings(search=search, search_options=options)))

@@ -22,9 +22,9 @@ from tools_env.search import ranking, store
 from tools_env.search.backend import Filters
 from tools_env.search.citations import Citations
 from tools_env.search.index import PassageIndex
-from tools_env.search.wikitext import pages, plain
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.search.wikitext import dump_pages, plain_text
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 
 def write(path, rows):
@@ -275,18 +275,18 @@ def test_dump_gives_articles_as_prose(tmp_path):
         ("Österreich", 0, '<redirect title="Austria"/>', 8, "#REDIRECT [[Austria]]"),
         ("Talk:Austria", 1, "", 9, "Talk."),
     )
-    (found,) = pages(path)
+    (found,) = dump_pages(path)
     assert (found.title, found.url) == ("Austria", "http://en.wikipedia.org/wiki/Austria")
     assert (found.revision, found.published_at) == ("7", "2024-05-06")
-    assert plain(found.wikitext).splitlines() == [
+    assert plain_text(found.wikitext).splitlines() == [
         "Austria is a landlocked country in Central Europe.",
         "## History",
         "It became a republic in 1918 – see the text.",
     ]
-    assert plain("-{zh-hans:计算机; zh-hant:電腦}-的[[文件:a.jpg|图]]历史") == "计算机的历史"
+    assert plain_text("-{zh-hans:计算机; zh-hant:電腦}-的[[文件:a.jpg|图]]历史") == "计算机的历史"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ToolHostError, match="cannot read the dump"):
-        list(pages(path))
+        list(dump_pages(path))
 
 
 def test_index_without_a_world_is_served_and_its_pages_open(tmp_path):
@@ -299,10 +299,10 @@ def test_index_without_a_world_is_served_and_its_pages_open(tmp_path):
         info.size = len(body)
         out.addfile(info, io.BytesIO(body))
     assert run(tmp_path / "out", wiki, f"{archive},authority=2") == 0
-    assert "CC BY-SA" in (tmp_path / "out" / "LICENCE").read_text()
+    assert "CC BY-SA" in (tmp_path / "out" / "LICENSE").read_text()
 
     async def main():
-        host = await serve(Settings(world_dir=str(tmp_path / "out")))
+        host = await start_host(HostSettings(offline_web=str(tmp_path / "out")))
         client = ToolsClient(host.address)
         try:
             session = await client.open_session("e")

@@ -16,8 +16,8 @@ import pytest
 from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.sandbox import isolation
 from tools_env.tools import arguments, optional, shell
-from tools_env.tools.base import Call
-from tools_env.web.egress import Reach
+from tools_env.tools.base import CallContext
+from tools_env.web.egress import EgressPolicy
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -37,8 +37,8 @@ class Used:
         return self.folder / session
 
     async def output(self, session: str = "one", **given):
-        arguments.check(self.tool.schema, given)
-        return await self.tool.run(Call(self.directory(session), {}, time.monotonic() + 60, 10_000), given)
+        arguments.check_arguments(self.tool.schema, given)
+        return await self.tool.run(CallContext(self.directory(session), {}, time.monotonic() + 60, 10_000), given)
 
     async def __call__(self, *given, **more) -> str:
         return (await self.output(*given, **more)).text
@@ -53,7 +53,7 @@ def with_shell(**options):
             async def inner():
                 async with contextlib.AsyncExitStack() as resources:
                     try:
-                        tool = shell.build({"accept_weaker_isolation": True} | options, resources)
+                        tool = shell.build_tool({"accept_weaker_isolation": True} | options, resources)
                     except ToolHostError as error:
                         pytest.skip(str(error))
                     await test(Used(tool, tmp_path))
@@ -215,11 +215,11 @@ def _running(marker: str) -> bool:
 
 
 def test_weaker_isolation_is_refused_unless_accepted(monkeypatch):
-    monkeypatch.setattr(isolation, "check", lambda groups: ["the network is reachable"])
+    monkeypatch.setattr(isolation, "check_isolation", lambda groups: ["the network is reachable"])
 
     async def build(options):
         async with contextlib.AsyncExitStack() as resources:
-            return shell.build(options, resources)
+            return shell.build_tool(options, resources)
 
     with pytest.raises(ToolHostError, match="the network is reachable.*accept_weaker_isolation"):
         asyncio.run(build({}))
@@ -239,7 +239,7 @@ def test_weaker_isolation_is_refused_unless_accepted(monkeypatch):
 )
 def test_wrong_options_are_refused_by_name(wanted, options, message):
     with pytest.raises(ToolHostError, match=message):
-        optional.build(wanted, options, contextlib.AsyncExitStack(), Reach([], 1))
+        optional.build_optional_tools(wanted, options, contextlib.AsyncExitStack(), EgressPolicy([], 1))
 
 
 HOST = """
@@ -250,7 +250,7 @@ from tools_env.tools.base import Call
 
 async def main():
     async with contextlib.AsyncExitStack() as resources:
-        tool = shell.build({"accept_weaker_isolation": True}, resources)
+        tool = shell.build_tool({"accept_weaker_isolation": True}, resources)
         command = "while :; do date +%s.%N > beat; sleep 0.05; done & echo up"
         call = Call(Path(sys.argv[1]), {}, time.monotonic() + 60, 1000)
         print((await tool.run(call, {"command": command})).text, flush=True)

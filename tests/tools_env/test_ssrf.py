@@ -11,9 +11,9 @@ import contextlib
 import pytest
 
 from tools_env.errors import ToolError
-from tools_env.web.egress import Reach, is_public, literal_address
+from tools_env.web.egress import EgressPolicy, is_public, literal_address
 from tools_env.web.fetch import Fetcher
-from tools_env.web.proxy import Proxy
+from tools_env.web.proxy import ForwardProxy
 
 PUBLIC = "93.184.215.14"
 
@@ -81,8 +81,8 @@ async def table(host: str, port: int) -> list[str]:
     return [str(literal)]
 
 
-def reach(port: int = 1, **options) -> Reach:
-    return Reach(["atlas.test"], port, True, lookup=options.get("lookup", table))
+def egress_policy(port: int = 1, **options) -> EgressPolicy:
+    return EgressPolicy(["atlas.test"], port, True, lookup=options.get("lookup", table))
 
 
 class Wires:
@@ -115,8 +115,8 @@ def wires(monkeypatch):
     return found
 
 
-async def fetch_failure(reach: Reach, url: str) -> str:
-    fetcher = Fetcher(reach)
+async def fetch_failure(egress: EgressPolicy, url: str) -> str:
+    fetcher = Fetcher(egress)
     try:
         with pytest.raises(ToolError) as failure:
             await fetcher.fetch(url)
@@ -127,7 +127,7 @@ async def fetch_failure(reach: Reach, url: str) -> str:
 
 @pytest.mark.parametrize("host", PRIVATE)
 def test_fetcher_never_connects_to_a_private_address(host, wires):
-    why = asyncio.run(fetch_failure(reach(), f"http://{host}/latest/meta-data"))
+    why = asyncio.run(fetch_failure(egress_policy(), f"http://{host}/latest/meta-data"))
     assert wires.tried == [] and why in ("unknown host", "not an http address")
 
 
@@ -135,7 +135,7 @@ def test_fetcher_never_connects_to_a_private_address(host, wires):
 def test_proxy_never_connects_to_a_private_address(host):
     async def main():
         wires = Wires()
-        async with proxied(reach(), wires) as ask:
+        async with proxied(egress_policy(), wires) as ask:
             ascii_host = host if host.isascii() else host.encode("idna").decode()
             for line in (f"GET http://{ascii_host}/ HTTP/1.1", f"CONNECT {ascii_host}:443 HTTP/1.1"):
                 status, _ = await ask(line)
@@ -146,9 +146,9 @@ def test_proxy_never_connects_to_a_private_address(host):
 
 
 @contextlib.asynccontextmanager
-async def proxied(where: Reach, connect, **limits):
+async def proxied(where: EgressPolicy, connect, **limits):
     """Yields a function that sends one request's head (and body) to a proxy: (status, whole reply)."""
-    proxy = Proxy(where, "secret", connect=connect, **limits)
+    proxy = ForwardProxy(where, "secret", connect=connect, **limits)
     port = await proxy.start()
 
     async def ask(line: str, *headers: str, body: bytes = b"", secret: str = "secret") -> tuple[int, bytes]:
@@ -198,7 +198,7 @@ async def proxied(where: Reach, connect, **limits):
     ],
 )
 def test_fetcher_refuses_tricks_and_other_schemes(url, wires):
-    why = asyncio.run(fetch_failure(reach(), url))
+    why = asyncio.run(fetch_failure(egress_policy(), url))
     assert wires.tried == [] and why in ("unknown host", "cannot connect", "not an http address")
 
 
@@ -218,7 +218,7 @@ def test_fetcher_refuses_tricks_and_other_schemes(url, wires):
 def test_proxy_refuses_other_schemes_and_ports(line, status):
     async def main():
         wires = Wires()
-        async with proxied(reach(), wires) as ask:
+        async with proxied(egress_policy(), wires) as ask:
             assert (await ask(line))[0] == status
         assert wires.tried == []
 
@@ -239,11 +239,11 @@ def test_a_name_that_changes_its_address_reaches_only_what_was_checked(wires):
     async def main():
         for scheme, port in (("http", 80), ("https", 443)):
             wires.tried.clear()
-            await fetch_failure(reach(lookup=rebinding()), f"{scheme}://rebind.example/")
+            await fetch_failure(egress_policy(lookup=rebinding()), f"{scheme}://rebind.example/")
             assert set(wires.tried) == {(PUBLIC, port)}
         for line in ("GET http://rebind.example/ HTTP/1.1", "CONNECT rebind.example:80 HTTP/1.1"):
             stand_in = Wires()
-            async with proxied(reach(lookup=rebinding()), stand_in) as ask:
+            async with proxied(egress_policy(lookup=rebinding()), stand_in) as ask:
                 wires.allowed = set(range(1024, 65536))  # the way to the proxy itself
                 assert (await ask(line))[0] == 502
             assert stand_in.tried == [(PUBLIC, 80)]
@@ -253,7 +253,7 @@ def test_a_name_that_changes_its_address_reaches_only_what_was_checked(wires):
 
 def test_of_a_name_with_several_addresses_only_the_public_ones_are_tried(wires):
     async def main():
-        await fetch_failure(reach(), "http://both.example/")
+        await fetch_failure(egress_policy(), "http://both.example/")
         assert set(wires.tried) == {(PUBLIC, 80)}
 
     asyncio.run(main())
@@ -263,7 +263,7 @@ def test_without_the_internet_no_name_is_looked_up():
     async def lookup(host, port):
         raise AssertionError("looked up")
 
-    closed = Reach(["atlas.test"], 1, False, lookup=lookup)
+    closed = EgressPolicy(["atlas.test"], 1, False, lookup=lookup)
 
     async def main():
         for host in ("good.example", PUBLIC, "127.0.0.1"):
@@ -326,7 +326,7 @@ def test_fetcher_follows_no_redirect_to_a_private_place(to, way, wires):
 
         async with serving(answer) as port:
             wires.allowed = {port}
-            await fetch_failure(reach(port), "http://atlas.test/")
+            await fetch_failure(egress_policy(port), "http://atlas.test/")
             assert set(wires.tried) == {("127.0.0.1", port)} and asked == [b"/"]
 
     asyncio.run(main())
@@ -335,7 +335,7 @@ def test_fetcher_follows_no_redirect_to_a_private_place(to, way, wires):
 def test_proxy_serves_nobody_without_its_secret():
     async def main():
         wires = Wires()
-        async with proxied(reach(), wires) as ask:
+        async with proxied(egress_policy(), wires) as ask:
             for line in ("GET http://atlas.test/ HTTP/1.1", "CONNECT atlas.test:80 HTTP/1.1"):
                 assert (await ask(line, secret="other"))[0] == 407
         assert wires.tried == []
@@ -358,7 +358,7 @@ def test_proxy_passes_one_request_and_says_which_host_it_is_for():
         async with serving(answer) as port:
             wires = Wires()
             wires.allowed = {port}
-            async with proxied(reach(port), wires, seconds=0.5) as ask:
+            async with proxied(egress_policy(port), wires, seconds=0.5) as ask:
                 status, reply = await ask(
                     *(
                         "POST http://atlas.test/a?b HTTP/1.1",
@@ -393,7 +393,7 @@ def test_proxy_bounds_size_time_and_number_of_connections():
             wires = Wires()
             wires.allowed = {port}
             limits = {"max_bytes": 100_000, "seconds": 0.5, "connections": 2}
-            async with proxied(reach(port), wires, **limits) as ask:
+            async with proxied(egress_policy(port), wires, **limits) as ask:
                 assert len((await ask("GET http://atlas.test/big HTTP/1.1"))[1]) < 101_000
                 assert (await ask("GET http://atlas.test/head HTTP/1.1"))[0] == 431
                 assert (await ask("GET http://atlas.test/ HTTP/1.1", "X: " + "y" * 100_000))[0] in (0, 431)
@@ -410,9 +410,9 @@ def test_proxy_bounds_size_time_and_number_of_connections():
 def test_what_is_no_web_address_is_refused_before_any_client_sees_it(url):
     """A client would take 1.2.3.4.5 for an address and ask the system about it, past the lookup that is checked."""
     with pytest.raises(ToolError, match="not an http address"):
-        reach().url(url)
+        egress_policy().url(url)
 
 
 @pytest.mark.parametrize("host", ["0x5db8d70e", "1572394766", "93.12113678", "0135.0270.0327.016", PUBLIC])
 def test_an_address_is_connected_to_in_its_plain_spelling(host):
-    assert reach().url(f"http://{host}/a").raw_host == PUBLIC
+    assert egress_policy().url(f"http://{host}/a").raw_host == PUBLIC

@@ -7,19 +7,19 @@ import pytest
 
 from tools_env.errors import BadArguments, ToolError
 from tools_env.tools import arguments, file, patch, todo
-from tools_env.tools.base import Call
+from tools_env.tools.base import CallContext
 
-FILE = file.make(max_file_chars=5_000, max_files=5)
+FILE = file.make_file_tool(max_file_chars=5_000, max_files=5)
 
 
 @pytest.fixture
 def use(tmp_path):
     """Calls a tool on a fresh session folder and returns the output's text."""
     (tmp_path / "session" / "workspace").mkdir(parents=True)
-    call = Call(tmp_path / "session", {}, time.monotonic() + 60, 200)
+    call = CallContext(tmp_path / "session", {}, time.monotonic() + 60, 200)
 
     def run(tool, **given):
-        arguments.check(tool.schema, given)
+        arguments.check_arguments(tool.schema, given)
         return asyncio.run(tool.run(call, given)).text
 
     return run
@@ -75,20 +75,20 @@ def test_quotas_and_missing_things_are_told(use):
 
 
 def test_exact_patch_replaces_only_the_anchor():
-    done = patch.apply("a b c\nd e f\n", "b c\nd", "X")
+    done = patch.apply_patch("a b c\nd e f\n", "b c\nd", "X")
     assert (done.text, done.first_line, done.last_line, done.exact) == ("a Xe f\n".replace("Xe", "X e"), 1, 2, True)
 
 
 def test_patch_with_typos_finds_the_right_lines():
     lines = [f"{i * 7919 % 1000:b} speaks about the subject {i * 104729 % 9973:b}." for i in range(300)]
     anchor = lines[123].replace("speaks", "speeks").replace("subject", "subjct")
-    done = patch.apply("\n".join(lines), anchor, "NEW")
+    done = patch.apply_patch("\n".join(lines), anchor, "NEW")
     assert done.text.split("\n")[123] == "NEW" and not done.exact
     assert done.text.split("\n")[:123] + done.text.split("\n")[124:] == lines[:123] + lines[124:]
 
 
 def test_patch_deletes_with_an_empty_replacement():
-    assert patch.apply("one\ntwo thing\nthree", "two thingg", "").text == "one\nthree"
+    assert patch.apply_patch("one\ntwo thing\nthree", "two thingg", "").text == "one\nthree"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_patch_deletes_with_an_empty_replacement():
 )
 def test_patch_refuses_rather_than_guesses(text, anchor, message):
     with pytest.raises(ToolError, match=message):
-        patch.apply(text, anchor, "y")
+        patch.apply_patch(text, anchor, "y")
 
 
 def test_failed_patch_leaves_the_file(use):

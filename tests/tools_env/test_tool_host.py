@@ -30,8 +30,8 @@ def ask(address, arguments, token=None):
     return asyncio.run(main())
 
 
-def test_host_serves_restarts_on_its_port_and_stops(world, tmp_path):
-    with ToolHost(world, web_port=9, token="secret", topk=1, log_path=tmp_path / "log") as host:
+def test_host_serves_restarts_on_its_port_and_stops(offline_web, tmp_path):
+    with ToolHost(offline_web, web_port=9, token="secret", topk=1, log_path=tmp_path / "log") as host:
         first = ask(host.address, {"queries": ["capital of Austria"]}, token="secret")
         assert len(first.sources) == 1 and first.text.splitlines()[1].startswith("The capital of Austria is Vienna.")
         with pytest.raises(ToolInfraError, match="UNAUTHENTICATED"):
@@ -57,7 +57,7 @@ def test_host_serves_restarts_on_its_port_and_stops(world, tmp_path):
 
         assert asyncio.run(over_a_restart()).text == first.text
 
-        other = ToolHost(world, web_port=9, port=int(host.address.rsplit(":")[1]), log_path=tmp_path / "other")
+        other = ToolHost(offline_web, web_port=9, port=int(host.address.rsplit(":")[1]), log_path=tmp_path / "other")
         with pytest.raises(ToolHostError, match="the port is in use"):
             other.start()
     assert not host.alive()
@@ -65,7 +65,7 @@ def test_host_serves_restarts_on_its_port_and_stops(world, tmp_path):
 
 
 def test_world_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ToolHostError, match="sites.json does not exist; build the world first"):
+    with pytest.raises(ToolHostError, match="sites.json does not exist; build the offline web first"):
         ToolHost(tmp_path / "none", web_port=9, log_path=tmp_path / "log").start()
 
 
@@ -74,11 +74,18 @@ def test_setting_that_cannot_work_is_named(tmp_path):
         ToolHost(tmp_path, concurrency=0)
 
 
-def test_sigterm_drains_the_call_in_flight_and_ends_cleanly(world, tmp_path):
+def test_sigterm_drains_the_call_in_flight_and_ends_cleanly(offline_web, tmp_path):
     """A page whose reply is held back until after the signal still reaches the caller."""
     port_file = tmp_path / "port"
     listener = socket.create_server(("127.0.0.1", 0))
-    command = [sys.executable, "-m", "launch.serve_tools", f"--world={world}", "--port=0", f"--port_file={port_file}"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.serve_tools",
+        f"--offline_web={offline_web}",
+        "--port=0",
+        f"--port_file={port_file}",
+    ]
     command += [f"--web_port={listener.getsockname()[1]}", "--config.tools.fetch_timeout=20"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
@@ -114,10 +121,10 @@ def test_sigterm_drains_the_call_in_flight_and_ends_cleanly(world, tmp_path):
         listener.close()
 
 
-def test_host_stops_when_the_process_that_started_it_ends(world, tmp_path):
+def test_host_stops_when_the_process_that_started_it_ends(offline_web, tmp_path):
     code = (
         "import os, sys; from tools_env.process import ToolHost\n"
-        f"host = ToolHost({str(world)!r}, web_port=9, log_path={str(tmp_path / 'log')!r}); host.start()\n"
+        f"host = ToolHost({str(offline_web)!r}, web_port=9, log_path={str(tmp_path / 'log')!r}); host.start()\n"
         "print(host.pid, flush=True); os._exit(0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -136,9 +143,9 @@ def test_host_stops_when_the_process_that_started_it_ends(world, tmp_path):
 
 def test_flags_carry_every_setting(monkeypatch):
     monkeypatch.setenv("STEPDR_TOOLS_TOKEN", "secret")
-    settings, port_file, stop = parse_flags(
-        ["--world=w", "--topk=3", "--fetch_timeout=0.5", "--port_file=p", "--web_port=7"]
+    settings, flags = parse_flags(
+        ["--offline_web=w", "--topk=3", "--fetch_timeout=0.5", "--port_file=p", "--web_port=7"]
     )
-    assert (settings.world_dir, settings.topk, settings.fetch_timeout, settings.web_port) == ("w", 3, 0.5, 7)
+    assert (settings.offline_web, settings.topk, settings.fetch_timeout, settings.web_port) == ("w", 3, 0.5, 7)
     assert (settings.token, settings.state_dir, settings.allow_internet) == ("secret", None, False)
-    assert (port_file, stop) == ("p", False)
+    assert (flags.port_file, flags.mcp, flags.stop_with_stdin) == ("p", False, False)

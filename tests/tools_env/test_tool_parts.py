@@ -10,21 +10,21 @@ import pytest
 from tools_env.cache import retrieval as cache
 from tools_env.cache.shared_work import SharedWork
 from tools_env.errors import RetryLater, ToolError, ToolHostError, UnknownSession
-from tools_env.service.limits import Limit
-from tools_env.service.sessions import Budget, Opening, Sessions
+from tools_env.service.limits import ConcurrencyLimit
+from tools_env.service.sessions import Budget, Sessions, SessionSpec
 from tools_env.tools.implicit_context import whole_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_cache_key_ignores_field_order_but_not_version():
-    assert cache.key("t", "1", {"a": 1, "b": 2}) == cache.key("t", "1", {"b": 2, "a": 1})
-    assert cache.key("t", "1", {}) != cache.key("t", "2", {})
+    assert cache.cache_key("t", "1", {"a": 1, "b": 2}) == cache.cache_key("t", "1", {"b": 2, "a": 1})
+    assert cache.cache_key("t", "1", {}) != cache.cache_key("t", "2", {})
 
 
 def test_cache_computes_once_for_concurrent_callers_and_never_keeps_a_failure():
     async def main():
-        store, count = cache.Cache(), 0
+        store, count = cache.RetrievalCache(), 0
 
         async def compute():
             nonlocal count
@@ -45,7 +45,7 @@ def test_cache_computes_once_for_concurrent_callers_and_never_keeps_a_failure():
 
 def test_cache_forgets_the_least_recently_used():
     async def main():
-        store = cache.Cache(entries=2)
+        store = cache.RetrievalCache(entries=2)
 
         async def one():
             return 1
@@ -60,7 +60,7 @@ def test_cache_forgets_the_least_recently_used():
 def test_file_that_is_no_cache_is_named(tmp_path):
     (tmp_path / "cache.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(ToolHostError, match="not a usable retrieval cache"):
-        cache.Cache(tmp_path / "cache.sqlite")
+        cache.RetrievalCache(tmp_path / "cache.sqlite")
 
 
 def test_shared_work_survives_one_caller_and_ends_with_the_last():
@@ -88,7 +88,7 @@ def test_shared_work_survives_one_caller_and_ends_with_the_last():
 
 def test_limit_counts_right_under_cancellation():
     async def main():
-        limit, gate = Limit("t", 1, 1), asyncio.Event()
+        limit, gate = ConcurrencyLimit("t", 1, 1), asyncio.Event()
 
         async def hold():
             async with limit.slot():
@@ -111,7 +111,7 @@ def test_limit_counts_right_under_cancellation():
 def test_idle_session_ends_with_its_lease_and_takes_its_files_along(tmp_path):
     now = [0.0]
     sessions = Sessions(tmp_path, lease=10.0, clock=lambda: now[0])
-    idle, used = (sessions.open(Opening(name, name, Budget())) for name in "ab")
+    idle, used = (sessions.open(SessionSpec(name, name, Budget())) for name in "ab")
     now[0] = 8.0
 
     async def call():
@@ -130,8 +130,8 @@ def test_idle_session_ends_with_its_lease_and_takes_its_files_along(tmp_path):
 
 def test_repeated_open_request_gets_the_same_session(tmp_path):
     sessions = Sessions(tmp_path, lease=10.0)
-    assert sessions.open(Opening("r", "e", Budget())) is sessions.open(Opening("r", "e", Budget()))
-    assert sessions.open(Opening("s", "e", Budget())) is not sessions.open(Opening("r", "e", Budget()))
+    assert sessions.open(SessionSpec("r", "e", Budget())) is sessions.open(SessionSpec("r", "e", Budget()))
+    assert sessions.open(SessionSpec("s", "e", Budget())) is not sessions.open(SessionSpec("r", "e", Budget()))
 
 
 def test_cut_first_passage_keeps_its_citation():
@@ -184,15 +184,15 @@ def test_stubs_fit_the_proto(tmp_path):
 def test_a_tool_that_is_called_instant_never_waits(tmp_path):
     """Their calls have no task of their own, so a wait in one would hold its caller beyond the deadline."""
     from tools_env.tools import file, todo
-    from tools_env.tools.base import Call
+    from tools_env.tools.base import CallContext
 
     (tmp_path / "workspace").mkdir()
     calls = [(todo.TOOL, {}), (todo.TOOL, {"items": ["a"]}), (todo.TOOL, {"items": []})]
-    tool = file.make(1000, 10)
+    tool = file.make_file_tool(1000, 10)
     calls += [(tool, {"op": op, "path": "a", "content": "x"}) for op in ("write", "append", "read", "stat")]
     calls.append((tool, {"op": "list"}))
     calls.append((tool, {"op": "patch", "path": "a", "anchor": "xx", "replacement": "y"}))
     for one, arguments in calls:
         assert one.instant
         with pytest.raises(StopIteration):
-            one.run(Call(tmp_path, {}, 0.0, 700), arguments).send(None)
+            one.run(CallContext(tmp_path, {}, 0.0, 700), arguments).send(None)

@@ -12,8 +12,8 @@ from tools_env.search.index import PassageIndex
 
 
 @pytest.fixture(scope="module")
-def index(world):
-    return PassageIndex(world)
+def index(offline_web):
+    return PassageIndex(offline_web)
 
 
 def found(index, query, topk=3):
@@ -57,9 +57,9 @@ def test_query_about_nothing_known_finds_nothing(index, query):
     assert found(index, query) == []
 
 
-def test_equal_queries_give_equal_order_also_from_a_rebuilt_index(index, tmp_path, world):
+def test_equal_queries_give_equal_order_also_from_a_rebuilt_index(index, tmp_path, offline_web):
     for name in ("documents.jsonl", "sites.json"):
-        (tmp_path / name).write_bytes((world / name).read_bytes())
+        (tmp_path / name).write_bytes((offline_web / name).read_bytes())
     again = PassageIndex(tmp_path)
     for query in ("capital", "coin", "首都", "neighbours of Land7"):
         assert index.search(query, 10) == again.search(query, 10)
@@ -68,9 +68,9 @@ def test_equal_queries_give_equal_order_also_from_a_rebuilt_index(index, tmp_pat
         ]
 
 
-def test_index_is_built_once_and_rebuilt_when_the_documents_change(tmp_path, world):
+def test_index_is_built_once_and_rebuilt_when_the_documents_change(tmp_path, offline_web):
     for name in ("documents.jsonl", "sites.json"):
-        (tmp_path / name).write_bytes((world / name).read_bytes())
+        (tmp_path / name).write_bytes((offline_web / name).read_bytes())
     first = PassageIndex(tmp_path)
     made = (tmp_path / "index" / "index.json").stat().st_mtime_ns
     PassageIndex(tmp_path)
@@ -104,9 +104,9 @@ def test_spellings_of_an_address_give_one_citation_id():
     assert canonical_url("http://a.test/x%2Fy?q=a%26b") == "http://a.test/x%2Fy?q=a%26b"
 
 
-def test_damaged_index_is_rebuilt(tmp_path, world):
+def test_damaged_index_is_rebuilt(tmp_path, offline_web):
     for name in ("documents.jsonl", "sites.json"):
-        (tmp_path / name).write_bytes((world / name).read_bytes())
+        (tmp_path / name).write_bytes((offline_web / name).read_bytes())
     PassageIndex(tmp_path)
     (tmp_path / "index" / "passages.jsonl").write_text('{"id": "web_')
     for part in (tmp_path / "index" / "tantivy").iterdir():

@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.protocol import tools_pb2
-from tools_env.server import SERVICE
+from tools_env.service.host import SERVICE
 
 
 def search(*queries):

@@ -12,9 +12,9 @@ from aiohttp import web
 
 from tools_env.errors import ToolError
 from tools_env.web import page
-from tools_env.web.charset import decode
-from tools_env.web.egress import Reach
-from tools_env.web.fetch import Fetched, Fetcher
+from tools_env.web.charset import decode_body
+from tools_env.web.egress import EgressPolicy
+from tools_env.web.fetch import FetchedPage, Fetcher
 
 
 async def opened(it, *urls, session=None, call_id="0.0"):
@@ -199,18 +199,18 @@ def test_pdf_paragraphs_are_read():
     ]
     body = "%PDF-1.4\n" + "".join(f"{i} 0 obj\n{o}\nendobj\n" for i, o in enumerate(objects, 1))
     body += "trailer << /Root 1 0 R /Size 6 >>\n%%EOF\n"
-    read = page.read(Fetched("http://atlas.test/a.pdf", "application/pdf", None, body.encode()))
+    read = page.extract_page(FetchedPage("http://atlas.test/a.pdf", "application/pdf", None, body.encode()))
     assert read.passages == [
         "The capital of Austria is Vienna.",
         "It lies on the Danube and has two million people.",
     ]
     with pytest.raises(ToolError, match="unreadable PDF"):
-        page.read(Fetched("http://atlas.test/a.pdf", "application/pdf", None, b"no pdf"))
+        page.extract_page(FetchedPage("http://atlas.test/a.pdf", "application/pdf", None, b"no pdf"))
 
 
 @pytest.mark.parametrize("body", [b"", b"<", b"\x00\xff", b"<html></html>", b"<?xml version='1.0' encoding='x'?><p>hi"])
 def test_broken_html_is_never_a_fault(body):
-    page.read(Fetched("http://atlas.test/", "text/html", "no-such-charset", body))
+    page.extract_page(FetchedPage("http://atlas.test/", "text/html", "no-such-charset", body))
 
 
 @contextlib.asynccontextmanager
@@ -231,7 +231,7 @@ async def odd_server(replies: dict[bytes, bytes], slow: frozenset = frozenset())
 
     server = await asyncio.start_server(talk, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    fetcher = Fetcher(Reach(["atlas.test"], port), timeout=1.0, max_bytes=100_000)
+    fetcher = Fetcher(EgressPolicy(["atlas.test"], port), timeout=1.0, max_bytes=100_000)
     try:
         yield fetcher
     finally:
@@ -342,7 +342,7 @@ def test_a_cookie_comes_back_within_a_page_and_is_forgotten_after_it():
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        fetcher = Fetcher(Reach(["atlas.test"], runner.addresses[0][1]), max_redirects=1)
+        fetcher = Fetcher(EgressPolicy(["atlas.test"], runner.addresses[0][1]), max_redirects=1)
         for _ in range(2):
             assert (await fetcher.fetch("http://atlas.test/")).body == LINE
         await fetcher.close()
@@ -371,7 +371,7 @@ RU = "Столица Австрии Вена. Валюта этой страны
     ],
 )
 def test_charset_is_found_without_a_true_declaration(said, charset, declared):
-    assert decode(f"<main><p>{said}</p></main>".encode(charset), declared) == f"<main><p>{said}</p></main>"
+    assert decode_body(f"<main><p>{said}</p></main>".encode(charset), declared) == f"<main><p>{said}</p></main>"
 
 
 @pytest.mark.parametrize(
@@ -379,13 +379,13 @@ def test_charset_is_found_without_a_true_declaration(said, charset, declared):
     [("gbk", "utf-8"), ("utf-8", "gbk"), ("utf-8", "iso-8859-1"), ("gb18030", "gb2312"), ("utf-8", "big5")],
 )
 def test_a_wrong_declaration_does_no_harm(charset, declared):
-    assert decode(f"<main><p>{ZH}</p></main>".encode(charset), declared) == f"<main><p>{ZH}</p></main>"
+    assert decode_body(f"<main><p>{ZH}</p></main>".encode(charset), declared) == f"<main><p>{ZH}</p></main>"
 
 
 def test_one_broken_byte_does_not_change_the_charset():
     for said, charset in ((FR, "utf-8"), (ZH * 8, "gbk")):
         body = said.encode(charset) + b"\xff!"
-        assert decode(body, charset).startswith(said) and decode(body, None).startswith(said)
+        assert decode_body(body, charset).startswith(said) and decode_body(body, None).startswith(said)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_one_broken_byte_does_not_change_the_charset():
 )
 def test_invalid_and_huge_html_is_read_in_time(body):
     began = time.monotonic()
-    passages = page.read(Fetched("http://atlas.test/", "text/html", None, body)).passages
+    passages = page.extract_page(FetchedPage("http://atlas.test/", "text/html", None, body)).passages
     assert any("text that is deep below" in passage for passage in passages) and time.monotonic() - began < 5
 
 
@@ -410,5 +410,5 @@ def test_tables_lists_and_quotes_become_lines():
         "<main><h1>Facts</h1><ul><li>first <b>one</b></li><li>second one</li></ul>"
         "<table><tr><th>Country<th>Capital<tr><td>Austria<td>Vienna</table><pre>a line\nof code</pre><script>no</script></main>"
     )
-    read = page.read(Fetched("http://atlas.test/", "text/html", None, body.encode()))
+    read = page.extract_page(FetchedPage("http://atlas.test/", "text/html", None, body.encode()))
     assert read.passages == ["first one", "second one", "Country | Capital", "Austria | Vienna", "a line of code"]

@@ -19,8 +19,8 @@ from tools_env.errors import CallUnfinished, RetryLater, ToolHostError, Unavaila
 from tools_env.process import ToolHost
 from tools_env.protocol import tools_pb2
 from tools_env.service.service import ToolService
-from tools_env.service.sessions import Budget, Opening, Sessions, owner
-from tools_env.tools.base import Output, Tool
+from tools_env.service.sessions import Budget, Sessions, SessionSpec, owning_worker
+from tools_env.tools.base import Tool, ToolOutput
 
 ROOT = Path(__file__).resolve().parents[2]
 APPEND = {"op": "append", "path": "a.md", "content": "x"}
@@ -49,7 +49,7 @@ def test_call_that_was_cut_off_is_not_run_again_unless_it_changes_nothing(tmp_pa
     async def main():
         runs = []
         sessions = Sessions(tmp_path, lease=60.0, durable=True)
-        session = sessions.open(Opening("r", "e", Budget()))
+        session = sessions.open(SessionSpec("r", "e", Budget()))
 
         async def cut_off():
             session.begin("0")
@@ -75,12 +75,12 @@ def test_call_that_a_tool_refused_before_any_effect_runs_when_it_comes_again(tmp
         async def run(call, arguments):
             if refusals:
                 raise refusals.pop()
-            return Output("done")
+            return ToolOutput("done")
 
         tool = Tool("click", "d", {"type": "object", "properties": {}}, run)
         limits = dict(lease=60.0, max_chars=700, concurrency=1, queue=1)
         sessions = Sessions(tmp_path, lease=60.0, durable=True)
-        session = sessions.open(Opening("r", "e", Budget(tool_calls=2)))
+        session = sessions.open(SessionSpec("r", "e", Budget(tool_calls=2)))
         for host in (sessions, Sessions(tmp_path, lease=60.0, durable=True)):
             with pytest.raises((RetryLater, Unavailable)):
                 await ToolService([tool], host, **limits).call(session.id, "0", "click", "{}", time.monotonic() + 5)
@@ -93,7 +93,7 @@ def test_call_that_a_tool_refused_before_any_effect_runs_when_it_comes_again(tmp
 
 def test_torn_last_line_of_a_journal_is_dropped_and_an_ended_lease_is_not_taken_up(tmp_path):
     sessions = Sessions(tmp_path, lease=60.0, durable=True)
-    torn, old = (sessions.open(Opening(name, "e", Budget(tool_calls=2))) for name in "ab")
+    torn, old = (sessions.open(SessionSpec(name, "e", Budget(tool_calls=2))) for name in "ab")
     with open(torn.directory / "journal.jsonl", "a") as file:
         file.write('{"done": "0", "asked": "x", "to')
     os.utime(old.directory / "journal.jsonl", (1, 1))
@@ -117,7 +117,7 @@ def test_calls_of_one_tool_have_a_budget_of_their_own(running):
 
 def test_session_ids_cannot_be_guessed_from_others(tmp_path):
     sessions = Sessions(tmp_path, lease=60.0, durable=False)
-    secrets = [sessions.open(Opening(str(i), "e", Budget())).id.rsplit("_", 1)[1] for i in range(200)]
+    secrets = [sessions.open(SessionSpec(str(i), "e", Budget())).id.rsplit("_", 1)[1] for i in range(200)]
     bits = [int(secret, 16) for secret in secrets]
     assert all(len(secret) == 16 for secret in secrets) and len(set(bits)) == 200
     ones = [sum(b >> place & 1 for b in bits) for place in range(64)]
@@ -126,8 +126,10 @@ def test_session_ids_cannot_be_guessed_from_others(tmp_path):
 
 
 def test_session_ids_name_their_worker_and_nothing_else_does():
-    assert [owner(f"session_{i}_ab", 3) for i in range(4)] == [0, 1, 2, 0]
-    assert {owner(name, 3) for name in ("", "x", "session_1", "session_-1_a", "session_9999999_a", "a_b_c")} == {None}
+    assert [owning_worker(f"session_{i}_ab", 3) for i in range(4)] == [0, 1, 2, 0]
+    assert {
+        owning_worker(name, 3) for name in ("", "x", "session_1", "session_-1_a", "session_9999999_a", "a_b_c")
+    } == {None}
 
 
 def test_state_folder_of_a_running_host_is_refused(running, tmp_path):
@@ -150,11 +152,11 @@ def children(pid: int) -> dict[int, int]:
     return found
 
 
-def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(world, tmp_path):
+def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(offline_web, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         metrics_port = free.getsockname()[1]
     port_file = tmp_path / "address"
-    command = [sys.executable, "-m", "tools_env.server", f"--world={world}", "--workers=3", "--web_port=9"]
+    command = [sys.executable, "-m", "tools_env.server", f"--offline_web={offline_web}", "--workers=3", "--web_port=9"]
     command += [f"--metrics_port={metrics_port}", f"--port_file={port_file}", "--stop_with_stdin"]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -163,13 +165,13 @@ def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(world, t
         async def main():
             clients = [ToolsClient(address, channels=4, call_timeout=20.0)]
             sessions = [await clients[0].open_session(str(i)) for i in range(12)]
-            places = {owner(session.id, 3) for session in sessions}
+            places = {owning_worker(session.id, 3) for session in sessions}
             for attempt in range(30):  # a connection ends at any worker: open more until each has a session
                 if places == {0, 1, 2}:
                     break
                 clients.append(ToolsClient(address, channels=1, call_timeout=20.0))
                 sessions.append(await clients[-1].open_session(f"more {attempt}"))
-                places.add(owner(sessions[-1].id, 3))
+                places.add(owning_worker(sessions[-1].id, 3))
             assert places == {0, 1, 2}
             first = await asyncio.gather(*(s.call("file", APPEND, call_id="0") for s in sessions))
             # Each of the pool's connections ends at some worker; every session is reached over all of them.
@@ -194,7 +196,7 @@ def test_killed_worker_returns_with_its_sessions_while_the_others_go_on(world, t
         text = urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics").read().decode()
         total = re.search(r'^stepdr_tool_calls_total\{outcome="ok",tool="file"\} (\S+)$', text, re.MULTILINE)
         assert float(total.group(1)) == 24.0
-        taken = ToolHost(world, web_port=9, port=int(address.rsplit(":")[1]), log_path=tmp_path / "log")
+        taken = ToolHost(offline_web, web_port=9, port=int(address.rsplit(":")[1]), log_path=tmp_path / "log")
         with pytest.raises(ToolHostError, match="cannot listen on"):
             taken.start()
         kept = list(children(process.pid).values())

@@ -7,17 +7,17 @@ import random
 import pytest
 
 from tools_env.client import ToolsClient
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 from tools_env.search import text
 from tools_env.search.index import PassageIndex
-from tools_env.server import serve
-from tools_env.service.settings import Settings
+from tools_env.service.host import start_host
+from tools_env.service.settings import HostSettings
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     path = tmp_path_factory.mktemp("built") / "world"
-    build_world(path, seed=0)
+    build_offline_web(path, seed=0)
     return path
 
 
@@ -58,7 +58,7 @@ def test_opened_pages_cite_as_search_does_and_odd_hosts_fail_for_themselves(buil
     chosen = [row for row in chosen if "scrapbook" not in row["url"]]
 
     async def main():
-        host = await serve(Settings(world_dir=str(built), max_observation_chars=1_000_000))
+        host = await start_host(HostSettings(offline_web=str(built), max_observation_chars=1_000_000))
         client = ToolsClient(host.address)
         try:
             index = PassageIndex(built)

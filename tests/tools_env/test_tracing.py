@@ -11,7 +11,7 @@ import pytest
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.process import ToolHost
-from tools_env.service.tracing import Spans
+from tools_env.service.tracing import SpanInterceptor
 
 pytest.importorskip("opentelemetry.sdk", reason="the extra telemetry is not installed")
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc  # noqa: E402
@@ -77,12 +77,12 @@ def test_every_call_is_a_span_with_what_came_of_it(running):
     asyncio.run(main())
 
 
-def test_a_callers_trace_goes_on_in_the_host_and_through_its_workers(world, tmp_path):
+def test_a_callers_trace_goes_on_in_the_host_and_through_its_workers(offline_web, tmp_path):
     from opentelemetry.sdk.trace import TracerProvider
 
     async def main():
         async with collecting() as (collector, endpoint):
-            host = ToolHost(world, web_port=9, workers=2, otlp_endpoint=endpoint, log_path=tmp_path / "log")
+            host = ToolHost(offline_web, web_port=9, workers=2, otlp_endpoint=endpoint, log_path=tmp_path / "log")
             await asyncio.to_thread(host.start)
             try:
                 client = ToolsClient(host.address, channels=8)
@@ -122,12 +122,12 @@ def test_without_opentelemetry_the_host_starts_and_says_what_the_setting_needs(m
         "import sys; sys.modules['opentelemetry'] = None\n"
         "import tools_env.server, tools_env.client\n"
         "from tools_env.errors import ToolHostError\n"
-        "from tools_env import tracing\n"
-        "assert tracing.outgoing() == [] and tracing.outgoing({'traceparent': 'x'}) == [('traceparent', 'x')]\n"
-        "try: tracing.Spans('http://127.0.0.1:1')\n"
+        "from tools_env.service import tracing\n"
+        "assert tracing.outgoing_trace_context() == [] and tracing.outgoing_trace_context({'traceparent': 'x'}) == [('traceparent', 'x')]\n"
+        "try: tracing.SpanInterceptor('http://127.0.0.1:1')\n"
         "except ToolHostError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install .[telemetry]" in done.stdout, done.stderr
     with pytest.raises(ToolHostError, match="expected otlp_endpoint as http://host:port"):
-        Spans("127.0.0.1:4317")
+        SpanInterceptor("127.0.0.1:4317")

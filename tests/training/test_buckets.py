@@ -12,6 +12,7 @@ import pytest
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import buckets, checkpoint, chunks, saving, storage
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.training import loop, state
 from tests.training import kills, stores, tiny
 from tests.training.test_checkpoint import TREE
@@ -115,13 +116,13 @@ def test_a_stage_is_the_same_in_a_bucket_and_its_readers_find_it(store, tmp_path
         done[name] = loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
     assert done["bucket"]["params_sha256"] == done["folder"]["params_sha256"]
     home = tmp_path / "bucket" / "seed0" / "midtrain1"
-    assert not (home / "checkpoints").exists() and not (home / "milestones").exists()
+    assert not (home / "checkpoints").exists() and not (home / "eval_checkpoints").exists()
     without = tiny.tiny_config(tmp_path / "bucket")
-    kept = state.found_in(without, home)
-    assert checkpoint.steps(kept / "checkpoints") == [10, 12] and state.milestones(kept)
+    layout = RunLayout.from_config(without).stage("midtrain1").for_reading()
+    assert checkpoint.steps(layout.checkpoint_dir) == [10, 12] and layout.eval_steps()
     params = state.load_params(without, 0, "midtrain1")
     assert checkpoint.params_sha256(params) == done["bucket"]["params_sha256"]
-    state.load_params(without, 0, f"midtrain1@{state.milestones(kept)[0]}")
+    state.load_params(without, 0, f"midtrain1@{layout.eval_steps()[0]}")
     (home / "done.json").unlink()
     with pytest.raises(UserError, match=r"there are none in .*give --config.checkpointing.directory='.*/stage'"):
         loop.train(without, "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)

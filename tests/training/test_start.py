@@ -8,8 +8,8 @@ import pytest
 
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.runtime import checkpoint
-from stepdr_jax.training import program, settings, state
+from stepdr_jax.runtime import checkpoint, provenance
+from stepdr_jax.training import program, state
 from tests.training.tiny import VOCAB, tiny_config
 
 
@@ -35,10 +35,10 @@ def test_midtraining_starts_from_the_checkpoint(config):
 
 def test_fine_tuning_may_be_the_first_stage(config):
     with pytest.raises(UserError, match="sft starts from midtrain2, which is not finished.*--config.first_stage=sft"):
-        settings.require_parent(config, "sft")
+        provenance.require_parent(config, "sft")
     expected = save(config)
     config.first_stage = "sft"
-    settings.require_parent(config, "sft")
+    provenance.require_parent(config, "sft")
     start = state.start_of(config, "sft", Qwen2Config.from_config(config.model, VOCAB))
     jax.tree.map(np.testing.assert_array_equal, start, expected)
 

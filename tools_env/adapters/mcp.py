@@ -1,35 +1,33 @@
-"""The same tools for any client of the Model Context Protocol, over standard input and output.
+"""Serves the tools to a client of the Model Context Protocol (MCP) over standard input and output.
 
-python -m tools_env.server --mcp --world=DIR
+python -m tools_env.server --mcp --offline_web=DIR
 
 One client is one session: its own workspace, todo list and citations. Calls go through the same handlers, checks and
-limits as over gRPC. What a reply has beside its text (outcome, sources, truncation) is under META in `_meta`.
+limits as over gRPC. The fields of a reply other than its text (outcome, sources, truncation) are under META in `_meta`.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
-import logging
-import sys
 import time
 
 from mcp import types
 from mcp.server.lowlevel import Server
 from mcp.server.stdio import stdio_server
 
-from tools_env.errors import CallUnfinished, RetryLater, ToolHostError, Unavailable, UnknownSession
+from tools_env.errors import CallUnfinished, RetryLater, Unavailable, UnknownSession
 from tools_env.protocol import tools_pb2
+from tools_env.service.assembly import make_service
 from tools_env.service.metrics import Metrics
 from tools_env.service.service import DEFAULT_DEADLINE, ToolService
-from tools_env.service.sessions import Budget, Opening, Session
-from tools_env.service.settings import Settings
+from tools_env.service.sessions import Budget, Session, SessionSpec
+from tools_env.service.settings import HostSettings
 
 META = "stepdr.tools/v1"
 
 
-class McpFace:
-    """The handlers of one client."""
+class McpAdapter:
+    """MCP handlers of one client."""
 
     def __init__(self, service: ToolService):
         self._service = service
@@ -45,7 +43,7 @@ class McpFace:
         )
 
     async def call_tool(self, context, params: types.CallToolRequestParams) -> types.CallToolResult:
-        """An outcome other than OK, and a service that is busy or broken, is a result with `isError`."""
+        """Calls a tool. An outcome other than OK, or a busy or broken service, is a result with `isError`."""
         arguments = json.dumps(params.arguments or {}, ensure_ascii=False)
         try:
             reply = await self._call(params.name, arguments)
@@ -65,9 +63,9 @@ class McpFace:
         if self._session is not None:
             try:
                 return await self._in_session(tool, arguments_json)
-            except UnknownSession:  # the client was silent for longer than the lease
+            except UnknownSession:  # the lease ended; open a new session
                 pass
-        self._session = self._service.open(Opening("", "mcp", Budget()))
+        self._session = self._service.open(SessionSpec("", "mcp", Budget()))
         return await self._in_session(tool, arguments_json)
 
     async def _in_session(self, tool: str, arguments_json: str) -> tools_pb2.CallToolResponse:
@@ -84,26 +82,11 @@ def _result(text: str, *, failed: bool, meta: dict | None = None) -> types.CallT
     return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=failed, _meta=meta)
 
 
-async def serve(settings: Settings) -> None:
+async def serve_mcp(settings: HostSettings) -> None:
     """Serves one client until standard input ends. Raises ToolHostError."""
-    from tools_env.server import make_service
-
     async with contextlib.AsyncExitStack() as resources:
-        face = McpFace(await make_service(settings, resources, Metrics()))
-        resources.callback(face.close)
-        server = Server("stepdr-tools", on_list_tools=face.list_tools, on_call_tool=face.call_tool)
+        adapter = McpAdapter(await make_service(settings, resources, Metrics()))
+        resources.callback(adapter.close)
+        server = Server("stepdr-tools", on_list_tools=adapter.list_tools, on_call_tool=adapter.call_tool)
         async with stdio_server() as (incoming, outgoing):
             await server.run(incoming, outgoing, server.create_initialization_options())
-
-
-def main(argv: list[str]) -> int:
-    """Exit status 2 means that the message on stderr names what to change; stdout belongs to the protocol."""
-    from tools_env.server import parse_flags
-
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    try:
-        asyncio.run(serve(parse_flags(argv)[0]))
-    except ToolHostError as error:
-        print(f"tool host: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -1,1 +1,1 @@
-"""A real Chromium for agents: its process in a sandbox, and what a model reads of a page."""
+"""Chromium for agents: the sandboxed process, page snapshots and screenshots."""

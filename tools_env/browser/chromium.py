@@ -1,4 +1,4 @@
-"""One Chromium process with its proxy: started when first needed, started again after it has gone."""
+"""One Chromium process with its proxy: started on first use and restarted after it ends."""
 
 import asyncio
 import contextlib
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from tools_env.browser import sandbox
 from tools_env.errors import Unavailable
-from tools_env.sandbox.cgroups import Groups
-from tools_env.web.egress import Reach
-from tools_env.web.proxy import Proxy
+from tools_env.sandbox.cgroups import ControlGroups
+from tools_env.web.egress import EgressPolicy
+from tools_env.web.proxy import ForwardProxy
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 20.0
-# Playwright's own flags already switch most background work off; these close what could pass the proxy by, for hosts
-# where the browser shares their network.
+# Playwright's own flags already disable most background work. These block what could bypass the proxy where the browser
+# shares the host's network.
 _FLAGS = (
-    "--proxy-bypass-list=<-loopback>",  # loopback is no exception
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no name is looked up; 127.0.0.1 is the proxy's
+    "--proxy-bypass-list=<-loopback>",  # the proxy also handles loopback addresses
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # resolve no names; 127.0.0.1 is the proxy
     "--disable-quic",
     "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
     "--webrtc-ip-handling-policy=disable_non_proxied_udp",
@@ -39,13 +39,21 @@ _FLAGS = (
 class Chromium:
     """The browser of one host. Create it on the event loop it is used on; `close` ends it."""
 
-    def __init__(self, reach: Reach, executable: str, walls: sandbox.Walls, *, memory_mb: int, processes: int = 1000):
-        self._reach = reach
+    def __init__(
+        self,
+        egress: EgressPolicy,
+        executable: str,
+        isolation: sandbox.Isolation,
+        *,
+        memory_mb: int,
+        processes: int = 1000,
+    ):
+        self._egress = egress
         self._executable = executable
-        self._walls = walls
+        self._isolation = isolation
         self._memory = memory_mb << 20
         self._processes = processes
-        self._groups = Groups()
+        self._groups = ControlGroups()
         if not self._groups.memory:
             logger.warning("browser: its memory is not limited as a whole (no writable memory control group)")
         self._changing = asyncio.Lock()  # held while a process is started or ended
@@ -53,7 +61,7 @@ class Chromium:
         self._running: contextlib.AsyncExitStack | None = None
 
     async def browser(self):
-        """Returns Playwright's Browser, of a process that runs. Raises Unavailable when none can be started."""
+        """Returns Playwright's Browser of a running process. Raises Unavailable when it cannot be started."""
         ready = self._ready
         if (
             ready is None
@@ -61,10 +69,10 @@ class Chromium:
             and (ready.cancelled() or ready.exception() or not ready.result().is_connected())
         ):
             ready = self._ready = asyncio.create_task(self._begin())
-        return await asyncio.shield(ready)  # a call that has no time left does not stop the start for all
+        return await asyncio.shield(ready)  # one call's timeout must not cancel the start for all
 
     async def restart(self) -> None:
-        """Ends the process; the next `browser` starts another."""
+        """Ends the process; the next call of `browser` starts another."""
         ready, self._ready = self._ready, None
         if ready is not None and not ready.done():
             ready.cancel()
@@ -92,18 +100,20 @@ class Chromium:
         async with contextlib.AsyncExitStack() as resources:
             group = self._groups.make("browser", self._memory, self._processes)
             resources.push_async_callback(_removed, group)
-            program, folder = resources.enter_context(sandbox.wrapped(self._executable, self._walls, group))
-            proxy = Proxy(self._reach, secret)
+            program, folder = resources.enter_context(
+                sandbox.sandboxed_program(self._executable, self._isolation, group)
+            )
+            proxy = ForwardProxy(self._egress, secret)
             resources.push_async_callback(proxy.close)
             playwright = await resources.enter_async_context(async_playwright())
-            if self._walls.outer:
+            if self._isolation.namespaces:
                 port, handover = sandbox.PORT, asyncio.create_task(_handed_over(folder, proxy))
                 resources.callback(handover.cancel)
             else:
                 port, handover = await proxy.start(), None
             browser = await playwright.chromium.launch(
                 executable_path=program,
-                chromium_sandbox=self._walls.inner,
+                chromium_sandbox=self._isolation.chromium,
                 args=list(_FLAGS),
                 proxy={"server": f"http://127.0.0.1:{port}", "username": "browser", "password": secret},
                 env={"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "LANG": "C.UTF-8"},
@@ -123,12 +133,12 @@ class Chromium:
         if running is not None:
             try:
                 await running.aclose()
-            except Exception:  # a browser that was killed leaves little that can be closed in order
+            except Exception:  # parts of a killed browser cannot be closed in order
                 logger.exception("while the browser was closed")
 
 
-async def _handed_over(folder: Path, proxy: Proxy) -> None:
-    """Takes the proxy's port from inside the sandbox and serves it."""
+async def _handed_over(folder: Path, proxy: ForwardProxy) -> None:
+    """Receives the proxy's listening socket from inside the sandbox and serves it."""
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as control:
         control.bind(str(folder / "handover"))

@@ -1,7 +1,8 @@
-"""Run as a script inside the browser's sandbox, before the browser: opens the proxy's port there and hands it out.
+"""Run as a script inside the browser's sandbox, before the browser: opens the proxy's port there and passes the socket
+out.
 
-The sandbox has a network of its own without a way out. A socket belongs to the network it was made in, whoever holds
-it: the host that gets this one serves the only address that the browser can connect to.
+The sandbox has a network namespace without any route out. A socket belongs to the namespace that created it, whichever
+process holds it: the host that receives this socket serves the only address that the browser can connect to.
 """
 
 import os
@@ -16,6 +17,6 @@ listening.listen(256)
 with socket.socket(socket.AF_UNIX) as host:
     host.connect(CONTROL)
     socket.send_fds(host, [b"port"], [listening.fileno()])
-    host.recv(1)  # the host serves it now
+    host.recv(1)  # the host now serves the socket
 listening.close()
 os.execv(BROWSER[0], BROWSER)

@@ -1,7 +1,7 @@
-"""The walls around Chromium, and which of them this machine can put up.
+"""Isolation of Chromium, and how much of it this machine allows.
 
-The best is a sandbox of our own (bubblewrap: no network but the proxy's port, no files but the system's, no other
-processes) with Chromium's own inside. `strongest` tries, from there to none.
+The strongest is a bubblewrap sandbox (no network but the proxy's port, no files but the system's, no other processes)
+around Chromium's own sandbox. `strongest_isolation` tries every combination, from both to neither.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools_env.errors import ToolHostError
-from tools_env.sandbox.cgroups import Group
+from tools_env.sandbox.cgroups import ControlGroup
 
 PORT = 3128  # of the proxy, inside the sandbox
 CONTROL = "/run/browser"  # where the sandbox sees the folder of its control socket
@@ -25,23 +25,25 @@ _PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-sta
 
 
 @dataclasses.dataclass(frozen=True)
-class Walls:
-    """`outer`: the sandbox of our own; `inner`: Chromium's."""
+class Isolation:
+    """Which sandboxes are in place."""
 
-    outer: bool
-    inner: bool
+    namespaces: bool  # bubblewrap's
+    chromium: bool  # Chromium's own
 
     @property
     def weakness(self) -> str:
-        """What is missing, in words; empty when nothing is."""
-        if self.outer:
-            return "" if self.inner else "Chromium's own sandbox does not start, so one page's break-in is every page's"
+        """Describes what is missing; empty when nothing is."""
+        if self.namespaces:
+            return (
+                "" if self.chromium else "Chromium's own sandbox does not start, so one page's break-in is every page's"
+            )
         missing = "no sandbox of namespaces (bubblewrap): Chromium sees the host's network and files"
-        return missing if self.inner else missing + ", and its own sandbox does not start"
+        return missing if self.chromium else missing + ", and its own sandbox does not start"
 
 
-def find(executable: str) -> str:
-    """Returns the path of the browser: `executable`, or the first known one on PATH. Raises ToolHostError."""
+def find_chromium(executable: str) -> str:
+    """Returns the path of the browser: `executable`, or the first known program on PATH. Raises ToolHostError."""
     found = [path for name in ([executable] if executable else _PROGRAMS) if (path := shutil.which(name))]
     if not found:
         wanted = executable or ", ".join(_PROGRAMS)
@@ -53,19 +55,19 @@ def find(executable: str) -> str:
 
 
 @functools.cache
-def strongest(executable: str, bubblewrap: bool) -> Walls:
-    """Starts the browser behind weaker and weaker walls until it starts. About a second. Raises ToolHostError.
+def strongest_isolation(executable: str, bubblewrap: bool) -> Isolation:
+    """Starts the browser with weaker and weaker isolation until it starts. About a second. Raises ToolHostError.
 
-    `bubblewrap`: whether that program is there.
+    `bubblewrap`: whether that program is installed.
     """
     reason = "no output"
-    for outer in (True, False) if bubblewrap else (False,):
-        for inner in (True, False):
-            walls = Walls(outer, inner)
+    for namespaces in (True, False) if bubblewrap else (False,):
+        for chromium in (True, False):
+            isolation = Isolation(namespaces, chromium)
             with tempfile.TemporaryDirectory(prefix="stepdr_browser_") as folder:
                 flags = ["--headless", "--disable-gpu", f"--user-data-dir={folder}/profile", "--dump-dom"]
-                flags += [] if inner else ["--no-sandbox"]
-                argv = [*(_bwrap(Path(folder), executable) if outer else []), executable, *flags, "about:blank"]
+                flags += [] if chromium else ["--no-sandbox"]
+                argv = [*(_bwrap(Path(folder), executable) if namespaces else []), executable, *flags, "about:blank"]
                 try:
                     done = subprocess.run(
                         argv,
@@ -79,21 +81,21 @@ def strongest(executable: str, bubblewrap: bool) -> Walls:
                     reason = "it hangs"
                     continue
             if "<html>" in done.stdout:
-                return walls
+                return isolation
             reason = (done.stderr.strip().splitlines() or ["no output"])[0][:200]
     raise ToolHostError(
-        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave it out"
+        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave browser out of --tools"
     )
 
 
 @contextlib.contextmanager
-def wrapped(executable: str, walls: Walls, group: Group | None) -> Iterator[tuple[str, Path]]:
-    """Yields (program that starts the browser behind its walls, folder of its control socket `handover`)."""
+def sandboxed_program(executable: str, isolation: Isolation, group: ControlGroup | None) -> Iterator[tuple[str, Path]]:
+    """Yields (program that starts the isolated browser, folder of its control socket `handover`)."""
     with tempfile.TemporaryDirectory(prefix="stepdr_browser_") as name:
         folder = Path(name)
         joins = [f"echo $$ > {shlex.quote(str(path))}" for path in (group.procs if group else [])]
         command = [executable]
-        if walls.outer:
+        if isolation.namespaces:
             python = os.path.realpath(sys.executable)
             handover = [python, "-I", "-S", "/run/handover.py", f"{CONTROL}/handover", str(PORT)]
             command = [*_bwrap(folder, executable), *handover, executable]

@@ -1,4 +1,4 @@
-"""One session's page: what happens on it, when it has come to rest, and what it would do behind the model's back."""
+"""One session's page: actions, waiting until it is idle, and refusal of popups, dialogs and downloads."""
 
 import asyncio
 import contextlib
@@ -7,14 +7,13 @@ import re
 import time
 from typing import Any
 
-from tools_env.browser import reading
-from tools_env.browser.reading import Reading
-from tools_env.browser.screenshots import Shots
+from tools_env.browser.screenshots import Screenshots
+from tools_env.browser.snapshot import PageSnapshot, take_snapshot
 from tools_env.errors import ToolError
-from tools_env.web.proxy import REFUSED
+from tools_env.web.proxy import REFUSAL_HEADER
 
-ACTION_MS = 4000.0  # for an element to become usable
-_QUIET_SECONDS = 0.2  # without a request in flight: the page has answered
+ACTION_MS = 4000.0  # timeout for an element to become usable
+_QUIET_SECONDS = 0.2  # without a request in flight: the page is idle
 _SETTLE_SECONDS = 3.0  # at most
 _MAX_NOTES = 5
 
@@ -23,21 +22,21 @@ _MAX_NOTES = 5
 class Tab:
     """The page of one session; `context` and `page` are None while it has none."""
 
-    shots: Shots
+    screenshots: Screenshots
     lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
     used: float = dataclasses.field(default_factory=time.monotonic)
     context: Any = None
     page: Any = None
-    reading: Reading | None = None  # what the model saw last
-    lost: str = ""  # why the page is gone, until the model has read it
+    snapshot: PageSnapshot | None = None  # as last shown to the model
+    lost: str = ""  # why the page is gone, until the model is told
     refused: str = ""  # why the proxy refused the last document
     notes: list[str] = dataclasses.field(default_factory=list)
-    _pending: dict[Any, float] = dataclasses.field(default_factory=dict)  # requests in flight, and since when
+    _pending: dict[Any, float] = dataclasses.field(default_factory=dict)  # requests in flight and their start times
     _quiet_since: float = 0.0
 
     def attach(self, context, page) -> None:
-        """Takes a new page: refuses what would leave it, with a note for the model, and follows its requests."""
-        self.context, self.page, self.reading, self.refused, self.lost = context, page, None, "", ""
+        """Takes a new page: refuses popups, dialogs and downloads with a note for the model, tracks requests."""
+        self.context, self.page, self.snapshot, self.refused, self.lost = context, page, None, "", ""
         self.notes, self._pending = [], {}
         context.on("page", self._popup)
         page.on("dialog", self._dialog)
@@ -48,36 +47,36 @@ class Tab:
         page.on("response", self._replied)
 
     def detach(self, why: str):
-        """Returns the context, to be closed; `why` is told at the next call that needs a page."""
+        """Returns the context, for the caller to close; the next call that needs a page reports `why`."""
         context = self.context
-        self.context, self.page, self.reading, self.lost, self.notes = None, None, None, why, []
+        self.context, self.page, self.snapshot, self.lost, self.notes = None, None, None, why, []
         return context
 
     async def stop(self) -> None:
-        """Ends what the page loads; returns only if its scripts still run."""
+        """Stops loading; returns only if the page's scripts still run."""
         session = await self.context.new_cdp_session(self.page)
         await session.send("Page.stopLoading")
         await self.page.evaluate("1")
         await session.detach()
 
-    async def read(self) -> Reading:
-        """Reads the page once it has come to rest; again when it went on while it was read."""
+    async def read(self) -> PageSnapshot:
+        """Takes a snapshot once the page is idle, and another when the page navigated meanwhile."""
         for attempt in range(3):
             await self._rest()
-            if self.reading is not None:
-                await self.reading.dispose()
-                self.reading = None
+            if self.snapshot is not None:
+                await self.snapshot.dispose()
+                self.snapshot = None
             try:
-                self.reading = await reading.read(self.page)
+                self.snapshot = await take_snapshot(self.page)
                 break
             except playwright_error() as error:
                 if attempt == 2 or not re.search("destroyed|navigat|detached", str(error)):
                     raise
-        return self.reading
+        return self.snapshot
 
     async def find(self, target: str):
-        """Returns Playwright's ElementHandle of what the model names, by number or text. Raises ToolError."""
-        found = (self.reading or await self.read()).find(target)
+        """Returns Playwright's ElementHandle of the element with this number or text. Raises ToolError."""
+        found = (self.snapshot or await self.read()).find(target)
         handle = await found.handle.evaluate_handle("(found, i) => found.elements[i]", found.index)
         element = handle.as_element()
         if element is None:
@@ -85,7 +84,10 @@ class Tab:
         return element
 
     async def _rest(self) -> None:
-        """Waits until no request has been in flight for a moment. Some pages never rest; some requests never end."""
+        """Waits until no request has been in flight for a moment.
+
+        Bounded, as some pages are never idle and some requests never end.
+        """
         now = self._quiet_since = time.monotonic()
         end = now + _SETTLE_SECONDS
         while now < end:
@@ -110,7 +112,7 @@ class Tab:
 
     async def _dialog(self, box) -> None:
         with contextlib.suppress(playwright_error()):
-            if box.type == "beforeunload":  # to dismiss it would be to stay
+            if box.type == "beforeunload":  # dismissing it would keep the page
                 return await box.accept()
             self._note(f"a dialog was dismissed: {box.message}")
             await box.dismiss()
@@ -121,11 +123,11 @@ class Tab:
 
     def _replied(self, response) -> None:
         if response.request.is_navigation_request() and response.frame == self.page.main_frame:
-            self.refused = response.headers.get(REFUSED, "").partition("details=")[2]
+            self.refused = response.headers.get(REFUSAL_HEADER, "").partition("details=")[2]
 
 
-async def fill(element, text: str) -> None:
-    """Puts text into a field, or chooses the option of that text. Raises ToolError and Playwright's errors."""
+async def fill_field(element, text: str) -> None:
+    """Fills a field with text, or selects the option with that text. Raises ToolError and Playwright's errors."""
     kind = await element.evaluate("e => e.tagName === 'SELECT' ? 'select' : (e.type || '').toLowerCase()")
     if kind == "file":
         raise ToolError("files cannot be uploaded")
@@ -138,7 +140,7 @@ async def fill(element, text: str) -> None:
 
 
 def playwright_error() -> type[Exception]:
-    """Returns Playwright's base of all errors; the package is imported when it is needed."""
+    """Returns Playwright's base class of errors; the package is imported on first use."""
     from playwright.async_api import Error
 
     return Error

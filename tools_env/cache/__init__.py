@@ -1,1 +1,1 @@
-"""The retrieval cache, its stores, and joining of concurrent work."""
+"""The retrieval cache, its stores, and single-flight execution of shared work."""

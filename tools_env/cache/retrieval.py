@@ -1,9 +1,9 @@
-"""The retrieval cache: content-addressed, shared by all sessions, one computation per key, never a failure.
+"""The retrieval cache: content-addressed, shared by all sessions, one computation per key; failures are not stored.
 
-A key is the hash of (what, version, arguments); a value is JSON. Values live in memory (least recently used goes
-first) and, when one is given, in a store that outlives the process and that other processes share. A computation runs
-once in this process and, by a claim in the store, once among all of them. A failure is told again for a moment, so that
-many callers do not hammer what is broken, and never stored.
+A key is the hash of (kind, version, arguments); a value is JSON. Values are held in memory (LRU eviction) and, when one
+is given, in a store that outlives the process and that other processes share. A computation runs once in this process
+and, by a claim in the store, once among all processes. A failure is repeated to callers for a short time, so that they
+do not overload a broken service, and is never stored.
 """
 
 import asyncio
@@ -18,30 +18,30 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from tools_env.cache.shared_work import SharedWork
-from tools_env.cache.stores import SqliteStore, Store
+from tools_env.cache.stores import CacheStore, SqliteStore
 from tools_env.errors import ToolError, ToolHostError
 
-MODES = ("read_through", "replay_only", "live")
+CACHE_MODES = ("read_through", "replay_only", "live")
 SESSION_MODE: contextvars.ContextVar[str] = contextvars.ContextVar("stepdr_cache_mode", default="")
-STORE_PAUSE = 1.0  # seconds without the store after it broke, so that one that hangs does not slow every call
-CLAIM_SECONDS = 30.0  # a claim of a process that died is void after this
+STORE_PAUSE = 1.0  # seconds without the store after an error, so that a hanging store does not slow every call
+CLAIM_SECONDS = 30.0  # a claim of a dead process expires after this
 POLL_SECONDS = 0.02
 
 
-def key(what: str, version: str, arguments: Any) -> str:
-    """Returns the address of a result: equal arguments give equal keys whatever the order of their fields."""
+def cache_key(what: str, version: str, arguments: Any) -> str:
+    """Returns the key of a result: equal arguments give equal keys whatever the order of their fields."""
     canonical = json.dumps([what, version, arguments], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class Cache:
-    """`get` is called on the event loop. A store that breaks costs its speed, not the call, except in replay_only."""
+class RetrievalCache:
+    """`get` is called on the event loop. A store failure costs speed, not the call, except in replay_only."""
 
     def __init__(
         self,
         path: str | os.PathLike | None = None,
         *,
-        store: Store | None = None,
+        store: CacheStore | None = None,
         entries: int = 20_000,
         mode: str = "read_through",
         failure_seconds: float = 0.0,
@@ -52,13 +52,13 @@ class Cache:
         Args:
           path: a SQLite file as the store; `store` names any other.
           entries: values held in memory.
-          failure_seconds: how long a tool's failure is told again without a new try.
-          count: told "hit", "miss", "failure" or "store_error".
+          failure_seconds: how long a failure is returned without another attempt.
+          count: called with "hit", "miss", "failure" or "store_error".
 
         Raises ToolHostError for an unknown mode or a file that is not a cache.
         """
-        if mode not in MODES:
-            raise ToolHostError(f"expected a cache mode of {', '.join(MODES)}, got {mode!r}")
+        if mode not in CACHE_MODES:
+            raise ToolHostError(f"expected a cache mode of {', '.join(CACHE_MODES)}, got {mode!r}")
         self._mode = mode
         self._entries = entries
         self._failure_seconds = failure_seconds
@@ -67,13 +67,13 @@ class Cache:
         self._memory: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._failures: collections.OrderedDict[str, tuple[float, str]] = collections.OrderedDict()
         self._work = SharedWork()
-        self._store_back = -math.inf  # when a store that broke is asked again
+        self._store_back = -math.inf  # when a failed store is used again
         self._store = SqliteStore(path) if store is None and path is not None else store
 
     async def get(self, address: str, compute: Callable[[], Awaitable[Any]]) -> tuple[Any, bool]:
         """Returns (value, came from the cache). Exceptions of `compute` reach every waiting caller and are not kept.
 
-        The session's cache mode (SESSION_MODE) goes before the host's. Raises ToolError on a miss in replay_only mode,
+        The session's cache mode (SESSION_MODE) overrides the host's. Raises ToolError on a miss in replay_only mode,
         Unavailable when the store does not answer in that mode.
         """
         mode = SESSION_MODE.get() or self._mode
@@ -90,7 +90,7 @@ class Cache:
                 self._count("failure")
                 raise ToolError(message)
         self._count("miss")
-        # Live calls share no work with others: they ask for what holds now.
+        # Live calls share no work: each needs the present state.
         shared = f"{mode} {address}"
         return await self._work.run(shared, lambda: self._fill(address, compute, keep=mode != "live")), False
 
@@ -118,7 +118,7 @@ class Cache:
             return await compute()
         claimed = await self._claim(address)
         try:
-            # Another process may have finished between our look and our claim.
+            # Another process may have finished between our lookup and our claim.
             if claimed is not None and (value := await self._read(address)) is not None:
                 return value
             try:
@@ -148,7 +148,7 @@ class Cache:
         self._store_back = self._clock() + STORE_PAUSE
 
     async def _claim(self, address: str) -> str | None:
-        """Returns the claim's token when this process is to compute, "" when another has done it, None without store."""
+        """Returns the claim's token when this process computes, "" when another has finished, None without a store."""
         if self._store is None or not self._store.shared or not self._store_works():
             return None
         end = self._clock() + CLAIM_SECONDS

@@ -1,7 +1,7 @@
-"""Work that several callers wait for and that runs once.
+"""Single-flight execution: work that several callers await runs once.
 
-The work is a task of its own, so one caller's cancellation does not take it from the others; when the last caller has
-left, it is cancelled, because nobody would read its result.
+The work is a separate task, so the cancellation of one caller does not affect the others. When the last caller has
+left, the task is cancelled, because nobody would read its result.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class SharedWork:
-    """Joins concurrent calls by key. Keeps nothing after the work has ended."""
+    """Joins concurrent calls by key. Stores nothing after the work has ended."""
 
     def __init__(self):
         self._running: dict[str, tuple[asyncio.Task, list[int]]] = {}

@@ -1,4 +1,4 @@
-"""Where the retrieval cache keeps its values: a SQLite file for one host, Redis for many behind one interface."""
+"""Stores of the retrieval cache: a SQLite file for one host, Redis for several hosts."""
 
 import os
 import secrets
@@ -9,18 +9,21 @@ from typing import Protocol
 from tools_env.errors import ToolHostError, Unavailable
 
 
-class Store(Protocol):
+class CacheStore(Protocol):
     """Keys are hex digests, values are JSON. Methods raise one of `errors` when the store does not answer."""
 
     errors: tuple[type[Exception], ...]
-    shared: bool  # other processes write to it too, so computations are claimed
+    shared: bool  # other processes also write to it, so computations are claimed
 
     async def get(self, address: str) -> str | None: ...
 
     async def put(self, address: str, value: str) -> None: ...
 
     async def claim(self, address: str, seconds: float) -> str | None:
-        """Returns a token when nobody else holds the right to compute this value, else None. It ends by itself."""
+        """Returns a token when nobody else holds the claim to compute this value, else None.
+
+        Claims expire after `seconds`.
+        """
 
     async def release(self, address: str, token: str) -> None: ...
 
@@ -37,7 +40,7 @@ class SqliteStore:
         self.shared = shared
         try:
             self._database = sqlite3.connect(path, isolation_level=None, timeout=5.0)
-            # A lost last second of a cache costs a fetch, so commits need not wait for the disk.
+            # Losing the last second of a cache costs only a fetch, so commits do not wait for the disk.
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=OFF")
             for table in (
@@ -72,7 +75,7 @@ class SqliteStore:
 
 
 class RedisStore:
-    """Values and claims in a Redis that many hosts share."""
+    """Values and claims in a Redis server that several hosts share."""
 
     shared = True
     _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
@@ -81,10 +84,10 @@ class RedisStore:
         """
         Args:
           url: redis://host:port/database or rediss://...
-          keep_seconds: a value that old is forgotten.
-          timeout: seconds for one answer; a Redis that hangs must not hold calls for longer.
+          keep_seconds: expiry time of a value.
+          timeout: seconds for one answer; a hanging server must not delay calls further.
 
-        Raises ToolHostError for an address that cannot be understood. Connects at the first use.
+        Raises ToolHostError for an invalid address. Connects on first use.
         """
         import redis.asyncio
         from redis.asyncio.retry import Retry
@@ -100,7 +103,7 @@ class RedisStore:
                 decode_responses=True,
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
-                retry=Retry(NoBackoff(), 1),  # one new try, for a pooled connection that a restarted server has closed
+                retry=Retry(NoBackoff(), 1),  # one retry, for a pooled connection that a restarted server has closed
             )
         except ValueError as error:
             raise ToolHostError(f"cannot use {url!r} as a Redis ({error}); write redis://host:port/0") from None
@@ -126,7 +129,7 @@ class RedisStore:
         await self._ask(self._redis.eval(self._RELEASE, 1, f"stepdr:claim:{address}", token))
 
     def close(self) -> None:
-        """Nothing is held but sockets, which end with the process or the event loop."""
+        """Does nothing: `aclose` closes the connections."""
 
     async def aclose(self) -> None:
         await self._redis.aclose()

@@ -1,9 +1,9 @@
-"""How far perceptual hashes of screenshots lie apart, and how long the browser tool takes.
+"""Distances between perceptual hashes of screenshots, and latency of the browser tool.
 
 python -m tools_env.check.browser_bench --articles=plaintext_articles.tar.xz
 
-Real articles in a plain template with a search form, in Chromium. The threshold of the browser tool should keep small
-changes (a typed word, a ticked box, a line of the page's text) below it and other views above.
+Shows real articles in a plain template with a search form in Chromium. Small changes (a typed word, a ticked box, a
+changed line) should lie below the browser tool's threshold, other views above it.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from pathlib import Path
 import psutil
 from aiohttp import web
 
-from tools_env.browser import screenshots as shots
+from tools_env.browser import screenshots
 from tools_env.tools import browser
-from tools_env.tools.base import Call
-from tools_env.web.egress import Reach
+from tools_env.tools.base import CallContext
+from tools_env.web.egress import EgressPolicy
 
 _PAGE = """<!doctype html><meta charset=utf-8><title>{title}</title><style>body{{font:16px sans-serif;margin:0}}
 header{{background:#246;color:#fff;padding:14px 40px}}main{{width:760px;margin:24px 40px}}</style>
@@ -63,36 +63,38 @@ async def measure(pages: list[str]) -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     apart, seconds = defaultdict(list), defaultdict(list)
     async with contextlib.AsyncExitStack() as resources:
-        tool = browser.build({}, resources, Reach(["library.test"], runner.addresses[0][1]))
+        tool = browser.build_tool({}, resources, EgressPolicy(["library.test"], runner.addresses[0][1]))
         folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
         (folder / "workspace").mkdir()
 
         async def act(**arguments) -> None:
             began = time.monotonic()
-            await tool.run(Call(folder, {}, time.monotonic() + 60, 700), arguments)
+            await tool.run(CallContext(folder, {}, time.monotonic() + 60, 700), arguments)
             seconds[arguments["action"]].append(time.monotonic() - began)
 
         async def seen():
             tab = tool.run.__self__.tab(folder)
-            return shots.perceptual_hash(await tab.page.screenshot(type="png", animations="disabled", caret="hide"))
+            return screenshots.perceptual_hash(
+                await tab.page.screenshot(type="png", animations="disabled", caret="hide")
+            )
 
         before = None
         for number in range(len(pages)):
             await act(action="open", url=f"http://library.test/{number}")
             first = await seen()
             if before is not None:
-                apart["another article"].append(shots.distance(before, first))
+                apart["another article"].append(screenshots.distance(before, first))
             before = first
-            apart["the same again"].append(shots.distance(first, await seen()))
+            apart["the same again"].append(screenshots.distance(first, await seen()))
             page = tool.run.__self__.tab(folder).page
             await page.evaluate("document.getElementById('status').textContent = '4 readers'")
-            apart["a digit of the text"].append(shots.distance(first, await seen()))
+            apart["a digit of the text"].append(screenshots.distance(first, await seen()))
             await act(action="type", target="2", text="Vienna")
-            apart["a typed word"].append(shots.distance(first, await seen()))
+            apart["a typed word"].append(screenshots.distance(first, await seen()))
             await act(action="click", target="3")
-            apart["and a ticked box"].append(shots.distance(first, await seen()))
+            apart["and a ticked box"].append(screenshots.distance(first, await seen()))
             await act(action="scroll")
-            apart["scrolled by 640 pixels"].append(shots.distance(first, await seen()))
+            apart["scrolled by 640 pixels"].append(screenshots.distance(first, await seen()))
         chromium = [p for p in psutil.Process().children(recursive=True) if "chrom" in p.name()]
         memory = sum(p.memory_full_info().pss for p in chromium) / 2**20
     await runner.cleanup()

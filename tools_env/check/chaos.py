@@ -1,7 +1,7 @@
-"""Kills parts of a tool host with SIGKILL while it is under load, again and again, for the load generator.
+"""Fault injection for the load generator: repeatedly kills parts of a tool host with SIGKILL.
 
-`worker`: one of the host's processes, which its supervisor starts again; with the embedded index it is the index too.
-`redis`: the server of the retrieval cache, which is started again on its port.
+`worker`: one of the host's processes, and with it its copy of the search index; the supervisor restarts it.
+`redis`: the server of the retrieval cache; it is restarted on its port.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from tools_env.errors import ToolHostError
 KINDS = ("worker", "redis")
 
 
-class Redis:
-    """A redis-server of our own on a loopback port; a context manager. Keeps nothing on disk."""
+class RedisServer:
+    """A temporary redis-server on a loopback port; a context manager. Stores nothing on disk."""
 
     def __init__(self):
         """Raises ToolHostError when redis-server is not installed."""
@@ -34,7 +34,7 @@ class Redis:
             self.port = free.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
 
-    def __enter__(self) -> "Redis":
+    def __enter__(self) -> "RedisServer":
         self.start()
         return self
 
@@ -43,7 +43,7 @@ class Redis:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def start(self) -> None:
-        """Returns when it answers. Raises ToolHostError after ten seconds."""
+        """Starts the server and returns when it answers. Raises ToolHostError after ten seconds."""
         command = [self._program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen([*command, "--dir", self._folder], stdout=subprocess.DEVNULL)
         end = time.monotonic() + 10.0
@@ -58,24 +58,24 @@ class Redis:
         self._process.wait()
 
 
-def workers_of(pid: int) -> list[int]:
+def worker_processes(pid: int) -> list[int]:
     """Returns the process ids of a supervisor's workers."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [int(child) for child in children if b"--worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
-async def kill(kinds: list[str], pid: int, redis: Redis | None, every: float, seconds: float) -> list[str]:
-    """Kills one part after another, `every` so many seconds, for `seconds`; returns what was killed."""
+async def kill_parts(kinds: list[str], pid: int, redis: RedisServer | None, every: float, seconds: float) -> list[str]:
+    """Kills one part every `every` seconds, for `seconds` in all; returns the kinds of what it killed."""
     killed, draw, end = [], random.Random(0), time.monotonic() + seconds
     while time.monotonic() + every < end:
         await asyncio.sleep(every)
         kind = kinds[len(killed) % len(kinds)]
         if kind == "redis":
             redis.kill()
-            await asyncio.sleep(min(every / 2, 1.0))  # calls come while it is away
+            await asyncio.sleep(min(every / 2, 1.0))  # calls arrive while it is down
             await asyncio.to_thread(redis.start)
         else:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(draw.choice(workers_of(pid)), signal.SIGKILL)
+                os.kill(draw.choice(worker_processes(pid)), signal.SIGKILL)
         killed.append(kind)
     return killed

@@ -1,9 +1,9 @@
-"""What every server of stepdr.tools.v1 must do, checked against any address.
+"""Compliance checks for servers of stepdr.tools.v1, run against any address.
 
 python -m tools_env.check.compliance --address=host:port [--tls_ca=PEM] (a token is read from $STEPDR_TOOLS_TOKEN)
 
-Each check is a function whose docstring is the fact it checks; checks that need a tool which the server lacks are
-skipped. Exit status 1 when a check fails. Sessions that a check opens, it closes.
+Each check is a function whose docstring states what it checks. Checks that need a tool which the server lacks are
+skipped. The exit status is 1 when a check fails. Each check closes the sessions it opens.
 """
 
 import argparse
@@ -25,21 +25,22 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tools_env.protocol import tools_pb2 as pb
 from tools_env.protocol import tools_pb2_grpc
+from tools_env.service.settings import TOKEN_VARIABLE
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ToolService"].full_name
-SECONDS = 20.0  # for one RPC
+SECONDS = 20.0  # timeout of one RPC
 CODE = grpc.StatusCode
 
 
-class Failed(Exception):
-    """The server broke the fact; the message says what came."""
+class CheckFailed(Exception):
+    """The server does not comply; the message says what it returned."""
 
 
-class Skipped(Exception):
+class CheckSkipped(Exception):
     """The check needs something that this server does not have."""
 
 
-class Server:
+class CheckedServer:
     """The server under test: raw stubs, so that nothing is retried or translated."""
 
     def __init__(self, address: str, token: str | None = None, tls_ca: str | None = None):
@@ -80,13 +81,13 @@ class Server:
 
     def need(self, tool: str) -> str:
         if tool not in self.tools:
-            raise Skipped(f"no tool {tool}")
+            raise CheckSkipped(f"no tool {tool}")
         return tool
 
 
 def expect(found, wanted, what: str) -> None:
     if found != wanted:
-        raise Failed(f"{what}: expected {wanted!r}, got {found!r}")
+        raise CheckFailed(f"{what}: expected {wanted!r}, got {found!r}")
 
 
 async def expect_status(work, *codes: grpc.StatusCode) -> grpc.aio.AioRpcError:
@@ -95,19 +96,19 @@ async def expect_status(work, *codes: grpc.StatusCode) -> grpc.aio.AioRpcError:
         reply = await work
     except grpc.aio.AioRpcError as error:
         if error.code() not in codes:
-            raise Failed(f"expected {names}, got {error.code().name}: {error.details()}") from None
+            raise CheckFailed(f"expected {names}, got {error.code().name}: {error.details()}") from None
         return error
-    raise Failed(f"expected {names}, got a reply: {str(reply)[:100]!r}")
+    raise CheckFailed(f"expected {names}, got a reply: {str(reply)[:100]!r}")
 
 
-async def health(server: Server) -> None:
+async def health(server: CheckedServer) -> None:
     """The standard health check says SERVING for the service, without a token."""
     check = health_pb2_grpc.HealthStub(server.channel).Check
     reply = await check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=SECONDS)
     expect(reply.status, health_pb2.HealthCheckResponse.SERVING, "status")
 
 
-async def reflection(server: Server) -> None:
+async def reflection(server: CheckedServer) -> None:
     """Reflection lists the service."""
     metadata = (("authorization", f"Bearer {server.token}"),) if server.token else ()
     info = reflection_pb2_grpc.ServerReflectionStub(server.channel).ServerReflectionInfo
@@ -116,7 +117,7 @@ async def reflection(server: Server) -> None:
     expect(SERVICE in names, True, f"{SERVICE} among {names}")
 
 
-async def tools_have_schemas(server: Server) -> None:
+async def tools_have_schemas(server: CheckedServer) -> None:
     """Every tool has a name of its own, a description, and a valid JSON schema of an object."""
     reply = await server.ask("ListTools", pb.ListToolsRequest())
     names = [tool.name for tool in reply.tools]
@@ -128,14 +129,14 @@ async def tools_have_schemas(server: Server) -> None:
         expect(bool(tool.description), True, f"{tool.name} has a description")
 
 
-async def wrong_token(server: Server) -> None:
+async def wrong_token(server: CheckedServer) -> None:
     """A wrong token is answered UNAUTHENTICATED."""
     if not server.token:
-        raise Skipped("no token was given")
+        raise CheckSkipped("no token was given")
     await expect_status(server.ask("ListTools", pb.ListToolsRequest(), token="wrong"), CODE.UNAUTHENTICATED)
 
 
-async def open_is_idempotent(server: Server) -> None:
+async def open_is_idempotent(server: CheckedServer) -> None:
     """OpenSession with the same request id opens one session, with another id another one."""
     requests = [pb.OpenSessionRequest(request_id=uuid.uuid4().hex, episode_id="c") for _ in range(2)]
     first, again, other = [(await server.ask("OpenSession", requests[i])).session_id for i in (0, 0, 1)]
@@ -145,7 +146,7 @@ async def open_is_idempotent(server: Server) -> None:
     expect(other != first, True, "another session for another request")
 
 
-async def close_is_idempotent(server: Server) -> None:
+async def close_is_idempotent(server: CheckedServer) -> None:
     """CloseSession may be repeated; afterwards calls of the session answer NOT_FOUND."""
     async with server.session() as session:
         for _ in range(2):
@@ -153,19 +154,19 @@ async def close_is_idempotent(server: Server) -> None:
         await expect_status(server.call(session, "0", next(iter(server.tools)), {}), CODE.NOT_FOUND)
 
 
-async def unknown_session(server: Server) -> None:
+async def unknown_session(server: CheckedServer) -> None:
     """A call in a session that was never opened answers NOT_FOUND."""
     for session in ("", "none", "../../etc", "session_0_0000000000000000", "x" * 10_000):
         await expect_status(server.call(session, "0", next(iter(server.tools)), {}), CODE.NOT_FOUND)
 
 
-async def call_id_is_needed(server: Server) -> None:
+async def call_id_is_needed(server: CheckedServer) -> None:
     """A call without a call id answers INVALID_ARGUMENT."""
     async with server.session() as session:
         await expect_status(server.call(session, "", next(iter(server.tools)), {}), CODE.INVALID_ARGUMENT)
 
 
-async def wrong_arguments_are_an_outcome(server: Server) -> None:
+async def wrong_arguments_are_an_outcome(server: CheckedServer) -> None:
     """An unknown tool, broken JSON and a wrong shape are BAD_ARGUMENTS with words for the model, not a gRPC error."""
     tool = next(iter(server.tools))
     wrong = [("no_such_tool", "{}"), (tool, "{"), (tool, "[]"), (tool, '{"no_such_field": 1}'), (tool, "[" * 5000)]
@@ -176,7 +177,7 @@ async def wrong_arguments_are_an_outcome(server: Server) -> None:
             expect(bool(reply.text), True, "a text that says what fits")
 
 
-async def repeated_call_is_replayed(server: Server) -> None:
+async def repeated_call_is_replayed(server: CheckedServer) -> None:
     """A repeated call id gets the same reply, also over a new connection, and spends nothing."""
     file = server.need("file")
     append = {"op": "append", "path": "a.md", "content": "字"}
@@ -189,7 +190,7 @@ async def repeated_call_is_replayed(server: Server) -> None:
         expect(read.remaining.tool_calls, 3, "calls left")
 
 
-async def concurrent_duplicates_run_once(server: Server) -> None:
+async def concurrent_duplicates_run_once(server: CheckedServer) -> None:
     """Twenty copies of a call sent at once run once and get one reply."""
     file = server.need("file")
     append = {"op": "append", "path": "a.md", "content": "x"}
@@ -199,7 +200,7 @@ async def concurrent_duplicates_run_once(server: Server) -> None:
         expect((await server.call(session, "1", file, {"op": "read", "path": "a.md"})).text, "x", "the file")
 
 
-async def reused_call_id_is_refused(server: Server) -> None:
+async def reused_call_id_is_refused(server: CheckedServer) -> None:
     """A call id that comes back with other arguments answers INVALID_ARGUMENT."""
     async with server.session() as session:
         tool = next(iter(server.tools))
@@ -207,7 +208,7 @@ async def reused_call_id_is_refused(server: Server) -> None:
         await expect_status(server.call(session, "0", tool, {"other": 1}), CODE.INVALID_ARGUMENT)
 
 
-async def budgets_are_echoed_and_end(server: Server) -> None:
+async def budgets_are_echoed_and_end(server: CheckedServer) -> None:
     """Each budget is told in every reply, and once it is gone calls are BUDGET_EXHAUSTED, not a gRPC error."""
     tool = server.need("todo")
     async with server.session(pb.Budget(tool_calls=2, calls_per_tool={tool: 1})) as session:
@@ -220,7 +221,7 @@ async def budgets_are_echoed_and_end(server: Server) -> None:
             expect((await server.call(session, "0", tool, {})).outcome, pb.OUTCOME_BUDGET_EXHAUSTED, f"of {budget}")
 
 
-async def sessions_do_not_meet(server: Server) -> None:
+async def sessions_do_not_meet(server: CheckedServer) -> None:
     """A file of one session is not seen from another, under its name or by a path that leads outside."""
     file = server.need("file")
     async with server.session() as one, server.session() as two:
@@ -238,7 +239,7 @@ async def sessions_do_not_meet(server: Server) -> None:
             expect(reply.outcome in (pb.OUTCOME_TOOL_ERROR, pb.OUTCOME_BAD_ARGUMENTS), True, f"refusal of {path!r}")
 
 
-async def faults_are_injected_and_named(server: Server) -> None:
+async def faults_are_injected_and_named(server: CheckedServer) -> None:
     """A fault that the session asked for is injected and named in the reply; a wrong profile is INVALID_ARGUMENT."""
     tool = server.need("todo")
     profile = json.dumps({"tools": {tool: [{"kind": "http_error", "status": 502}]}})
@@ -249,7 +250,7 @@ async def faults_are_injected_and_named(server: Server) -> None:
         await expect_status(server.ask("OpenSession", pb.OpenSessionRequest(**wrong)), CODE.INVALID_ARGUMENT)
 
 
-async def replay_only_never_computes(server: Server) -> None:
+async def replay_only_never_computes(server: CheckedServer) -> None:
     """In cache mode replay_only a search that was never made is a tool error."""
     tool = server.need("batch_web_surfer")
     async with server.session(cache_mode="replay_only") as session:
@@ -257,7 +258,7 @@ async def replay_only_never_computes(server: Server) -> None:
         expect(reply.outcome, pb.OUTCOME_TOOL_ERROR, "outcome")
 
 
-async def broken_messages_do_no_harm(server: Server) -> None:
+async def broken_messages_do_no_harm(server: CheckedServer) -> None:
     """Bytes that are no message and messages that are too large get an error, and the server goes on."""
     metadata = (("authorization", f"Bearer {server.token}"),) if server.token else ()
     raw = server.channel.unary_unary(f"/{SERVICE}/CallTool")
@@ -270,7 +271,7 @@ async def broken_messages_do_no_harm(server: Server) -> None:
         await server.ask("ListTools", pb.ListToolsRequest())
 
 
-async def refusals_say_when_to_come_back(server: Server) -> None:
+async def refusals_say_when_to_come_back(server: CheckedServer) -> None:
     """If a burst of 2,000 calls is more than the server takes, what it refuses is RESOURCE_EXHAUSTED with RetryInfo."""
     tool = next(iter(server.tools))
     async with server.session() as session:
@@ -307,16 +308,16 @@ CHECKS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class CheckResult:
     check: str
     fact: str
     state: str  # "passed", "failed" or "skipped"
     reason: str = ""
 
 
-async def check(address: str, token: str | None = None, tls_ca: str | None = None) -> list[Result]:
-    """Runs every check, one after another, and returns what they found."""
-    server, results = Server(address, token, tls_ca), []
+async def check_server(address: str, token: str | None = None, tls_ca: str | None = None) -> list[CheckResult]:
+    """Runs all checks in sequence and returns their results."""
+    server, results = CheckedServer(address, token, tls_ca), []
     try:
         with contextlib.suppress(grpc.aio.AioRpcError):
             server.tools = {t.name: t for t in (await server.ask("ListTools", pb.ListToolsRequest())).tools}
@@ -324,15 +325,15 @@ async def check(address: str, token: str | None = None, tls_ca: str | None = Non
             fact, state, reason = " ".join(one.__doc__.split()), "passed", ""
             try:
                 if not server.tools and one is not health:
-                    raise Failed("the server lists no tools")
+                    raise CheckFailed("the server lists no tools")
                 await one(server)
-            except Skipped as error:
+            except CheckSkipped as error:
                 state, reason = "skipped", str(error)
             except grpc.aio.AioRpcError as error:
                 state, reason = "failed", f"{error.code().name}: {error.details()}"
-            except (Failed, ValueError, jsonschema.SchemaError) as error:
+            except (CheckFailed, ValueError, jsonschema.SchemaError) as error:
                 state, reason = "failed", str(error)
-            results.append(Result(one.__name__, fact, state, reason))
+            results.append(CheckResult(one.__name__, fact, state, reason))
     finally:
         await server.channel.close()
     return results
@@ -343,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--address", required=True, help="host:port")
     parser.add_argument("--tls_ca", help="PEM file of the authority that signed the server's certificate")
     flags = parser.parse_args(argv)
-    results = asyncio.run(check(flags.address, os.environ.get("STEPDR_TOOLS_TOKEN") or None, flags.tls_ca))
+    results = asyncio.run(check_server(flags.address, os.environ.get(TOKEN_VARIABLE) or None, flags.tls_ca))
     for result in results:
         print(f"{result.state:8}{result.fact}" + (f"\n        {result.reason}" if result.reason else ""))
     counts = {state: sum(r.state == state for r in results) for state in ("passed", "failed", "skipped")}

@@ -1,14 +1,14 @@
-"""A load generator: many sessions at once, mixed tools, and a check of every reply for loss, duplication and leaks.
+"""A load generator: many sessions at once, mixed tools, and checks for lost, duplicated and leaked calls.
 
 python -m tools_env.check.load --address=host:port --sessions=1000 --seconds=300
-python -m tools_env.check.load --world=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40   kills parts meanwhile
-python -m tools_env.check.load --world=DIR --workers=2      starts a host of its own, and a bare gRPC echo to compare with
+python -m tools_env.check.load --offline_web=DIR --workers=2
+python -m tools_env.check.load --offline_web=DIR --workers=2 --kill=worker,redis --shell=0.1 --sessions=40
 
-Each session appends a mark of its own to a file, call after call, and reads it at the end: a lost call is a mark that is
-missing, a duplicated one a mark that is there twice, a leak a mark of another session. Shell calls count in the same way:
-a command that ran twice has left its number twice. At the end a call that was answered is repeated: its reply must be the
-same. A token is read from
-$STEPDR_TOOLS_TOKEN.
+With --offline_web it starts a host, and a bare gRPC echo server for comparison; --kill also kills parts of the host.
+
+Each session appends unique marks to a file, call after call, and reads the file at the end. A missing mark is a lost
+call, a repeated mark a duplicated call, and a mark of another session a leak. Shell commands are counted in the same
+way. At the end an answered call is repeated: its reply must be the same. A token is read from $STEPDR_TOOLS_TOKEN.
 """
 
 import argparse
@@ -29,21 +29,25 @@ from tools_env.check import chaos
 from tools_env.client import ToolInfraError, ToolsClient
 from tools_env.errors import ToolHostError
 from tools_env.process import ToolHost
+from tools_env.service.settings import TOKEN_VARIABLE
 
 SAMPLE_SECONDS = 1.0
 
 
 @dataclasses.dataclass
-class Load:
-    """What a run saw. `seconds_of` has one entry per call, `memory` MB of all processes of the host once a second."""
+class LoadReport:
+    """Results of a run.
+
+    `seconds_of` has the latency of each call, `memory` the MiB of all host processes once a second.
+    """
 
     calls: int = 0
     outcomes: dict[str, int] = dataclasses.field(default_factory=dict)
-    failed: dict[str, int] = dataclasses.field(default_factory=dict)  # gRPC status -> calls given up
+    failed: dict[str, int] = dataclasses.field(default_factory=dict)  # gRPC status -> failed calls
     lost: int = 0
     duplicated: int = 0
     leaked: int = 0
-    changed: int = 0  # repeated calls whose reply was another one
+    changed: int = 0  # repeated calls with a different reply
     shell_calls: int = 0
     ran_twice: int = 0  # shell commands that ran more than once
     not_run: int = 0  # shell commands that were acknowledged and did not run
@@ -63,7 +67,7 @@ class Load:
         return 1000 * ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0.0
 
 
-async def run(
+async def run_load(
     client: ToolsClient,
     *,
     sessions: int,
@@ -73,12 +77,14 @@ async def run(
     seed: int = 0,
     pid: int | None = None,
     shell: float = 0.0,
-) -> Load:
-    """Loads a host for `seconds` with so many sessions at a time.
+) -> LoadReport:
+    """Loads a host for `seconds` with `sessions` concurrent sessions.
 
-    `shell` is the share of calls that run a command. A session makes `calls` calls, `think` seconds apart on average, checks its file and makes room for the next one.
+    A session makes `calls` calls, `think` seconds apart on average, and checks its file; then the next session takes
+    its place. `shell` is the share of calls that run a shell command. `pid` is the host's process, to sample its
+    memory.
     """
-    load, began = Load(), time.monotonic()
+    load, began = LoadReport(), time.monotonic()
     sampler = asyncio.create_task(_sample(load, pid)) if pid else None
     end = began + seconds
 
@@ -95,15 +101,18 @@ async def run(
     return load
 
 
-async def _sample(load: Load, pid: int) -> None:
+async def _sample(load: LoadReport, pid: int) -> None:
     while True:
         with contextlib.suppress(psutil.Error):
-            load.memory.append(sum(psutil.Process(p).memory_info().rss for p in family(pid)) / 2**20)
+            load.memory.append(sum(psutil.Process(p).memory_info().rss for p in process_tree(pid)) / 2**20)
         await asyncio.sleep(SAMPLE_SECONDS)
 
 
-def family(pid: int) -> list[int]:
-    """Returns the process and all below it, without a look at every process of the machine, which would hold calls up."""
+def process_tree(pid: int) -> list[int]:
+    """Returns the process and all its descendants.
+
+    Does not scan all processes of the machine, which would delay calls.
+    """
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -112,10 +121,10 @@ def family(pid: int) -> list[int]:
 
 
 async def _episode(
-    client: ToolsClient, load: Load, name: str, end: float, think: float, calls: int, shell: float
+    client: ToolsClient, load: LoadReport, name: str, end: float, think: float, calls: int, shell: float
 ) -> None:
     draw = random.Random(name)
-    await asyncio.sleep(draw.uniform(0.0, think))  # sessions do not march in step
+    await asyncio.sleep(draw.uniform(0.0, think))  # desynchronizes the sessions
     try:
         session = await client.open_session(name)
     except ToolInfraError as error:
@@ -188,8 +197,8 @@ async def _episode(
     await session.close()
 
 
-async def rate(call, concurrency: int, seconds: float) -> float:
-    """Returns calls a second of `call(number)` with so many at a time."""
+async def call_rate(call, concurrency: int, seconds: float) -> float:
+    """Returns the rate of `call(number)`, in calls per second, with `concurrency` calls at a time."""
     done, end = 0, time.monotonic() + seconds
 
     async def loop(place: int) -> None:
@@ -223,14 +232,14 @@ asyncio.run(main())
 async def against_echo(
     address: str, *, rounds: int = 3, concurrency: int = 64, seconds: float = 3.0, pid: int | None = None
 ) -> list[float]:
-    """Returns, per round, the rate of a trivial call over that of a bare gRPC echo of as many bytes, taking turns.
+    """Returns, per round, the rate of a trivial call divided by that of a bare gRPC echo of equal size.
 
-    Both are asked through bare stubs, so that the client costs the same on both sides. With the host's `pid` the processor
-    time of a call is told too, which depends less than the rate on what else the machine does.
+    Both are called through bare stubs, so that the client's cost is the same. With the host's `pid` the CPU time per
+    call is also printed, which depends less than the rate on other load of the machine.
     """
 
     def spent(of: int) -> float:
-        return sum(sum(psutil.Process(p).cpu_times()[:2]) for p in family(of))
+        return sum(sum(psutil.Process(p).cpu_times()[:2]) for p in process_tree(of))
 
     from tools_env.protocol import tools_pb2
 
@@ -253,8 +262,10 @@ async def against_echo(
             base = 0
             for _ in range(rounds):
                 before = spent(process.pid), spent(pid or process.pid)
-                echo = await rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
-                ours = await rate(lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds)
+                echo = await call_rate(lambda n: bare(request(n), timeout=15), concurrency, seconds)
+                ours = await call_rate(
+                    lambda n, b=base: stub.CallTool(request(b + n), timeout=15), concurrency, seconds
+                )
                 base += 10_000_000
                 line = f"echo {echo:,.0f} calls/s, trivial call {ours:,.0f} calls/s, ratio {ours / echo:.2f}"
                 if pid:
@@ -275,8 +286,8 @@ async def against_echo(
         await process.wait()
 
 
-def report(load: Load) -> str:
-    """Returns the run in a few lines."""
+def format_report(load: LoadReport) -> str:
+    """Returns the results as text."""
     lines = [
         f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
         f"p50 {load.latency(0.5):.1f} ms, p99 {load.latency(0.99):.1f} ms",
@@ -300,40 +311,40 @@ def report(load: Load) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="load", description=__doc__.split("\n")[0])
     parser.add_argument("--address", help="host:port of a running host")
-    parser.add_argument("--world", help="world directory, to start a host of our own")
-    parser.add_argument("--workers", type=int, default=1, help="processes of our own host")
+    parser.add_argument("--offline_web", help="offline web directory; starts a host for it")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the started host")
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--think", type=float, default=2.0, help="mean seconds between the calls of a session")
-    parser.add_argument("--calls", type=int, default=40, help="calls of one session; then another takes its place")
+    parser.add_argument("--calls", type=int, default=40, help="calls of one session, which is then replaced by another")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one call, retries included")
-    parser.add_argument("--echo", type=int, default=3, help="rounds against a bare echo; 0: none")
-    parser.add_argument("--otlp_endpoint", help="collector that gets the spans of our own host")
+    parser.add_argument("--echo", type=int, default=3, help="rounds of comparison with a bare echo server; 0: none")
+    parser.add_argument("--otlp_endpoint", help="OpenTelemetry collector of the started host")
     parser.add_argument("--shell", type=float, default=0.0, help="share of calls that run a shell command")
-    parser.add_argument("--kill", default="", help="kill these meanwhile, with commas between: worker, redis")
+    parser.add_argument("--kill", default="", help="comma-separated parts to kill under load: worker, redis")
     parser.add_argument("--kill_every", type=float, default=10.0, help="seconds between two kills")
-    parser.add_argument("--concurrency", type=int, default=32, help="calls of one tool at a time in our own host")
-    parser.add_argument("--queue", type=int, default=256, help="calls of one tool that may wait in our own host")
+    parser.add_argument("--concurrency", type=int, default=32, help="calls of one tool at a time in the started host")
+    parser.add_argument("--queue", type=int, default=256, help="calls of one tool that may wait in the started host")
     flags = parser.parse_args(argv)
     kinds = list(filter(None, flags.kill.split(",")))
     if set(kinds) - set(chaos.KINDS):
-        parser.error(f"--kill knows {', '.join(chaos.KINDS)}")
-    if kinds and (not flags.world or flags.workers < 2):
-        parser.error("--kill needs a host of our own with a supervisor: --world and --workers=2")
-    if bool(flags.address) == bool(flags.world):
-        parser.error("name either --address or --world")
-    token = os.environ.get("STEPDR_TOOLS_TOKEN") or None
+        parser.error(f"--kill takes {', '.join(chaos.KINDS)}")
+    if kinds and (not flags.offline_web or flags.workers < 2):
+        parser.error("--kill needs --offline_web and --workers of at least 2")
+    if bool(flags.address) == bool(flags.offline_web):
+        parser.error("name either --address or --offline_web")
+    token = os.environ.get(TOKEN_VARIABLE) or None
     try:
         with contextlib.ExitStack() as stack:
-            redis = stack.enter_context(chaos.Redis()) if "redis" in kinds else None
+            redis = stack.enter_context(chaos.RedisServer()) if "redis" in kinds else None
             host = None
-            if flags.world:
+            if flags.offline_web:
                 sizes = dict(workers=flags.workers, concurrency=flags.concurrency, queue=flags.queue)
                 tools = "shell" if flags.shell else ""
                 cache = redis.url if redis else None
                 host = stack.enter_context(
                     ToolHost(
-                        flags.world,
+                        flags.offline_web,
                         token=token,
                         redis_url=cache,
                         tools=tools,
@@ -343,16 +354,18 @@ def main(argv: list[str] | None = None) -> int:
                 )
             address = host.address if host else flags.address
 
-            async def loaded() -> Load:
+            async def loaded() -> LoadReport:
                 if flags.echo and not token:
                     await against_echo(address, rounds=flags.echo, pid=host.pid if host else None)
                 client = ToolsClient(address, token=token, channels=4, call_timeout=flags.timeout)
                 sizes = dict(sessions=flags.sessions, seconds=flags.seconds, think=flags.think, calls=flags.calls)
                 killer = None
                 if kinds:
-                    killer = asyncio.create_task(chaos.kill(kinds, host.pid, redis, flags.kill_every, flags.seconds))
+                    killer = asyncio.create_task(
+                        chaos.kill_parts(kinds, host.pid, redis, flags.kill_every, flags.seconds)
+                    )
                 pid = host.pid if host else None
-                found = await run(client, **sizes, shell=flags.shell, seed=os.getpid(), pid=pid)
+                found = await run_load(client, **sizes, shell=flags.shell, seed=os.getpid(), pid=pid)
                 if killer:
                     print(f"killed: {', '.join(await killer)}")
                 await client.close()
@@ -362,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ToolHostError, ToolInfraError) as error:
         print(f"load: {error}", file=sys.stderr)
         return 2
-    print(report(load))
+    print(format_report(load))
     return 0 if load.clean else 1
 
 

@@ -1,4 +1,4 @@
-"""Error rates of the offline recognisers on generated speech and rendered pages.
+"""Error rates of offline speech and text recognition on generated speech and rendered pages.
 
 python -m tools_env.check.media_bench
 
@@ -37,13 +37,13 @@ VOICES = {
 
 
 def word_error_rate(said: str, heard: str) -> float:
-    """Edits of words per word said."""
+    """Returns the word error rate: word edits per word said."""
     words = [re.findall(r"[\w']+", text.lower()) for text in (said, heard)]
     return Levenshtein.distance(*words) / max(len(words[0]), 1)
 
 
 def character_error_rate(shown: str, read: str) -> float:
-    """Edits of characters per character shown, white space taken as one space."""
+    """Returns the character error rate; white space counts as one space."""
     one, two = (" ".join(text.split()) for text in (shown, read))
     return Levenshtein.distance(one, two) / max(len(one), 1)
 
@@ -83,12 +83,12 @@ async def _main() -> None:
         for text in SENTENCES:
             if (wav := speak(voice, text)) is None:
                 break
-            rates.append(word_error_rate(text, await asr.recognise(wav, 120)))
+            rates.append(word_error_rate(text, await asr.recognize_speech(wav, 120)))
         print(f"| {voice} | {sum(rates) / len(rates):.0%} |" if rates else f"| {voice} | not installed |")
     print("\n| page | characters wrong |\n|---|---|")
     for size, noise in ((12, False), (16, False), (28, False), (28, True)):
         text, png = page(size, noise)
-        rate = character_error_rate(text, await analyze_image.recognise(png, 60, "eng"))
+        rate = character_error_rate(text, await analyze_image.recognize_text(png, 60, "eng"))
         print(f"| {size} pixels, {'noise and 3 degrees' if noise else 'clean'} | {rate:.1%} |")
 
 

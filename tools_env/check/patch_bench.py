@@ -1,10 +1,10 @@
-"""Measures the patch operation: its tokens against rewriting, its success against search-and-replace and unified diff.
+"""Benchmark of the patch operation: tokens compared with rewriting, success with search-and-replace and unified diff.
 
 python -m tools_env.check.patch_bench [--texts=FOLDER] [--edits=500] [--seed=0]
 
-Edits of one to three lines or one sentence are made in long texts (files *.txt of a folder, else pages of the embedded
-world). Whoever asks for them copies the old text exactly, or with one to three slips: a letter, a space, a mark. An edit
-succeeds when the file is then exactly what was meant; one that changes anything else without an error is a wrong edit.
+Edits of one to three lines or one sentence are made in long texts (*.txt files of a folder, or pages of the offline
+web). The anchor copies the old text exactly, or with one to three injected errors: a letter, a space, a capital. An
+edit succeeds when the result is exactly as intended; a different result without an error is a wrong edit.
 """
 
 import argparse
@@ -24,8 +24,8 @@ MIN_CHARS = 4_000  # a long text
 _METHODS = ("patch", "search and replace", "unified diff")
 
 
-def run(texts: list[str], edits: int, seed: int) -> dict:
-    """Returns counts: tokens of patching and rewriting, and of each method its right, refused and wrong edits."""
+def run_patch_bench(texts: list[str], edits: int, seed: int) -> dict:
+    """Returns token counts of patching and rewriting, and for each method its right, refused and wrong edits."""
     rng = random.Random(seed)
     outcomes = {slips: {method: Counter() for method in _METHODS} for slips in ("exact", "slips")}
     tokens = Counter()
@@ -53,7 +53,7 @@ def _outcome(result: str | None, meant: str) -> str:
 
 def _patched(text: str, anchor: str, new: str) -> str | None:
     try:
-        return patch.apply(text, anchor, new).text
+        return patch.apply_patch(text, anchor, new).text
     except ToolError:
         return None
 
@@ -63,7 +63,7 @@ def _replaced(text: str, anchor: str, new: str) -> str | None:
 
 
 def _edit(rng: random.Random, text: str) -> tuple[int, int, str]:
-    """Returns (start, end, new text) of a place that stands once in `text`."""
+    """Returns (start, end, new text) of a place that occurs once in `text`."""
     lines = [match.span() for match in re.finditer(r"(?m)^.*$", text)]
     while True:
         if rng.random() < 0.5:
@@ -86,7 +86,7 @@ def _edit(rng: random.Random, text: str) -> tuple[int, int, str]:
 
 
 def _with_slips(rng: random.Random, text: str) -> str:
-    """Returns `text` as someone copies it from memory; different, and no shorter exact piece of it."""
+    """Returns `text` with injected errors; never a substring of `text`."""
     slipped = text
     while slipped in text:
         slipped = text
@@ -105,12 +105,12 @@ def _with_slips(rng: random.Random, text: str) -> str:
 
 
 def _hunk(rng: random.Random, text: str, start: int, end: int, new: str, slips: bool):
-    """Returns (line, before, old, new, after) of a diff with three lines of context, its line number a little off."""
+    """Returns (line, before, old, new, after) of a hunk with three context lines and a slightly wrong line number."""
     first, last = text.rfind("\n", 0, start) + 1, text.find("\n", end)
     last = len(text) if last < 0 else last
     above, below = text[:first].split("\n")[:-1], text[last + 1 :].split("\n") if last < len(text) else []
     before, old, after = above[-3:], text[first:last].split("\n"), below[:3]
-    if slips:  # as many as elsewhere, anywhere in what the hunk repeats of the old text
+    if slips:  # the same number of errors, anywhere in the old text that the hunk repeats
         copied = _with_slips(rng, "\n".join([*before, *old, *after])).split("\n")
         if len(copied) == len(before) + len(old) + len(after):
             before, old, after = (
@@ -125,7 +125,7 @@ def _hunk(rng: random.Random, text: str, start: int, end: int, new: str, slips: 
 def _apply_hunk(
     text: str, line: int, before: list[str], old: list[str], new: list[str], after: list[str]
 ) -> str | None:
-    """Applies a hunk as GNU patch does: nearest place where it fits, with up to two outer lines of context left out."""
+    """Applies a hunk as GNU patch does: at the nearest place where it fits, ignoring up to two outer context lines."""
     lines = text.split("\n")
     for fuzz in range(3):
         head, tail = before[min(fuzz, len(before)) :], after[: max(len(after) - fuzz, 0)]
@@ -138,28 +138,28 @@ def _apply_hunk(
 
 
 def read_texts(folder: str | None, limit: int = 400) -> list[str]:
-    """Returns long texts of a folder, or of the embedded world, pages put together."""
+    """Returns long texts of a folder, or concatenated pages of the offline web."""
     if folder is not None:
         files = sorted(Path(folder).rglob("*.txt"))
         texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
         found = []
         for text in texts:
             if MIN_CHARS <= len(text) <= 200_000 and len(found) < limit:
-                # Half as they are, lines wrapped; half with a paragraph on one line, as reports are.
+                # Half unchanged, with wrapped lines; half with one line per paragraph, as in reports.
                 found.append(text if len(found) % 2 else re.sub(r"(?<=\S)\n[ ]*(?=\S)", " ", text))
         return found
-    from tools_env.offline_web.build import build_world
+    from tools_env.offline_web.build import build_offline_web
 
-    with tempfile.TemporaryDirectory() as world:
-        build_world(world, seed=0)
-        rows = [json.loads(line) for line in (Path(world) / "documents.jsonl").open(encoding="utf-8")]
+    with tempfile.TemporaryDirectory() as offline_web:
+        build_offline_web(offline_web, seed=0)
+        rows = [json.loads(line) for line in (Path(offline_web) / "documents.jsonl").open(encoding="utf-8")]
     pages = [row["text"] for row in rows if row["lang"] == "en"]
     joined = ["\n\n".join(pages[i : i + 15]) for i in range(0, len(pages), 15)]
     return [text for text in joined if len(text) >= MIN_CHARS][:limit]
 
 
 def report(result: dict) -> str:
-    """Returns the table."""
+    """Returns the results as a Markdown table."""
     saved = 1 - result["tokens"]["patch"] / result["tokens"]["rewrite"]
     rows = [f"tokens of patching below rewriting: {saved:.1%}", "", "| anchor | method | right | refused | wrong |"]
     rows.append("|---|---|---|---|---|")
@@ -173,7 +173,7 @@ def report(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="patch_bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--texts", help="folder with *.txt; default: pages of the embedded world")
+    parser.add_argument("--texts", help="folder with *.txt; default: pages of the offline web")
     parser.add_argument("--edits", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     print(f"{flags.edits} edits in {len(texts)} texts of {sum(map(len, texts)) // len(texts)} characters on average")
-    print(report(run(texts, flags.edits, flags.seed)))
+    print(report(run_patch_bench(texts, flags.edits, flags.seed)))
     return 0
 
 

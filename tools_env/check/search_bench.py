@@ -2,17 +2,17 @@
 
 python -m tools_env.check.search_bench --articles=FOLDER_OR_TAR
 
-Collection: paragraphs of the articles (a .txt each, named by its title), `--paragraphs` of them, and the Chinese pages of
-the built-in world. Queries ask for one known paragraph, whose text must come back:
+Collection: paragraphs of the articles (.txt files named by their titles), `--paragraphs` of them, and the Chinese pages
+of the offline web. Each query has one known paragraph to be found:
 
-known item   a sentence of 8 to 30 words; the words of its article's title are taken out
-paraphrase   of these words 40 % are dropped, the rest shuffled, and half of those longer than five letters get another
+known item   a sentence of 8 to 30 words without the words of its article's title
+paraphrase   40 % of these words dropped, the rest shuffled, and half of those longer than five letters given another
              ending (ing, ed, s, ly, ion exchanged or added); no synonyms
-Chinese      a sentence of a Chinese page of the world; every fifth character is dropped. Those pages are made from facts
-             by sentence patterns, so they are easier than real ones. Nothing here asks in Chinese for English text.
+Chinese      a sentence of a Chinese page of the offline web without every fifth character. These pages are generated
+             from sentence templates, so they are easier than real ones. No query crosses languages.
 
-Authority is dealt out to the articles by the hash of their titles, 0 to 2, so it has nothing to do with relevance: what
-`+authority` loses is what a boost without merit costs.
+Authority, 0 to 2, is assigned by the hash of the title, so it is unrelated to relevance: the loss of `+authority` is
+the cost of an uninformative boost.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 from tools_env.offline_web import folder
-from tools_env.offline_web.build import build_world
+from tools_env.offline_web.build import build_offline_web
 from tools_env.search import store, text
 from tools_env.search.index import PassageIndex, build_vectors
 
@@ -56,13 +56,15 @@ def articles(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def paragraphs(body: str) -> list[str]:
-    """Returns the prose of an article: blocks of at least 80 characters that end as sentences do."""
+    """Returns the prose of an article: blocks of at least 80 characters that end like sentences."""
     blocks = (" ".join(block.split()) for block in re.split(r"\n\s*\n", body))
-    return folder.cut(b for b in blocks if len(b) >= 80 and b.endswith((".", '."')) and not b.startswith("#"))
+    return folder.split_paragraphs(
+        b for b in blocks if len(b) >= 80 and b.endswith((".", '."')) and not b.startswith("#")
+    )
 
 
-def collection(path: Path, limit: int, world: Path) -> Iterator[dict]:
-    """Yields documents for the index: articles in the order of their titles' hashes, then the world's Chinese pages."""
+def collection(path: Path, limit: int, offline_web: Path) -> Iterator[dict]:
+    """Yields documents to index: articles in order of their titles' hashes, then Chinese pages of the offline web."""
     kept = 0
     for title, body in sorted(articles(path), key=lambda pair: _hash(pair[0])):
         found = paragraphs(body)[: max(0, limit - kept)]
@@ -71,14 +73,14 @@ def collection(path: Path, limit: int, world: Path) -> Iterator[dict]:
             url = f"http://articles.example/{quote(title)}"
             level = int(_hash(title)[:8], 16) % 3
             yield {"id": url, "url": url, "title": title, "text": "\n".join(found), "lang": "en", "authority": level}
-    for line in (world / "documents.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (offline_web / "documents.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["lang"] == "zh":
             yield row
 
 
 def queries(passages: store.Passages, count: int) -> dict[str, list[tuple[str, str]]]:
-    """Returns (query, text to be found) by kind; a function of the collection alone."""
+    """Returns (query, text to be found) by kind. Deterministic in the collection."""
     rng = random.Random(0)
     english, chinese = [], []
     order = list(range(len(passages)))
@@ -150,10 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=500, help="of each kind")
     flags = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="stepdr_search_") as temporary:
-        world, directory = Path(temporary) / "world", Path(temporary) / "collection"
-        build_world(world, seed=0)
+        offline_web, directory = Path(temporary) / "world", Path(temporary) / "collection"
+        build_offline_web(offline_web, seed=0)
         began = time.perf_counter()
-        rows = list(collection(flags.articles, flags.paragraphs, world))
+        rows = list(collection(flags.articles, flags.paragraphs, offline_web))
         read = time.perf_counter() - began
         began = time.perf_counter()
         writer = store.Writer(directory / "index")

@@ -1,1 +1,1 @@
-"""The embedded offline web: real facts, written as linked pages on a handful of hosts and served over HTTP."""
+"""The offline web: real facts as linked pages on a handful of hosts, served over HTTP."""

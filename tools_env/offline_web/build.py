@@ -1,13 +1,13 @@
-"""Writes a world to disk: the built-in pages, the facts behind them, and a person's own documents.
+"""Writes an offline web to disk: the built-in pages, the facts behind them, and the user's own documents.
 
-documents.jsonl  one page a line: id, url, title, text (markdown; a passage a line), lang, source, authority,
+documents.jsonl  one page per line: id, url, title, text (markdown, one passage per line), lang, source, authority,
                  published_at, links
 entities.jsonl   id, kind, en, zh, attributes (relation -> language -> value as written)
 triples.jsonl    head, relation, tail, tail_is_entity
-errors.jsonl     passages that are wrong on purpose: url, lang, passage, entity, relation, stated, true, reason
-sites.json       hosts with their authority and behaviour, redirects, odd pages; the fingerprint of the inputs
+errors.jsonl     passages with injected errors: url, lang, passage, entity, relation, stated, true, reason
+sites.json       hosts with their authority and behavior, redirects and pages with defects; fingerprint of the inputs
 
-Equal inputs give equal files, byte for byte. No clock is read: pages are dated before pages.LAST_DAY.
+Equal inputs give byte-equal files. The clock is not read: pages are dated before pages.LAST_DAY.
 """
 
 import contextlib
@@ -20,31 +20,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tools_env.errors import ToolHostError
-from tools_env.offline_web import facts as world_facts
 from tools_env.offline_web import folder, pages, sentences
+from tools_env.offline_web.facts import Entity, load_facts, source_version
 
 
-def build_world(world_dir: str | os.PathLike, *, seed: int, documents: str = "") -> None:
-    """Builds a world in `world_dir` (2 s without documents), or returns at once when it is there for these inputs.
+def build_offline_web(offline_web_dir: str | os.PathLike, *, seed: int, documents: str = "") -> None:
+    """Builds the offline web in `offline_web_dir` (2 s without documents), unless it exists for these inputs.
 
-    The directory appears whole or stays as it was. A world of other inputs is replaced, with what was derived from it.
+    The directory is replaced atomically. An offline web of other inputs is replaced, with everything derived from it.
 
     Args:
-        world_dir: absent, empty, or an earlier world.
-        seed: decides dates, links, which passages err, and which pages exist on the smaller hosts.
+        offline_web_dir: absent, empty, or an earlier offline web.
+        seed: decides dates, links, which passages have errors, and which pages exist on the smaller hosts.
         documents: folder of md, html, txt and pdf files to add as the host library.test; "" for none.
 
     Raises:
-        ToolHostError: the folder or one of its files cannot be read, or `world_dir` holds something else.
+        ToolHostError: the folder or one of its files cannot be read, or `offline_web_dir` holds something else.
     """
-    target = Path(world_dir)
+    target = Path(offline_web_dir)
     library = folder.read_folder(documents) if documents else []
     fingerprint = _fingerprint(seed, library)
     if _built(target) == fingerprint:
         return
     if target.exists() and not (target / "sites.json").is_file() and (not target.is_dir() or any(target.iterdir())):
         raise ToolHostError(
-            f"expected {target} to be absent, empty or a built world; it is not; name another directory"
+            f"expected {target} to be absent, empty or a built offline web; it is not; name another directory"
         )
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     retired = target.with_name(f".{target.name}.{os.getpid()}.old")
@@ -56,13 +56,13 @@ def build_world(world_dir: str | os.PathLike, *, seed: int, documents: str = "")
         try:
             os.rename(temporary, target)
         except OSError:
-            if _built(target) != fingerprint:  # else another process built the same world first
+            if _built(target) != fingerprint:  # else another process built the same one first
                 raise
     except OSError as error:
         if not target.exists() and retired.exists():
             os.rename(retired, target)
         raise ToolHostError(
-            f"cannot write the world to {target}: {error.strerror}; free the path or name another"
+            f"cannot write the offline web to {target}: {error.strerror}; free the path or name another"
         ) from None
     finally:
         for leftover in (temporary, retired):
@@ -70,8 +70,8 @@ def build_world(world_dir: str | os.PathLike, *, seed: int, documents: str = "")
 
 
 def _fingerprint(seed: int, library: list[dict]) -> str:
-    """Of everything that decides the content: the seed, the sources, the code of this package, the documents."""
-    digest = hashlib.sha256(f"{seed} {world_facts.source_version()}".encode())
+    """Returns the hash of all inputs: the seed, the data sources, the code of this package, the documents."""
+    digest = hashlib.sha256(f"{seed} {source_version()}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     for row in library:
@@ -86,7 +86,7 @@ def _built(target: Path) -> str | None:
 
 
 def _write(out: Path, seed: int, library: list[dict], fingerprint: str) -> None:
-    facts = world_facts.load_facts()
+    facts = load_facts()
     built = list(pages.all_pages(facts, seed))
     _write_rows(out / "documents.jsonl", [*(page.document() for page in built), *library])
     _write_rows(out / "entities.jsonl", map(_entity_row, facts.entities.values()))
@@ -113,10 +113,10 @@ def _write(out: Path, seed: int, library: list[dict], fingerprint: str) -> None:
     _write_text(out / "sites.json", json.dumps(sites, ensure_ascii=False, indent=1, sort_keys=True) + "\n")
 
 
-def _entity_row(entity: world_facts.Entity) -> dict:
+def _entity_row(entity: Entity) -> dict:
     attributes = {
         relation: {
-            lang: sentences.join(value.items(lang), lang)
+            lang: sentences.join_items(value.items(lang), lang)
             for lang in pages.LANGS
             if lang == "en" or relation in sentences.WORD_ZH
         }

@@ -1,8 +1,8 @@
 """Real facts about countries and territories, and the graph they form.
 
 Facts come from the data files of the countryinfo package; names in both languages, current currencies and Chinese city
-names from Unicode CLDR through Babel. Nothing is invented: what both sources lack is left out, and the few corrections
-below say what they correct. Population figures are those of countryinfo.
+names from Unicode CLDR through Babel. Nothing is invented: what both sources lack is omitted, and each correction below
+names what it corrects. Population figures are those of countryinfo.
 """
 
 import dataclasses
@@ -33,11 +33,9 @@ RELATIONS = (
     "calling_code",
     "demonym",
 )
-CURRENCIES_ON = datetime.date(
-    2025, 6, 1
-)  # legal tender on this day; fixed, so that a world does not depend on the clock
+CURRENCIES_ON = datetime.date(2025, 6, 1)  # legal tender on this day; fixed, so that pages do not depend on the clock
 
-# Territories without a permanent population, or that CLDR joins from places that share nothing.
+# Territories without a permanent population, or that CLDR combines from unrelated places.
 _LEFT_OUT = frozenset({"ATA", "ATF", "BVT", "HMD", "IOT", "SGS", "SJM", "UMI"})
 # Where the common English name differs from CLDR's, or CLDR's is not a name in running text.
 _NAME_EN = {
@@ -151,7 +149,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Entity:
-    """A thing with a name in both languages. `slug` names its pages; only countries have `values`."""
+    """An entity with a name in both languages. `slug` names its pages; only countries have `values`."""
 
     id: str
     kind: str  # country, city, currency, language, region
@@ -166,12 +164,12 @@ class Entity:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Everything that is known.
+    """All facts.
 
     Attributes:
         entities: id -> entity, countries first, each kind in order of its English names.
-        former: (country id, relation) -> a value that was true once and is not any more.
-        other_names: country id -> names under which a reader may also look for it.
+        former: (country id, relation) -> a value that is no longer true.
+        other_names: country id -> other names of the country.
     """
 
     entities: Mapping[str, Entity]
@@ -192,7 +190,7 @@ class Facts:
         return {tail: tuple(countries.values()) for tail, countries in found.items()}
 
     def triples(self) -> Iterator[dict]:
-        """Rows with head, relation, tail, tail_is_entity; lists give one row an item."""
+        """Rows with head, relation, tail, tail_is_entity; a list gives one row per item."""
         for country in self.of_kind("country"):
             for relation, value in country.values.items():
                 for tail in value.ids or value.en:
@@ -206,22 +204,22 @@ def slug(name: str) -> str:
 
 
 def source_version() -> str:
-    """Versions of the packages that the facts come from; part of a world's fingerprint."""
+    """Returns the versions of the packages that the facts come from; part of the fingerprint."""
     return " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("countryinfo", "babel"))
 
 
 def _rows() -> list[dict]:
-    """The records of countryinfo by ISO code, read as files: importing the package is not needed."""
+    """Returns the records of countryinfo in order of ISO code. Reads its data files without importing the package."""
     spec = importlib.util.find_spec("countryinfo")
     folder = Path(next(iter(spec.submodule_search_locations))) / "data" if spec else None
     if folder is None or not folder.is_dir():
-        raise ToolHostError('the built-in web needs the data of the package countryinfo; run pip install -e ".[tools]"')
+        raise ToolHostError('the offline web needs the data of the package countryinfo; run pip install -e ".[tools]"')
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     complete = {}
     for row in rows:
         if all(row.get(field) for field in ("population", "callingCodes", "subregion")):
             kept = complete.get(row["ISO"]["alpha3"])
-            # The Holy See stands twice; the record with a demonym is the maintained one.
+            # The Holy See occurs twice; the record with a demonym is the maintained one.
             if kept is None or row.get("demonym"):
                 complete[row["ISO"]["alpha3"]] = row
     return [row for code, row in sorted(complete.items()) if code not in _LEFT_OUT and row["callingCodes"][0]]

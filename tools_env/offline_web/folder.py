@@ -1,8 +1,8 @@
-"""A folder of a person's own documents as pages of the host library.test.
+"""The user's own documents as pages of the host library.test.
 
-Markdown, HTML, plain text and PDF become passages of a paragraph each; links between the documents are kept, so they
-form a graph like the rest of the world. A file that cannot be read stops the build and is named: a document that was
-left out silently would be missed much later.
+Markdown, HTML, plain text and PDF become passages, one per paragraph. Links between the documents are kept, so that
+they form a graph like the built-in pages. A file that cannot be read stops the build with an error that names it: a
+silently omitted document would be noticed much later.
 """
 
 import html.parser
@@ -15,9 +15,9 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.search import text
-from tools_env.web.fetch import Fetched
-from tools_env.web.page import decode
-from tools_env.web.page import read as read_page
+from tools_env.web.charset import decode_body
+from tools_env.web.fetch import FetchedPage
+from tools_env.web.page import extract_page
 
 HOST = "library.test"
 SITE = {"authority": 1, "behaviour": "normal", "about": "your own documents"}
@@ -43,28 +43,32 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 def read_folder(documents: str | os.PathLike) -> list[dict]:
-    """Returns a row of documents.jsonl per file, in order of their paths; hidden files and other types are passed over.
+    """Returns a row of documents.jsonl per file, in order of their paths; hidden files and other types are skipped.
 
     Raises:
         ToolHostError: the folder is missing or has no document, or a document cannot be read or has no text.
     """
     root = Path(documents).expanduser()
     if not root.is_dir():
-        raise ToolHostError(f"expected a folder of documents, got {root}, which is not one; correct world.documents")
+        raise ToolHostError(
+            f"expected a folder of documents, got {root}, which is not one; correct config.offline_web.documents"
+        )
     try:
-        paths = sorted(files(root))
+        paths = sorted(document_files(root))
     except OSError as error:
         raise ToolHostError(
             f"cannot read the folder {error.filename or root}: {error.strerror}; change its permissions"
         ) from None
     if not paths:
         kinds = ", ".join(sorted(suffix[1:] for suffix in TYPES))
-        raise ToolHostError(f"expected documents ({kinds}) in {root}, found none; correct world.documents or add some")
+        raise ToolHostError(
+            f"expected documents ({kinds}) in {root}, found none; correct config.offline_web.documents or add some"
+        )
     urls = {path.resolve(): _url(path.relative_to(root)) for path in paths}
     return [_document(path, root, urls) for path in paths]
 
 
-def files(root: Path) -> Iterator[Path]:
+def document_files(root: Path) -> Iterator[Path]:
     def fail(error: OSError):
         raise error
 
@@ -91,13 +95,13 @@ def _document(path: Path, root: Path, urls: dict[Path, str]) -> dict:
     return row | {"links": _resolved(links, path, row["url"], urls)}
 
 
-def document(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
-    """Returns the row of one document, its links left out.
+def read_document_file(body: bytes, relative: Path, host: str, authority: int, shown: str) -> dict:
+    """Returns the row of one document, without its links.
 
     Args:
-        body: the file's bytes; what they are follows from the extension in `relative`.
+        body: the file's bytes; their type follows from the extension in `relative`.
         relative: path below the folder, which becomes the address on `host`.
-        shown: names the file in errors.
+        shown: the file's name in errors.
 
     Raises:
         ToolHostError: it cannot be read or has no text.
@@ -111,22 +115,26 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
     if kind in ("text/markdown", "text/plain"):
         if b"\x00" in body and not body.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise ToolHostError(f"the document {shown} is not text; give it its true extension or remove it")
-        content = body.decode("utf-16") if body.startswith((b"\xff\xfe", b"\xfe\xff")) else decode(body, "utf-8-sig")
+        content = (
+            body.decode("utf-16") if body.startswith((b"\xff\xfe", b"\xfe\xff")) else decode_body(body, "utf-8-sig")
+        )
         title, date, lines = _markdown(content)
         if kind == "text/markdown":
             links = [(anchor, target) for anchor, target in _LINK.findall(content)]
     else:
         try:
-            page = read_page(Fetched(url, kind, None, body))
+            page = extract_page(FetchedPage(url, kind, None, body))
         except ToolError as error:
             raise ToolHostError(f"cannot read the document {shown}: {error}; repair or remove it") from None
         title, date, lines = page.title, page.published_at, page.passages
         if kind == "text/html":
-            links = _html_links(decode(body, None))
-    # Links are kept beside the text; in it they would stand between a reader and its words.
-    lines = cut(line if line.startswith("#") else text.passage(line) for line in lines)
+            links = _html_links(decode_body(body, None))
+    # Links are stored beside the text; inside it they would separate its words.
+    lines = split_paragraphs(line if line.startswith("#") else text.passage(line) for line in lines)
     if not any(text.passage(line) for line in lines):
-        raise ToolHostError(f"the document {shown} has no text (a scan needs recognising first); convert or remove it")
+        raise ToolHostError(
+            f"the document {shown} has no text (a scan needs text recognition first); convert or remove it"
+        )
     title = " ".join((title or relative.stem.replace("_", " ")).split())[:120]
     content = "\n".join(line for line in lines if line and (line.lstrip("# ") != title or not line.startswith("#")))
     row = {
@@ -134,7 +142,7 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
         "url": url,
         "title": title,
         "text": f"# {title}\n{content}",
-        "lang": language(content),
+        "lang": detect_language(content),
         "source": "folder",
         "authority": authority,
         "published_at": date,
@@ -142,19 +150,19 @@ def _read(body: bytes, relative: Path, host: str, authority: int, shown: str) ->
     return row, links
 
 
-def cut(lines: Iterable[str]) -> list[str]:
+def split_paragraphs(lines: Iterable[str]) -> list[str]:
     """Returns the lines with long paragraphs cut between sentences."""
     return [piece for line in lines for piece in _pieces(line)]
 
 
-def language(content: str) -> str:
+def detect_language(content: str) -> str:
     """Returns "zh" when Chinese characters make up at least a fifth of the letters, else "en"."""
     letters = len(_LETTER.findall(content))
     return "zh" if letters and len(_HAN.findall(content)) >= 0.2 * letters else "en"
 
 
 def _markdown(content: str) -> tuple[str, str | None, list[str]]:
-    """Returns title, date and lines: a paragraph that was wrapped is one line, headings keep their mark."""
+    """Returns title, date and lines: a wrapped paragraph becomes one line; headings keep their mark."""
     title, date = "", None
     if matter := _FRONT_MATTER.match(content):
         fields = {name.lower(): value for name, value in _FIELD.findall(matter.group(1))}
@@ -184,7 +192,7 @@ def _markdown(content: str) -> tuple[str, str | None, list[str]]:
 
 
 def _wide(character: str) -> bool:
-    """Whether no space is written beside it: Chinese characters and punctuation."""
+    """Returns whether no space is written beside it, as for Chinese characters and punctuation."""
     return unicodedata.east_asian_width(character) in "WF"
 
 
@@ -232,7 +240,7 @@ def _html_links(content: str) -> list[tuple[str, str]]:
 
 
 def _resolved(links: list[tuple[str, str]], path: Path, url: str, urls: dict[Path, str]) -> list[dict]:
-    """Links to other documents by the address they have here, and links to the web; others lead nowhere and go."""
+    """Returns links to other documents, with their addresses here, and links to the web; other links are dropped."""
     found = {}
     for anchor, target in links:
         parts = urlsplit(target)

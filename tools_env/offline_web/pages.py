@@ -1,8 +1,8 @@
-"""The pages of the world: which host says what, in which words, with which links and which mistakes.
+"""The pages of the offline web: the text, links and injected errors of each host.
 
-Hosts differ as on the real web. Two are authoritative (one as a reference work, one as a dated register), one is
-ordinary and partial, one copies, one errs on purpose in the same words as the reference work, one is slow, one is down.
-All draws come from (seed, host, entity, language), so a page does not depend on the others.
+Hosts differ as on the real web. Two are authoritative (a reference work and a dated register), one is ordinary and
+incomplete, one copies, one has injected errors in the same words as the reference work, one is slow, one is down.
+Random draws are seeded with (seed, host, entity, language), so a page does not depend on the others.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from tools_env.offline_web import sentences
 from tools_env.offline_web.facts import Entity, Facts, Value, slug
 
 LANGS = ("en", "zh")
-LAST_DAY = datetime.date(2026, 5, 31)  # every page is older than the day on which the agent is told to be
+LAST_DAY = datetime.date(2026, 5, 31)  # every page is older than the date given to the agent
 WRONG_SHARE = 0.35  # of quickfacts.test's passages
 MIRRORED_SHARE = 0.4  # of the reference pages
 NOTED_SHARE = 0.6  # of the countries have travel notes
@@ -22,7 +22,7 @@ ODD_HOST_PAGES = 24  # pages of slow.test and of flaky.test
 SCRAPBOOK = "/en/scrapbook"
 DEAD_LINK_SHARE = 0.1  # of the reference pages link to a page that does not exist
 
-# authority: 0 unreliable, 1 ordinary, 2 authoritative. behaviour: what WorldWeb does with every request.
+# authority: 0 unreliable, 1 ordinary, 2 authoritative. behaviour: how OfflineWebServer handles every request.
 HOSTS = {
     "atlas.test": {"authority": 2, "behaviour": "normal", "about": "reference work, English and Chinese"},
     "gazette.test": {"authority": 2, "behaviour": "normal", "about": "dated register of the same facts"},
@@ -49,7 +49,7 @@ _ALMANAC = {
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A passage that is wrong on purpose."""
+    """A passage with an injected error."""
 
     passage: str
     entity: str
@@ -75,7 +75,7 @@ class Page:
         return f"http://{self.host}{self.path}"
 
     def document(self) -> dict:
-        """The page as a row of documents.jsonl."""
+        """Returns the page as a row of documents.jsonl."""
         return {
             "id": self.host + self.path,
             "url": self.url,
@@ -90,7 +90,7 @@ class Page:
 
 
 def path_of(entity: Entity, lang: str) -> str:
-    """The path of an entity's page: /en/austria, /zh/city/vienna."""
+    """Returns the path of an entity's page: /en/austria, /zh/city/vienna."""
     return f"/{lang}/{entity.slug}" if entity.kind == "country" else f"/{lang}/{entity.kind}/{entity.slug}"
 
 
@@ -103,7 +103,7 @@ def _random(*parts: object) -> random.Random:
 
 
 def _day(rng: random.Random, newest: int, oldest: int) -> str:
-    """A date so many days before LAST_DAY."""
+    """Returns a date between `newest` and `oldest` days before LAST_DAY."""
     return (LAST_DAY - datetime.timedelta(days=rng.randint(newest, oldest))).isoformat()
 
 
@@ -135,18 +135,18 @@ def all_pages(facts: Facts, seed: int) -> Iterator[Page]:
 
 
 def redirects(facts: Facts) -> dict[str, dict[str, str]]:
-    """Host -> old path -> path of today: official long names lead to the short ones."""
+    """Host -> old path -> present path: official long names redirect to the short ones."""
     taken = {path_of(country, "en") for country in facts.of_kind("country")}
     moved = {_long_path(facts, country): path_of(country, "en") for country in facts.of_kind("country")}
     return {"atlas.test": {"/": "/en"} | {old: new for old, new in moved.items() if old and old not in taken}}
 
 
 def oddities() -> dict[str, dict[str, dict]]:
-    """Host -> path -> how the server departs from the plain rendering of that page."""
+    """Host -> path -> how the server deviates from the plain rendering of that page."""
     return {
         # The header promises UTF-8, the bytes are GB 18030, as on many old Chinese pages.
         "quickfacts.test": {"/zh/china": {"charset": "gb18030", "declared_charset": "utf-8"}},
-        # Larger than what a careful client reads.
+        # Larger than the client's limit.
         "travelnotes.test": {SCRAPBOOK: {"padding_bytes": 6 << 20}},
     }
 
@@ -166,7 +166,7 @@ def _value_links(facts: Facts, value: Value, lang: str) -> list[tuple[str, str]]
 
 def _reference(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
     rng = _random(seed, "atlas", country.id)
-    said = {r: sentences.state(r, country, value, lang) for r, value in country.values.items()}
+    said = {r: sentences.plain_sentence(r, country, value, lang) for r, value in country.values.items()}
     links = [link for value in country.values.values() for link in _value_links(facts, value, lang)]
     if rng.random() < DEAD_LINK_SHARE:
         anchor = f"{country.zh}的历史" if lang == "zh" else f"History of {country.en}"
@@ -212,7 +212,7 @@ def _city(facts: Facts, city: Entity, lang: str, seed: int) -> Page:
     name, of = city.name(lang), country.name(lang)
     region, money = country.values["region"], country.values["currency"]
     code = country.values["calling_code"].en[0]
-    paid = sentences.prose("currency", money, lang)
+    paid = sentences.value_in_prose("currency", money, lang)
     if lang == "zh":
         passages = [f"{name}是{of}的首都。", f"{of}位于{region.zh[0]}。", f"在{name}用{paid}付款。"]
         passages.append(f"从国外致电{name}，先拨{code}。")
@@ -230,7 +230,7 @@ def _city(facts: Facts, city: Entity, lang: str, seed: int) -> Page:
 def _members(facts: Facts, entity: Entity, lang: str, seed: int) -> Page:
     """A currency or a language and the countries that use it; a long page for the widespread ones."""
     countries = facts.holders[entity.id]
-    listed = sentences.join(tuple(country.name(lang) for country in countries), lang)
+    listed = sentences.join_items(tuple(country.name(lang) for country in countries), lang)
     money = entity.kind == "currency"
     if lang == "zh":
         passages = [f"{entity.zh}在{listed}{'流通' if money else '使用'}。"]
@@ -245,9 +245,9 @@ def _members(facts: Facts, entity: Entity, lang: str, seed: int) -> Page:
 
 
 def _region(facts: Facts, region: Entity, lang: str, seed: int) -> Page:
-    """A hub: its members, and their capitals."""
+    """A region, its members and their capitals: a hub of links."""
     countries = facts.holders[region.id]
-    listed = sentences.join(tuple(country.name(lang) for country in countries), lang)
+    listed = sentences.join_items(tuple(country.name(lang) for country in countries), lang)
     passages = [f"{region.zh}包括{listed}。" if lang == "zh" else f"{region.en} is made up of {listed}."]
     links = []
     for country in countries:
@@ -270,7 +270,7 @@ def _almanac(facts: Facts, relation: str, lang: str, seed: int) -> Page:
     title, form = _ALMANAC[relation][2:] if lang == "zh" else _ALMANAC[relation][:2]
     holders = [country for country in facts.of_kind("country") if relation in country.values]
     passages = [
-        form.format(x=country.name(lang), v=sentences.prose(relation, country.values[relation], lang))
+        form.format(x=country.name(lang), v=sentences.value_in_prose(relation, country.values[relation], lang))
         for country in holders
     ]
     links = tuple((country.name(lang), _url(country, lang)) for country in holders)
@@ -282,7 +282,7 @@ def _almanac(facts: Facts, relation: str, lang: str, seed: int) -> Page:
 
 
 def _mirrored(page: Page, rng: random.Random) -> Page:
-    """A copy that lost a passage and gained a line about itself."""
+    """A copy without one passage and with a line about its origin."""
     date = _day(rng, 520, 900)
     lost = rng.randrange(len(page.passages))
     kept = [passage for i, passage in enumerate(page.passages) if i != lost or len(page.passages) == 1]
@@ -294,12 +294,12 @@ def _mirrored(page: Page, rng: random.Random) -> Page:
 
 
 def _register(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
-    """The gazette: authoritative, dated, in words of its own."""
+    """The gazette: authoritative, dated, with its own wording."""
     rng = _random(seed, "gazette", country.id, lang)
     date = _day(rng, 0, 150)
     forms = sentences.REGISTER[lang]
     passages = [
-        rng.choice(forms[relation]).format(x=country.name(lang), v=sentences.prose(relation, value, lang))
+        rng.choice(forms[relation]).format(x=country.name(lang), v=sentences.value_in_prose(relation, value, lang))
         for relation, value in country.values.items()
         if relation in forms
     ]
@@ -317,14 +317,14 @@ def _register(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
 
 
 def _notes(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
-    """Travel notes: true, partial, nobody vouches for them."""
+    """Travel notes: true, incomplete, without authority."""
     rng = _random(seed, "travelnotes", country.id, lang)
     forms = sentences.NOTES[lang]
     held = [relation for relation in country.values if relation in forms]
     chosen = rng.sample(held, min(len(held), rng.randint(3, 4)))
     passages = [
         rng.choice(forms[relation]).format(
-            x=country.name(lang), v=sentences.prose(relation, country.values[relation], lang)
+            x=country.name(lang), v=sentences.value_in_prose(relation, country.values[relation], lang)
         )
         for relation in chosen
     ]
@@ -339,7 +339,7 @@ def _notes(facts: Facts, country: Entity, lang: str, seed: int) -> Page:
 
 
 def _scrapbook(countries: list[Entity]) -> Page:
-    """The page that `oddities` makes too large to read."""
+    """The page that `oddities` pads beyond the client's limit."""
     shown = countries[:20]
     passages = [f"Picture {number} of this scrapbook is from {country.en}." for number, country in enumerate(shown, 1)]
     links = tuple((country.en, _url(country, "en", "travelnotes.test")) for country in shown)
@@ -361,10 +361,10 @@ def _quick(facts: Facts, country: Entity, lang: str, seed: int, moved: dict[str,
         reason = None
         if (country.id, relation) in facts.former or rng.random() < WRONG_SHARE:
             stated, reason = _wrong(facts, country, relation, rng)
-        passage = sentences.state(relation, country, stated, lang)
+        passage = sentences.plain_sentence(relation, country, stated, lang)
         passages.append(passage)
         if reason:
-            said = (sentences.join(value.items(lang), lang) for value in (stated, true))
+            said = (sentences.join_items(value.items(lang), lang) for value in (stated, true))
             mistakes.append(Mistake(passage, country.id, relation, *said, reason))
     path = path_of(country, lang)
     links = [(country.name(lang), f"http://atlas.test{moved.get(path, path)}")]
@@ -375,7 +375,7 @@ def _quick(facts: Facts, country: Entity, lang: str, seed: int, moved: dict[str,
 
 
 def _wrong(facts: Facts, country: Entity, relation: str, rng: random.Random) -> tuple[Value, str]:
-    """A value that is not true, and why a page would have it."""
+    """Returns a false value and the reason why a page would have it."""
     if (country.id, relation) in facts.former:
         return facts.former[country.id, relation], "outdated"
     true = country.values[relation]
@@ -384,7 +384,7 @@ def _wrong(facts: Facts, country: Entity, relation: str, rng: random.Random) -> 
         return Value((str(older),), (str(older),)), "outdated"
     near = facts.holders[country.values["region"].ids[0]] if rng.random() < 0.5 else ()
     for pool in (near, facts.of_kind("country")):
-        # An item that both share would make the statement half true.
+        # A shared item would make the statement partly true.
         others = [
             other.values[relation]
             for other in pool
@@ -401,7 +401,9 @@ def _odd(host: str, country: Entity, seed: int) -> Page:
     rng = _random(seed, host, country.id)
     title, form = _ODD_EN[host]
     passages = tuple(
-        form.format(x=country.en, relation=relation.replace("_", " "), v=sentences.prose(relation, value, "en"))
+        form.format(
+            x=country.en, relation=relation.replace("_", " "), v=sentences.value_in_prose(relation, value, "en")
+        )
         for relation, value in country.values.items()
     )
     links = ((country.en, _url(country, "en")),)

@@ -1,7 +1,7 @@
-"""How the hosts of the world state a fact: one sentence, one passage.
+"""Sentence templates of the offline web: one sentence per fact and passage.
 
-`state` is the plain form of the reference pages, which search queries copy ("The capital of Austria is Vienna."). The
-other hosts say the same facts in their own words, none of which begins like the plain form.
+`plain_sentence` is the form of the reference pages, which search queries copy ("The capital of Austria is Vienna.").
+The other hosts state the same facts in other words, none of which begins like the plain form.
 """
 
 from tools_env.offline_web.facts import Entity, Value
@@ -65,26 +65,26 @@ NOTES = {
 }
 
 
-def join(items: tuple[str, ...], lang: str) -> str:
+def join_items(items: tuple[str, ...], lang: str) -> str:
     """Returns a list as prose: "German, French and Italian", "德语、法语和意大利语"."""
     if len(items) == 1:
         return items[0]
     return "、".join(items[:-1]) + "和" + items[-1] if lang == "zh" else ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def prose(relation: str, value: Value, lang: str) -> str:
+def value_in_prose(relation: str, value: Value, lang: str) -> str:
     """Returns a value as it stands in a sentence: currencies with their article, areas with their unit."""
     items = value.items(lang)
     if relation == "area":
         return items[0] + ("平方公里" if lang == "zh" else " square kilometres")
     if relation == "currency" and lang == "en":
         items = tuple("the " + item for item in items)
-    return join(items, lang)
+    return join_items(items, lang)
 
 
-def state(relation: str, country: Entity, value: Value, lang: str) -> str | None:
+def plain_sentence(relation: str, country: Entity, value: Value, lang: str) -> str | None:
     """Returns the plain sentence; None where the language has no words for the relation."""
-    said, name = prose(relation, value, lang), country.name(lang)
+    said, name = value_in_prose(relation, value, lang), country.name(lang)
     if lang == "zh":
         return f"{name}的{WORD_ZH[relation]}是{said}。" if relation in WORD_ZH else None
     several = len(value.en) > 1 and relation in _PLURAL

@@ -1,8 +1,8 @@
-"""The world as a web: one HTTP server on loopback that answers for every host by its Host header.
+"""HTTP server of the offline web: one server on loopback that answers for every host by its Host header.
 
-Pages are rendered from documents.jsonl when asked for. A passage is one paragraph, so that what a reader extracts from
-the page is what the documents file says; citation ids depend on that. What hosts do besides is in sites.json: slowness,
-failure, redirects, and pages with a wrong charset or of an unreasonable size.
+Pages are rendered from documents.jsonl on request. A passage is one paragraph, so that the text extracted from a page
+equals that of the documents file; citation ids depend on that. Other behavior of hosts is in sites.json: delays,
+failures, redirects, and pages with a wrong charset or an unreasonable size.
 """
 
 import asyncio
@@ -20,17 +20,17 @@ from tools_env.errors import ToolHostError
 from tools_env.search import store, text
 
 _PADDING = "<!-- " + "picture " * 128 + "-->\n"
-# Sites that do not mark their main text, as many do not: readers must find it. Short Chinese pages mark it everywhere,
-# because what finds main text counts characters, and takes them for too short.
+# Sites that do not mark their main text, as many real ones: the parser must find it. Short Chinese pages always mark
+# it, because main text extraction counts characters and takes them for too short.
 _UNMARKED = {"travelnotes.test": 'div class="content"', "quickfacts.test": 'div id="page"'}
 
 
-class WorldWeb:
-    """Serves a built world from a thread of its own, so it works beside any event loop, or without one."""
+class OfflineWebServer:
+    """Serves an offline web from its own thread, so it works with or without an event loop."""
 
-    def __init__(self, world_dir: str | os.PathLike):
-        """Reads the pages. Raises ToolHostError when the world is missing or damaged."""
-        self._site = _Site(world_dir)
+    def __init__(self, offline_web_dir: str | os.PathLike):
+        """Reads the pages. Raises ToolHostError when the offline web is missing or damaged."""
+        self._site = _Site(offline_web_dir)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
@@ -38,7 +38,7 @@ class WorldWeb:
     def start(self) -> int:
         """Starts serving on a free port of 127.0.0.1 and returns it."""
         if self._thread is not None:
-            raise RuntimeError("the world's web is already running")
+            raise RuntimeError("the offline web is already running")
         ready: list[int | BaseException] = []
         started = threading.Event()
 
@@ -58,17 +58,17 @@ class WorldWeb:
             await self._stopping.wait()
             await runner.cleanup()
 
-        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="world-web", daemon=True)
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name="offline-web", daemon=True)
         self._thread.start()
         started.wait()
         if isinstance(ready[0], BaseException):
             self._thread.join()
             self._thread = None
-            raise ToolHostError(f"cannot serve the world on 127.0.0.1: {ready[0]}") from ready[0]
+            raise ToolHostError(f"cannot serve the offline web on 127.0.0.1: {ready[0]}") from ready[0]
         return ready[0]
 
     def stop(self) -> None:
-        """Ends the server, at most a second after requests in flight; does nothing when it does not run."""
+        """Stops the server within a second after the requests in flight; does nothing when it is not running."""
         if self._thread is None:
             return
         self._loop.call_soon_threadsafe(self._stopping.set)
@@ -82,16 +82,16 @@ class WorldWeb:
         self.stop()
 
 
-def make_app(world_dir: str | os.PathLike) -> web.Application:
-    """Returns the aiohttp application, to be served on an event loop of the caller's."""
-    return _Site(world_dir).app()
+def make_offline_web_app(offline_web_dir: str | os.PathLike) -> web.Application:
+    """Returns the aiohttp application, for the caller's own event loop."""
+    return _Site(offline_web_dir).app()
 
 
 class _Site:
-    def __init__(self, world_dir: str | os.PathLike):
-        self._hosts = _read_hosts(Path(world_dir) / "sites.json")
-        documents, index = Path(world_dir) / "documents.jsonl", Path(world_dir) / "index"
-        # A directory of the index command has no documents beside its index.
+    def __init__(self, offline_web_dir: str | os.PathLike):
+        self._hosts = _read_hosts(Path(offline_web_dir) / "sites.json")
+        documents, index = Path(offline_web_dir) / "documents.jsonl", Path(offline_web_dir) / "index"
+        # A directory made by the index command has an index and no documents.
         in_index = not documents.is_file() and (index / "documents.sqlite").is_file()
         self._pages = store.Pages(index) if in_index else _read_pages(documents)
 
@@ -116,7 +116,7 @@ class _Site:
             return _error(404, "This page does not exist.")
         odd = host.get("pages", {}).get(path, {})
         charset = odd.get("charset", "utf-8")
-        content = render(row, charset=charset, padding_bytes=odd.get("padding_bytes", 0))
+        content = render_page(row, charset=charset, padding_bytes=odd.get("padding_bytes", 0))
         return web.Response(
             body=content.encode(charset, "xmlcharrefreplace"),
             headers={"Content-Type": f"text/html; charset={odd.get('declared_charset', charset)}"},
@@ -127,16 +127,16 @@ def _read_hosts(path: Path) -> dict[str, dict]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["hosts"]
     except FileNotFoundError:
-        raise ToolHostError(f"{path} does not exist; build the world first") from None
+        raise ToolHostError(f"{path} does not exist; build the offline web first") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the world again") from None
+        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the offline web again") from None
 
 
 def _read_pages(path: Path) -> dict[tuple[str, str], dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise ToolHostError(f"{path} does not exist; build the world first") from None
+        raise ToolHostError(f"{path} does not exist; build the offline web first") from None
     pages = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -144,7 +144,9 @@ def _read_pages(path: Path) -> dict[tuple[str, str], dict]:
             parts = urlsplit(row["url"])
             pages[parts.hostname, unquote(parts.path)] = row
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ToolHostError(f"{path} line {number} is not a document ({error!r}); build the world again") from None
+            raise ToolHostError(
+                f"{path} line {number} is not a document ({error!r}); build the offline web again"
+            ) from None
     return pages
 
 
@@ -153,13 +155,13 @@ def _error(status: int, reason: str) -> web.Response:
     return web.Response(status=status, text=body, content_type="text/html")
 
 
-def render(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
+def render_page(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
     """Returns a document as an HTML page: navigation, title, a paragraph or heading a line, related links, footer.
 
     Args:
         row: a row of documents.jsonl.
-        charset: named in the page's head.
-        padding_bytes: comments of about this size, to make a page that no one should read whole.
+        charset: declared in the page's head.
+        padding_bytes: size of comments that make the page too large to read.
     """
     host = urlsplit(row["url"]).hostname
     element = _UNMARKED.get(host, "main") if row["lang"] == "en" else "main"
@@ -176,7 +178,7 @@ def render(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
         f'<li><a href="{html.escape(url)}">{html.escape(anchor)}</a></li>' for anchor, url in anchors.unused()
     )
     date = row.get("published_at")
-    # No date stands in the visible text: a passage is a passage of the document, nothing else.
+    # The visible text has no date: every passage of the page is one of the document.
     meta = f'<meta name="date" content="{html.escape(date)}">' if date else ""
     body = "\n".join(blocks)
     return (
@@ -190,7 +192,7 @@ def render(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) -> str:
 
 
 class _Anchors:
-    """Puts each link on the first place where the page says its anchor; the longest anchor wins."""
+    """Places each link at the first occurrence of its anchor; the longest anchor wins."""
 
     def __init__(self, links: list[dict]):
         self._left: dict[str, str] = {}
@@ -200,7 +202,7 @@ class _Anchors:
                 self._extra.append((link["anchor"], link["url"]))
             else:
                 self._left[link["anchor"]] = link["url"]
-        # \b does not separate Chinese words, so it is asked for only beside Latin letters.
+        # \b does not separate Chinese words, so word boundaries are required only beside Latin letters.
         ordered = sorted(self._left, key=len, reverse=True)
         parts = (
             (r"(?<!\w)" if a[0].isascii() else "") + re.escape(a) + (r"(?!\w)" if a[-1].isascii() else "")

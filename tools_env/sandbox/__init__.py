@@ -1,1 +1,1 @@
-"""Where a model's commands run: namespaces, a system call filter, limits, and terminals that outlive a call."""
+"""Isolation of shell commands: namespaces, a system call filter, resource limits and persistent terminals."""

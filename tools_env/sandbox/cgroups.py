@@ -1,4 +1,4 @@
-"""Limits on memory and processes of a group of processes, by control groups of version 1 or 2 where writable."""
+"""Memory and process limits of a group of processes, by control groups of version 1 or 2 where they are writable."""
 
 import contextlib
 import dataclasses
@@ -10,8 +10,8 @@ _PREFIX = "stepdr_"
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """One group. `procs` are the files that a process writes its id to in order to join."""
+class ControlGroup:
+    """One control group. A process joins by writing its id to the files `procs`."""
 
     folders: tuple[Path, ...]
 
@@ -20,14 +20,14 @@ class Group:
         return [folder / "cgroup.procs" for folder in self.folders]
 
     def processes(self) -> int:
-        """Returns how many tasks the group has now."""
+        """Returns the number of tasks in the group."""
         for folder in self.folders:
             if (folder / "pids.current").exists():
                 return int((folder / "pids.current").read_text())
         return 0
 
     def remove(self) -> bool:
-        """Removes the group; False while processes are left in it."""
+        """Removes the group; returns False while it has processes."""
         gone = True
         for folder in self.folders:
             try:
@@ -39,8 +39,8 @@ class Group:
         return gone
 
 
-class Groups:
-    """The groups of this process. Each controller is None where it is missing or not ours to write."""
+class ControlGroups:
+    """The control groups of this host. Controllers that are missing or not writable are not used."""
 
     def __init__(self):
         self._parents = {name: parent for name in ("memory", "pids") if (parent := _parent(name))}
@@ -54,8 +54,8 @@ class Groups:
     def pids(self) -> bool:
         return "pids" in self._parents
 
-    def make(self, name: str, memory_bytes: int, processes: int) -> Group:
-        """Makes a group with these limits, as far as the controllers are there."""
+    def make(self, name: str, memory_bytes: int, processes: int) -> ControlGroup:
+        """Makes a group with these limits, as far as the controllers are available."""
         folders = {}
         for controller, parent in self._parents.items():
             folder = parent / f"{_PREFIX}{os.getpid()}_{name}"
@@ -70,7 +70,7 @@ class Groups:
                 _set(folders["memory"] / "memory.memsw.limit_in_bytes", memory_bytes)
         if "pids" in folders:
             _set(folders["pids"] / "pids.max", processes)
-        return Group(tuple(dict.fromkeys(folders.values())))
+        return ControlGroup(tuple(dict.fromkeys(folders.values())))
 
 
 def _set(path: Path, value: int) -> None:
@@ -120,7 +120,7 @@ def _writable(folder: Path, controller: str) -> bool:
 
 
 def _remove_stale(parents: set[Path]) -> None:
-    """Removes empty groups that a host which was killed left behind."""
+    """Removes empty groups that a killed host left behind."""
     for parent in parents:
         for folder in parent.glob(f"{_PREFIX}*"):
             owner = re.match(rf"{_PREFIX}(\d+)_", folder.name)

@@ -1,4 +1,4 @@
-"""How much a workspace holds, seen from outside the sandbox."""
+"""Disk usage of a workspace, measured from outside the sandbox."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 
-def used(workspace: Path, max_entries: int) -> tuple[int, int]:
+def disk_usage(workspace: Path, max_entries: int) -> tuple[int, int]:
     """Returns (bytes on disk, entries) of a folder, links not followed; stops counting above `max_entries`."""
     size = entries = 0
     stack = [os.fspath(workspace)]
@@ -30,9 +30,9 @@ def used(workspace: Path, max_entries: int) -> tuple[int, int]:
 
 
 def deleted_but_open(root: int) -> int:
-    """Returns bytes of files that the process `root` and those below it hold open without a name.
+    """Returns the bytes of deleted files that the process `root` and its descendants hold open.
 
-    A file that is removed while open keeps its blocks, where a walk over the folder does not see it.
+    A file that is removed while open keeps its blocks, and a walk over the folder does not see it.
     """
     seen: dict[tuple[int, int], int] = {}
     stack = [root]

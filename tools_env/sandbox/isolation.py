@@ -1,7 +1,7 @@
-"""The sandbox's walls: one bubblewrap command line, and a check that this kernel really gives them.
+"""The sandbox: one bubblewrap command line, and a check that this kernel enforces it.
 
 Inside: a read-only system, one writable folder (the session's workspace), private /tmp, no network, no other
-processes, no capabilities, a system call filter. What a folder may hold is watched from outside, in `disk`.
+processes, no capabilities, a system call filter. The size of the workspace is checked from outside, in `disk`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tools_env.errors import ToolHostError
 from tools_env.sandbox import seccomp
-from tools_env.sandbox.cgroups import Group, Groups
+from tools_env.sandbox.cgroups import ControlGroup, ControlGroups
 
 COMMANDS = "/run/commands"  # where the sandbox sees its control folder, read only
 _NEEDED = {"bwrap": "bubblewrap", "prlimit": "util-linux", "setpriv": "util-linux"}
@@ -22,7 +22,7 @@ _FILTER_FD = 9
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Limits of one session's sandbox."""
 
     memory_mb: int = 512
@@ -36,14 +36,14 @@ class Limits:
 
 
 def write_control(control: Path) -> None:
-    """Writes what every sandbox of a session reads from its control folder: filter, users, start of the shell."""
+    """Writes the files that every sandbox of a session reads from its control folder: filter, users, bashrc."""
     control.mkdir(parents=True, exist_ok=True)
-    program = seccomp.program()
+    program = seccomp.filter_program()
     if program is not None:
         (control / "filter").write_bytes(program)
     (control / "passwd").write_text("user:x:1000:1000::/workspace:/bin/bash\n")
     (control / "group").write_text("user:x:1000:\n")
-    # The title of the terminal carries the number of the prompt and the last exit status, invisible on the screen.
+    # The terminal's title carries the prompt count and the last exit status, invisible on the screen.
     (control / "bashrc").write_text(
         "__count=0\n"
         "__prompt() { local status=$?; __count=$((__count + 1)); printf '\\033]2;%s:%s\\007' $__count $status; }\n"
@@ -52,10 +52,16 @@ def write_control(control: Path) -> None:
     )
 
 
-def arguments(
-    workspace: Path, control: Path, limits: Limits, group: Group | None, inner: list[str], *, may_write: bool = True
+def sandbox_command(
+    workspace: Path,
+    control: Path,
+    limits: SandboxLimits,
+    group: ControlGroup | None,
+    inner: list[str],
+    *,
+    may_write: bool = True,
 ) -> list[str]:
-    """Returns the command line that runs `inner` in the sandbox, as its own first process, from a terminal or not."""
+    """Returns the command line that runs `inner` in the sandbox, with or without a terminal."""
     mb = 1 << 20
     bwrap = [
         *("bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"),
@@ -93,7 +99,7 @@ def arguments(
 
 
 def missing_programs() -> str | None:
-    """Returns what to install, or None."""
+    """Returns an instruction to install the missing programs, or None."""
     packages = sorted({package for name, package in _NEEDED.items() if shutil.which(name) is None})
     return f"install {' '.join(packages)} (Debian, Ubuntu: apt-get install {' '.join(packages)})" if packages else None
 
@@ -111,8 +117,8 @@ unshare --user true 2>/dev/null || echo userns
 """
 
 
-def check(groups: Groups) -> list[str]:
-    """Runs a sandbox and returns what is weaker than it should be, in words; an empty list is full isolation.
+def check_isolation(groups: ControlGroups) -> list[str]:
+    """Runs a sandbox and returns a description of each weakness; an empty list means full isolation.
 
     Raises ToolHostError when no sandbox can be run at all.
     """
@@ -122,7 +128,7 @@ def check(groups: Groups) -> list[str]:
         workspace, control = Path(folder, "workspace"), Path(folder, "control")
         workspace.mkdir()
         write_control(control)
-        argv = arguments(workspace, control, Limits(), None, ["bash", "-c", _PROBE])
+        argv = sandbox_command(workspace, control, SandboxLimits(), None, ["bash", "-c", _PROBE])
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
     seen = done.stdout.split()
     if "started" not in seen:

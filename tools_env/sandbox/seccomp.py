@@ -1,7 +1,7 @@
 """The system call filter of the sandbox, as the BPF program that `bwrap --seccomp` reads.
 
-Namespaces and dropped capabilities already stop what is refused here; the filter keeps the kernel code behind these
-calls out of reach, so that one flaw in it is not enough to get out.
+Namespaces and dropped capabilities already prevent what is refused here. The filter also shields the kernel code behind
+these calls, so that one flaw in it does not suffice to escape.
 """
 
 import errno
@@ -46,11 +46,11 @@ _REFUSED = {
     "mount_setattr": (442, 442),
 }
 _MACHINES = {"x86_64": (0, 0xC000003E, 56, 41), "aarch64": (1, 0xC00000B7, 220, 198)}  # column, audit id, clone, socket
-_CLONE3 = 435  # its flags lie in memory, where a filter cannot look; ENOSYS makes the C library use clone
+_CLONE3 = 435  # its flags are in memory, which a filter cannot read; ENOSYS makes the C library use clone
 
 
-def program() -> bytes | None:
-    """Returns the filter for this machine, or None where its system call numbers are not known here."""
+def filter_program() -> bytes | None:
+    """Returns the filter for this machine, or None where its system call numbers are unknown."""
     if platform.machine() not in _MACHINES:
         return None
     column, architecture, clone, socket = _MACHINES[platform.machine()]
@@ -59,7 +59,7 @@ def program() -> bytes | None:
         (_JUMP_EQUAL, 1, 0, architecture),
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER),
-        (_JUMP_AT_LEAST, 0, 1, 0x40000000),  # the x32 twins of the same calls
+        (_JUMP_AT_LEAST, 0, 1, 0x40000000),  # x32 variants of the same calls
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
         *_if_equal(_CLONE3, (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)),
     ]

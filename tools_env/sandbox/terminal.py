@@ -1,6 +1,6 @@
-"""Terminals that outlive a call: one tmux server outside the sandbox, each pane a sandboxed bash.
+"""Terminals that persist between calls: one tmux server outside the sandbox, each pane a sandboxed bash.
 
-The sandbox never sees the server's socket. The server ends with this process, and every sandbox with the server.
+The sandbox never sees the server's socket. The server ends with this process, and each sandbox ends with the server.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ set -g exit-empty off
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
+class PaneState:
     """A pane as it is now. `prompts` counts the prompts its shell has shown, `status` is its last exit status."""
 
     prompts: int
@@ -60,7 +60,7 @@ class Terminals:
         await self._tmux("new-session", "-d", "-s", name, "-x", str(COLUMNS), "-y", str(ROWS), *argv)
 
     async def _start(self) -> None:
-        # setpriv: the server must not outlive this process, however that ends. -D: it stays its child.
+        # setpriv: the server dies with this process. -D: it stays a child.
         self._server = await asyncio.create_subprocess_exec(
             *("setpriv", "--pdeathsig", "KILL", "tmux", "-D", "-u", "-S", self._socket, "-f", str(self._config)),
             stdin=asyncio.subprocess.DEVNULL,
@@ -74,7 +74,7 @@ class Terminals:
             await asyncio.sleep(0.02)
         raise RuntimeError("tmux did not start")
 
-    async def state(self, name: str) -> State | None:
+    async def state(self, name: str) -> PaneState | None:
         """Returns the state of a pane, or None when there is none of this name."""
         if self._server is None or self._server.returncode is not None:
             return None
@@ -85,10 +85,10 @@ class Terminals:
         dead, pid, title = (text.rstrip("\n") + "  ").split(" ", 2)
         counted = re.match(r"(\d{1,9}):(\d{1,3})", title)
         prompts, status = (int(counted.group(1)), int(counted.group(2))) if counted else (0, 0)
-        return State(prompts, status, int(pid), dead == "1")
+        return PaneState(prompts, status, int(pid), dead == "1")
 
     async def send(self, name: str, keys: list[str]) -> None:
-        """Types keys: names such as Enter, Escape, C-c, Up are pressed, everything else is typed as it is."""
+        """Sends keys: names such as Enter, Escape, C-c and Up are pressed, other strings are typed literally."""
         for key in keys:
             if _KEY.match(key):
                 await self._tmux("send-keys", "-t", f"={name}:", key)
@@ -98,7 +98,7 @@ class Terminals:
                 await self._tmux("paste-buffer", "-d", "-b", name, "-t", f"={name}:")
 
     async def screen(self, name: str, history: int = 0) -> str:
-        """Returns what the pane shows, with so many lines of scrollback before it; wrapped lines joined."""
+        """Returns the pane's screen after `history` lines of scrollback, with wrapped lines joined."""
         return (await self._tmux("capture-pane", "-p", "-J", "-t", f"={name}:", "-S", str(-history))).rstrip()
 
     async def close(self, name: str) -> None:

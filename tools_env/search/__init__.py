@@ -1,1 +1,1 @@
-"""Search over the world's passages: text rules, citation ids, the index and its ranking."""
+"""Search: text rules, citation ids, the embedded index with its ranking, OpenSearch and web search providers."""

@@ -1,4 +1,4 @@
-"""What every search behind `batch_web_surfer` is: a function from a query and its filters to passages, best first."""
+"""Interface of search backends: from a query and filters to passages, best first."""
 
 import dataclasses
 import datetime
@@ -25,15 +25,15 @@ class Passage:
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What a query's results must be. A page without a date is not found when dates are asked for."""
+    """Filters of a query. A page without a date never matches a date filter."""
 
-    site: str = ""  # a host with all below it: wikipedia.org also finds en.wikipedia.org
-    since: str = ""  # ISO date, itself included
+    site: str = ""  # a host with its subdomains: wikipedia.org also matches en.wikipedia.org
+    since: str = ""  # ISO date, inclusive
     until: str = ""
     language: str = ""  # one of LANGUAGES
 
     def __post_init__(self):
-        """Raises BadArguments, with words for the model."""
+        """Raises BadArguments with a message for the model."""
         for name in ("since", "until"):
             try:
                 if value := getattr(self, name):
@@ -70,7 +70,7 @@ def host_of(site: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 12)
 def day_number(date: str | None) -> int:
-    """Returns 20250301 for 2025-03-01, 20250000 for 2025, 0 for what is no date; numbers order as days do."""
+    """Returns 20250301 for 2025-03-01, 20250000 for 2025, 0 for an invalid date; the numbers sort like the dates."""
     parts = (date or "")[:10].split("-")
     if not parts[0].isdecimal():
         return 0
@@ -79,9 +79,9 @@ def day_number(date: str | None) -> int:
 
 
 class SearchBackend(Protocol):
-    """Where queries go. Equal queries give equal results while `fingerprint` stays the same."""
+    """A search backend. Equal queries give equal results while `fingerprint` is unchanged."""
 
-    fingerprint: str  # part of the cache's key
+    fingerprint: str  # part of the cache key
 
     async def search(self, query: str, topk: int, filters: Filters, seconds: float) -> list[Passage]:
         """Returns at most `topk` passages, best first.
@@ -90,8 +90,8 @@ class SearchBackend(Protocol):
           seconds: the time that the caller has left; the backend's own limit may be shorter.
 
         Raises:
-          ToolError: the provider takes this query for wrong; the model reads why.
-          Unavailable: the provider does not answer, or not as documented; the call may be repeated.
+          ToolError: the provider rejects this query; the model reads the reason.
+          Unavailable: the provider does not answer as documented; the call may be repeated.
         """
         ...
 

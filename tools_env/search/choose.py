@@ -1,4 +1,4 @@
-"""Which search a host's settings name."""
+"""Makes the search backend that a host's settings name."""
 
 import asyncio
 import json
@@ -14,8 +14,8 @@ from tools_env.search.citations import Citations
 from tools_env.search.index import MODES, EmbeddedBackend, PassageIndex
 from tools_env.search.opensearch import OpenSearchBackend
 from tools_env.search.providers import WebBackend
-from tools_env.search.remote import Remote, secret
-from tools_env.service.settings import Settings
+from tools_env.search.remote import Remote, read_secret
+from tools_env.service.settings import HostSettings
 
 _VECTORS = ("embeddings_url", "embeddings_model", "embeddings_dimensions", "embeddings_key_variable")
 OPTIONS = {
@@ -25,26 +25,26 @@ OPTIONS = {
 }
 
 
-async def make(settings: Settings, authority: Mapping[str, int]) -> tuple[SearchBackend, Citations]:
-    """Returns the search and the ids of its citations. Raises ToolHostError for wrong options."""
-    options, timeout = read_options(settings.search, settings.search_options), settings.search_timeout
+async def make_search_backend(settings: HostSettings, authority: Mapping[str, int]) -> tuple[SearchBackend, Citations]:
+    """Returns the search backend and its citation ids. Raises ToolHostError for wrong options."""
+    options, timeout = read_search_options(settings.search, settings.search_options), settings.search_timeout
     mode, boost = settings.search_ranking, not settings.search_without_authority
     if mode not in MODES:
         raise ToolHostError(f"expected search_ranking as one of {', '.join(MODES)}, got {mode!r}")
     if settings.search == "web":
         return _web(options, timeout, authority)
-    embedder = embedder_of(options, timeout) if mode != "bm25" else None
+    embedder = make_embedder(options, timeout) if mode != "bm25" else None
     if settings.search == "opensearch":
         if mode != "bm25" and embedder is None:
             raise ToolHostError(f"search_ranking {mode} over opensearch needs embeddings_url in search_options")
-        remote = remote_of(options, timeout)
+        remote = make_cluster_client(options, timeout)
         return OpenSearchBackend(remote, str(options["index"]), mode, boost, embedder), Citations()
-    index = await asyncio.to_thread(PassageIndex, settings.world_dir, mode, authority=boost, embedder=embedder)
+    index = await asyncio.to_thread(PassageIndex, settings.offline_web, mode, authority=boost, embedder=embedder)
     return EmbeddedBackend(index), index.citations
 
 
-def read_options(search: str, options_json: str) -> dict:
-    """Returns the options of a kind of search. Raises ToolHostError, naming the fix."""
+def read_search_options(search: str, options_json: str) -> dict:
+    """Returns the options of a kind of search. Raises ToolHostError for wrong ones."""
     if search not in OPTIONS:
         raise ToolHostError(f"expected search as one of {', '.join(OPTIONS)}, got {search!r}")
     try:
@@ -62,25 +62,25 @@ def read_options(search: str, options_json: str) -> dict:
     return options
 
 
-def remote_of(options: Mapping, timeout: float) -> Remote:
-    """Returns the search cluster that options name. Raises ToolHostError."""
+def make_cluster_client(options: Mapping, timeout: float) -> Remote:
+    """Returns the client of the search cluster that the options name. Raises ToolHostError."""
     headers = {}
     if user := options.get("user"):
-        password = secret(options.get("password_variable", "STEPDR_SEARCH_PASSWORD"), "the search cluster")
+        password = read_secret(options.get("password_variable", "STEPDR_SEARCH_PASSWORD"), "the search cluster")
         headers["Authorization"] = aiohttp.BasicAuth(user, password).encode()
     return Remote(str(options["url"]), "the search cluster", timeout, headers)
 
 
-def embedder_of(options: Mapping, timeout: float) -> dense.EndpointEmbedder | None:
-    """Returns the embedding endpoint that options name, None for none. Raises ToolHostError."""
+def make_embedder(options: Mapping, timeout: float) -> dense.EndpointEmbedder | None:
+    """Returns the embedder of the endpoint that the options name, or None. Raises ToolHostError."""
     if not options.get("embeddings_url"):
         return None
     model, dimensions = options.get("embeddings_model"), options.get("embeddings_dimensions")
     if not model or not isinstance(dimensions, int) or dimensions <= 0:
-        raise ToolHostError("embeddings_url needs embeddings_model and embeddings_dimensions (a number) beside it")
+        raise ToolHostError("embeddings_url needs embeddings_model and embeddings_dimensions (a number)")
     headers = {}
     if variable := options.get("embeddings_key_variable"):
-        headers["Authorization"] = f"Bearer {secret(variable, 'the embedding endpoint')}"
+        headers["Authorization"] = f"Bearer {read_secret(variable, 'the embedding endpoint')}"
     remote = Remote(str(options["embeddings_url"]), "the embedding endpoint", timeout, headers)
     return dense.EndpointEmbedder(remote, str(model), dimensions)
 
@@ -94,7 +94,7 @@ def _web(options: Mapping, timeout: float, authority: Mapping[str, int]) -> tupl
         raise ToolHostError('expected authority as an object of host to 0, 1 or 2, as {"who.int": 2}')
     variable, headers = options.get("key_variable", ""), {}
     if kind == "serper":
-        headers["X-API-KEY"] = secret(variable or "SERPER_API_KEY", "the search provider")
+        headers["X-API-KEY"] = read_secret(variable or "SERPER_API_KEY", "the search provider")
     elif variable and os.environ.get(variable):
         headers["Authorization"] = f"Bearer {os.environ[variable]}"
     remote = Remote(str(options["url"]), "the search provider", timeout, headers)

@@ -1,8 +1,8 @@
-"""Citation ids: `web_` and four syllables, a function of the page's URL and the passage's text.
+"""Citation ids: `web_` and four syllables, derived from the page's URL and the passage's text.
 
-Syllables cost a small tokenizer few tokens and a reader no effort. 80^4 = 41 million ids collide now and then in a
-large index, so a registry gives the later of two colliding passages its next id; the index is built in a fixed order,
-which makes that choice stable.
+Syllables take few tokens in a small tokenizer and are easy to read. With 80^4 = 41 million ids, collisions occur in a
+large index, so the later of two colliding passages gets its next id. The index is built in a fixed order, which makes
+the choice stable.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ _ESCAPED_LETTERS = re.compile(r"(?:%[89A-Fa-f][0-9A-Fa-f])+")
 
 
 def canonical_url(url: str) -> str:
-    """Returns one spelling for the spellings of an address: no fragment, host in lower case, letters unescaped.
+    """Returns the canonical form of a URL: no fragment, host in lower case, letters unescaped.
 
-    Raises ValueError for what is no address.
+    Raises ValueError for an invalid URL.
     """
     parts = urlsplit(url.strip())
     host = parts.netloc.lower().removesuffix(":80" if parts.scheme == "http" else ":443")
@@ -33,7 +33,7 @@ def canonical_url(url: str) -> str:
 
 
 def number(name: str) -> int:
-    """Returns which of the 80^4 ids `web_` and four syllables is."""
+    """Returns the number of an id, below 80^4."""
     value = 0
     for at in range(len(name) - 2, 3, -2):
         value = value * len(_SYLLABLES) + _SYLLABLE_NUMBERS[name[at : at + 2]]
@@ -41,7 +41,7 @@ def number(name: str) -> int:
 
 
 def owner_digest(url: str, text: str) -> bytes:
-    """Returns the first 8 bytes of the digest of what an id stands for."""
+    """Returns the first 8 bytes of the digest of the passage that an id stands for."""
     return hashlib.sha256(f"{canonical_url(url)}\n{text}".encode()).digest()[:8]
 
 
@@ -56,10 +56,10 @@ def syllables(digest: bytes, count: int) -> str:
 
 
 class Citations:
-    """Gives every (url, passage text) its id and never gives an id twice."""
+    """Assigns an id to every (url, passage text); no id is assigned twice."""
 
     def __init__(self, given: Callable[[str], bytes | None] = lambda name: None):
-        """`given` tells of ids that were given before: the first 8 bytes of their owner's digest."""
+        """`given` returns, for an id assigned earlier, the first 8 bytes of its owner's digest."""
         self._owner: dict[str, bytes] = {}  # id -> digest of the passage that has it
         self._given = given
 

@@ -1,11 +1,11 @@
 """Dense vectors of passages: an embedder, the vectors on disk, and their nearest-neighbour index.
 
-Offline the embedder is latent semantic analysis of words and of the character n-grams within them: fitted on the index's
-own passages, so it knows no meaning that they do not show. With an OpenAI-compatible endpoint it is any model behind it.
+The offline embedder is latent semantic analysis of words and their character n-grams, fitted on the index's own
+passages. Alternatively, an OpenAI-compatible endpoint embeds with any model.
 
-model.json       what made the vectors
+model.json       the embedder of the vectors
 lsa.npz          the fitted projection (offline embedder)
-vectors.f32      one row of float32 per ordinal, of length 1; rows of removed passages are kept and not searched
+vectors.f32      one unit-length row of float32 per ordinal; rows of removed passages are kept and not searched
 faiss.index      rebuilt when the passages change: exact up to EXACT passages, inverted lists above
 """
 
@@ -27,7 +27,7 @@ from tools_env.search.remote import Remote
 
 DIMENSIONS = 192
 FEATURES = 1 << 16  # hashed words and n-grams
-FIT_PASSAGES = 20_000  # the projection is fitted on a sample of at most so many
+FIT_PASSAGES = 20_000  # largest sample that the projection is fitted on
 EXACT = 50_000  # above this many passages inverted lists are searched instead of all vectors
 PROBES = 16
 BATCH = 4096
@@ -38,7 +38,7 @@ class Embedder(Protocol):
     name: str  # two embedders of the same name give the same vectors
 
     async def embed(self, texts: Sequence[str], seconds: float) -> np.ndarray:
-        """Returns float32 [len(texts), dimensions], rows of length 1 or 0. Raises Unavailable."""
+        """Returns float32 [len(texts), dimensions], rows of unit or zero length. Raises Unavailable."""
         ...
 
     async def close(self) -> None: ...
@@ -78,7 +78,7 @@ class Lsa:
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Returns float32 [len(texts), dimensions]."""
-        return unit(np.asarray(self._weighted(self._counts(texts)) @ self._components_FxD, dtype=np.float32))
+        return normalized(np.asarray(self._weighted(self._counts(texts)) @ self._components_FxD, dtype=np.float32))
 
     def save(self, path: Path) -> None:
         with open(path, "wb") as out:
@@ -122,7 +122,7 @@ class Lsa:
 
 
 class EndpointEmbedder:
-    """An OpenAI-compatible `/v1/embeddings`. Vectors are brought to length 1."""
+    """An OpenAI-compatible `/v1/embeddings` endpoint. Vectors are normalized."""
 
     def __init__(self, remote: Remote, model: str, dimensions: int):
         self._remote, self._model = remote, model
@@ -141,22 +141,25 @@ class EndpointEmbedder:
                 f"expected {len(texts)} embeddings of {self.dimensions} numbers, got an array of shape {vectors.shape}; "
                 "correct embeddings_dimensions"
             )
-        return unit(vectors)
+        return normalized(vectors)
 
     async def close(self) -> None:
         await self._remote.close()
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Returns the rows at length 1; a row of zeros stays."""
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """Returns the rows scaled to unit length; a zero row stays."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 class Vectors:
-    """The vectors of an index and the search among them, read from disk as needed."""
+    """Vectors of an index with nearest-neighbor search, memory-mapped."""
 
     def __init__(self, folder: Path, embedder: Embedder):
-        """Opens what `build` made. Raises OSError or ValueError when it is not there or of another embedder."""
+        """Opens what `build_dense_index` made.
+
+        Raises OSError or ValueError when it is missing or of another embedder.
+        """
         import faiss
 
         made = json.loads((folder / "model.json").read_text())
@@ -187,7 +190,7 @@ def load_embedder(folder: Path) -> Lsa | None:
         return None
 
 
-def build(
+def build_dense_index(
     folder: Path,
     embedder: Embedder,
     fingerprint: str,
@@ -196,17 +199,17 @@ def build(
     count: int,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> None:
-    """Brings the vectors up to date: rows that are there stay, the others are embedded, the index is made again.
+    """Updates the vectors: existing rows stay, missing ones are embedded, and the index is rebuilt.
 
-    A build that was killed goes on after the last whole row.
+    A killed build continues after the last whole row.
 
     Args:
       folder: where the files go.
       fingerprint: of the passages.
-      alive: ordinals to be found, sorted.
-      texts: gives what to embed for the passages of a range of ordinals.
+      alive: sorted ordinals of the searchable passages.
+      texts: returns the texts to embed for a range of ordinals.
       count: number of ordinals.
-      progress: told how many rows are done.
+      progress: called with the number of finished rows.
 
     Raises ToolHostError when the endpoint does not answer.
     """
@@ -225,7 +228,9 @@ def build(
                 out.write(vectors.astype(np.float32).tobytes())
                 progress(start + len(vectors))
         except (Unavailable, ToolError) as error:
-            raise ToolHostError(f"{error}; see to the endpoint and repeat the command, which goes on here") from None
+            raise ToolHostError(
+                f"{error}; fix the endpoint and repeat the command, which continues from here"
+            ) from None
         finally:
             await embedder.close()
 

@@ -1,7 +1,7 @@
-"""The embedded search: full text, dense vectors or both over the passages of a directory.
+"""The embedded search index: full text, dense vectors or both over the passages of a directory.
 
-A world's directory has documents.jsonl; its index is made from it whole, at the first start, and made again when the
-file changes. A directory of `python -m tools_env.index` has an index only. Files are those of store.py and dense.py.
+An offline web has documents.jsonl; the index is built from it at the first start and rebuilt when the file changes. A
+directory made by `python -m tools_env.index` has only an index. store.py and dense.py describe the files.
 """
 
 import asyncio
@@ -23,14 +23,12 @@ from tools_env.search import dense, ranking, store, text
 from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
 
-__all__ = ["Passage", "PassageIndex", "build"]
-
-CANDIDATES = 64  # passages that each retrieval hands to the ranking
-COMMON = 0.3  # tokens in a larger share of passages do not select candidates when rarer ones can
+CANDIDATES = 64  # passages that each retrieval passes to the ranking
+COMMON = 0.3  # tokens in a larger share of passages select candidates only when no rarer token does
 MODES = ("bm25", "dense", "hybrid")
-NEAR = 0.25  # a passage found by its vector alone has at least this cosine
-FILTERED = 1024  # neighbours that are looked through for those that fit a query's filters
-LARGE = 50_000  # passages; the search of more runs beside the event loop
+NEAR = 0.25  # smallest cosine of a passage found by its vector alone
+FILTERED = 1024  # neighbors that are filtered when a query has filters
+LARGE = 50_000  # passages; larger indexes are searched in a thread
 
 
 def _fingerprint(documents: Path) -> str:
@@ -42,7 +40,7 @@ def _fingerprint(documents: Path) -> str:
 
 
 def _read_rows(documents: Path) -> Iterator[dict]:
-    """Returns documents in order of their ids. Raises ToolHostError for a line that is none."""
+    """Returns documents in order of their ids. Raises ToolHostError for an invalid line."""
     rows = []
     for number, line in enumerate(documents.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -50,26 +48,28 @@ def _read_rows(documents: Path) -> Iterator[dict]:
             rows.append((row["id"], row["url"], row["title"], row["text"], row))
         except (ValueError, KeyError, TypeError) as error:
             raise ToolHostError(
-                f"{documents} line {number} is not a document with id, url, title and text ({error!r}); build the world again"
+                f"{documents} line {number} is not a document with id, url, title and text ({error!r}); build the offline web again"
             ) from None
     return (row[-1] for row in sorted(rows, key=lambda row: row[:2]))
 
 
-def build(world_dir: str | os.PathLike) -> Path:
-    """Builds world_dir/index unless it is there and current; returns its path.
+def build_index(offline_web_dir: str | os.PathLike) -> Path:
+    """Builds offline_web_dir/index unless it is current; returns its path.
 
-    The index appears whole or not at all. Raises ToolHostError when documents.jsonl is missing or damaged.
+    The index is replaced atomically. Raises ToolHostError when documents.jsonl is missing or damaged.
     """
-    world_dir = Path(world_dir)
-    documents, target = world_dir / "documents.jsonl", world_dir / "index"
+    offline_web_dir = Path(offline_web_dir)
+    documents, target = offline_web_dir / "documents.jsonl", offline_web_dir / "index"
     if not documents.is_file():
         if (target / "documents.sqlite").is_file():
-            return target  # of the index command, which keeps it current
-        raise ToolHostError(f"{documents} does not exist; build the world first, or name its directory with --world")
+            return target  # made by the index command, which updates it
+        raise ToolHostError(
+            f"{documents} does not exist; build the offline web first, or name its directory with --offline_web"
+        )
     fingerprint = _fingerprint(documents)
     if _current(target) == fingerprint:
         return target
-    temporary = world_dir / f".index.{os.getpid()}.tmp"
+    temporary = offline_web_dir / f".index.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         writer = store.Writer(temporary)
@@ -80,13 +80,13 @@ def build(world_dir: str | os.PathLike) -> Path:
         finally:
             writer.close()
         count = writer.passages
-        retired = world_dir / f".index.{os.getpid()}.old"
+        retired = offline_web_dir / f".index.{os.getpid()}.old"
         if target.exists():
             os.rename(target, retired)
         try:
             os.rename(temporary, target)
         except OSError:
-            # Another host finished the same build first; equal inputs give an equal index.
+            # Another host finished the same build first; equal inputs give equal indexes.
             if _current(target) != fingerprint:
                 raise
         shutil.rmtree(retired, ignore_errors=True)
@@ -108,19 +108,19 @@ class PassageIndex:
 
     def __init__(
         self,
-        world_dir: str | os.PathLike,
+        offline_web_dir: str | os.PathLike,
         mode: str = "bm25",
         *,
         authority: bool = True,
         embedder: dense.Embedder | None = None,
     ):
-        """Builds what is missing and opens it.
+        """Opens the index; builds what is missing.
 
         Args:
-          world_dir: a world, or a directory of the index command.
-          mode: one of MODES: which retrieval finds candidates and orders them.
+          offline_web_dir: an offline web, or a directory made by the index command.
+          mode: one of MODES; the retrieval that finds and orders candidates.
           authority: whether authority decides between passages of comparable relevance.
-          embedder: makes the vectors of the modes dense and hybrid; without it latent semantic analysis does.
+          embedder: of the modes dense and hybrid; default: latent semantic analysis.
 
         Raises ToolHostError.
         """
@@ -128,15 +128,15 @@ class PassageIndex:
             raise ToolHostError(f"expected search_ranking as one of {', '.join(MODES)}, got {mode!r}")
         self.mode, self._authority, self._vectors = mode, authority, None
         try:
-            self._open(build(world_dir))
+            self._open(build_index(offline_web_dir))
         except (ValueError, OSError, TypeError, KeyError) as error:
-            if not (Path(world_dir) / "documents.jsonl").is_file():
+            if not (Path(offline_web_dir) / "documents.jsonl").is_file():
                 raise ToolHostError(
-                    f"the index in {world_dir} is damaged ({error}); remove it and run the index command again"
+                    f"the index in {offline_web_dir} is damaged ({error}); remove it and run the index command again"
                 ) from None
-            # A damaged index is rebuilt from the documents; if those are the fault, the second try says so.
-            shutil.rmtree(Path(world_dir) / "index", ignore_errors=True)
-            self._open(build(world_dir))
+            # A damaged index is rebuilt from the documents; if they are damaged, the second attempt raises.
+            shutil.rmtree(Path(offline_web_dir) / "index", ignore_errors=True)
+            self._open(build_index(offline_web_dir))
         if mode != "bm25":
             self._open_vectors(embedder)
         self.fingerprint = f"{self._content} {mode} {authority} {self._vectors.embedder.name if self._vectors else ''}"
@@ -165,7 +165,7 @@ class PassageIndex:
         except (ValueError, OSError, KeyError):
             self._vectors = dense.Vectors(folder, build_vectors(self._path, embedder))
 
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  one index lives as long as its host
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  the index lives as long as its host
     def _idf(self, token: str, field: str) -> float:
         """Inverse document frequency; 0 for a token that no passage has."""
         frequency = self._searcher.doc_freq(field, token)
@@ -188,7 +188,7 @@ class PassageIndex:
         """Returns the ordinals of at most `topk` passages, best first; a text that several pages share is shown once.
 
         Args:
-          vector: the query's, in the modes dense and hybrid; without it the offline embedder makes it.
+          vector: the query's vector in the modes dense and hybrid; default: computed by the offline embedder.
         """
         asked = text.tokens(query)[:64]
         if not asked or not self._size:
@@ -206,7 +206,7 @@ class PassageIndex:
         return list(unique.values())[:topk]
 
     def full_text(self, query: str, topk: int) -> list[int]:
-        """Returns what the full-text engine alone finds, in its own order; the peer of the other rankings."""
+        """Returns the full-text engine's own results and order, as a baseline for the other rankings."""
         unique = {}
         for ordinal in self._full_text(text.tokens(query)[:64], Filters()):
             unique.setdefault(self.passages[ordinal].text, ordinal)
@@ -232,7 +232,7 @@ class PassageIndex:
             return {}
         ordinals = self._searcher.fast_field_values("ordinal", [address for _, address in hits])
         best = hits[0][0] or 1.0
-        # An index that a killed writer left has a few passages too many; its next run takes them back.
+        # After a killed write the engine has uncommitted passages, which the next run removes.
         return {
             ordinal: score / best
             for (score, _), ordinal in zip(hits, ordinals, strict=True)
@@ -253,7 +253,7 @@ class PassageIndex:
         return [tantivy.Query.const_score_query(condition, 0.0) for condition in found]
 
     def _near(self, vector: np.ndarray, filters: Filters, found: dict[int, float]) -> dict[int, float]:
-        """Returns the cosines of the nearest passages that fit the filters and of those already found."""
+        """Returns the cosines of the nearest passages that match the filters and of those already found."""
         any_passage = filters == Filters()
         nearest = self._vectors.nearest(vector, CANDIDATES if any_passage else FILTERED)
         if not any_passage:
@@ -268,7 +268,7 @@ class PassageIndex:
         return filters.accept(passage.url, passage.published_at, self.passages.language(ordinal))
 
     def _relevance(self, asked: Sequence[str], found: dict[int, float], cosine: dict[int, float]) -> dict[int, float]:
-        """Returns what the ranking of full text says of each candidate, 0 when it covers too little of the query."""
+        """Returns the full-text relevance of each candidate, 0 when it covers too little of the query."""
         weight = ranking.weights(asked, self._weight, self._unseen)
         return {
             ordinal: ranking.relevance(
@@ -278,7 +278,10 @@ class PassageIndex:
         }
 
     def _ordered(self, relevance: dict[int, float], cosine: dict[int, float]) -> list[int]:
-        """Returns ordinals, best first. Rounding keeps the last bits of float sums from deciding; the id does."""
+        """Returns ordinals, best first.
+
+        Scores are rounded, so that the last bits of float sums do not decide; ties go by id.
+        """
         ids = {ordinal: self.passages[ordinal].id for ordinal in {**relevance, **cosine}}
         authority = {o: self.passages[o].authority if self._authority else 0 for o in ids}
 
@@ -325,9 +328,9 @@ class EmbeddedBackend:
 
 
 def build_vectors(path: Path, embedder: dense.Embedder | None, progress=lambda done: None) -> dense.Embedder:
-    """Makes or completes the vectors of an index; returns what embedded them.
+    """Computes the missing vectors of an index; returns the embedder.
 
-    The offline embedder is fitted when there is none, and again when the passages have doubled since.
+    The offline embedder is fitted when there is none, and again when the number of passages has doubled.
     """
     passages, folder = store.Passages(path), path / "dense"
 
@@ -343,5 +346,5 @@ def build_vectors(path: Path, embedder: dense.Embedder | None, progress=lambda d
             embedder = dense.Lsa.fit([texts(int(i), int(i) + 1)[0] for i in alive[::step]])
             fitted.write_text(str(len(alive)))
             embedder.save(folder / "lsa.npz")
-    dense.build(folder, embedder, _current(path), alive, texts, len(passages), progress)
+    dense.build_dense_index(folder, embedder, _current(path), alive, texts, len(passages), progress)
     return embedder

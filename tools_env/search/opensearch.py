@@ -1,8 +1,8 @@
-"""OpenSearch as the search of many hosts: BM25, k-nearest-neighbour vectors or both, over its HTTP interface.
+"""OpenSearch backend, shared by several hosts: BM25, k-nearest-neighbor vectors or both, over HTTP.
 
-Tokens are made here (text.py) and analysed there by white space only, so that English and Chinese match as in the
-embedded index and the cluster needs no plugin but its own k-NN. Authority is a function_score of the engine in the mode
-`bm25`, a factor on scores in `dense`, and `ranking.promoted` after fusion in `hybrid`.
+Text is tokenized here (text.py) and split at white space by the cluster, so that English and Chinese match as in the
+embedded index, and the cluster needs no plugin but its own k-NN. Authority is a function_score in the mode `bm25`, a
+factor on scores in `dense`, and `ranking.promoted` after fusion in `hybrid`.
 """
 
 import json
@@ -22,8 +22,8 @@ _FIELDS = ("id", "url", "title", "text", "authority", "published_at")
 _HEADERS = {"Content-Type": "application/x-ndjson"}
 
 
-def mapping(dimensions: int) -> dict[str, Any]:
-    """Returns settings and mappings of the index; `dimensions` 0 leaves vectors out."""
+def index_mapping(dimensions: int) -> dict[str, Any]:
+    """Returns settings and mappings of the index; `dimensions` 0: no vectors."""
     keyword, shown = {"type": "keyword"}, {"type": "text", "index": False}
     fields: dict[str, Any] = {
         "id": keyword,
@@ -32,7 +32,7 @@ def mapping(dimensions: int) -> dict[str, Any]:
         "text": shown,
         "authority": {"type": "integer"},
         "published_at": {"type": "date", "format": "yyyy-MM-dd||yyyy-MM||yyyy"},
-        "site": keyword,  # the host and all above it
+        "site": keyword,  # the host and its parent domains
         "lang": keyword,
         "body_tokens": _TOKENS,
         "title_tokens": _TOKENS,
@@ -114,7 +114,7 @@ class OpenSearchBackend:
                 raise Unavailable(f"the search cluster answered {status} within its reply")
             found = []
             for response in responses:
-                # Of cosinesimil the engine's score is (1 + cosine) / 2, on which authority would weigh double.
+                # The engine's score for cosinesimil is (1 + cosine) / 2, on which authority would weigh double.
                 vectors = self._mode == "dense" or len(found) == 1
                 scores = [float(hit["_score"]) for hit in response["hits"]["hits"]]
                 scores = [max(2 * score - 1, 0.0) for score in scores] if vectors else scores
@@ -145,7 +145,7 @@ def _conditions(filters: Filters) -> list[dict]:
 
 
 def _merged(hits: list[dict[str, tuple[Passage, float]]], mode: str, authority: bool) -> list[Passage]:
-    """Returns passages, best first; a text that several pages share once."""
+    """Returns passages, best first; a text that several pages share appears once."""
     passages = {name: passage for found in hits for name, (passage, _) in found.items()}
 
     def level(name: str) -> int:
@@ -169,23 +169,23 @@ def _merged(hits: list[dict[str, tuple[Passage, float]]], mode: str, authority: 
     return list(unique.values())
 
 
-async def push(
+async def push_passages(
     remote: Remote,
     index: str,
     rows: Iterable[tuple[Passage, str]],
     embedder: dense.Embedder | None = None,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> int:
-    """Makes the OpenSearch index hold exactly these passages (with their languages); returns their number.
+    """Replaces the content of the OpenSearch index by these passages (with their languages); returns their number.
 
-    Passages go by their citation ids, so a repeat after a break overwrites; what an earlier push left is deleted last.
+    Passages are keyed by citation id, so a repeated push overwrites them; passages of earlier pushes are deleted last.
     Raises Unavailable or ToolError when the cluster does not answer or refuses.
     """
     try:
         await remote.get(f"/{index}", 30.0)
     except ToolError:
-        # There is none yet.
-        await remote.put(f"/{index}", 30.0, json=mapping(embedder.dimensions if embedder else 0))
+        # The index does not exist yet.
+        await remote.put(f"/{index}", 30.0, json=index_mapping(embedder.dimensions if embedder else 0))
     generation, done, batch = uuid.uuid4().hex, 0, []
 
     async def send() -> None:

@@ -1,8 +1,7 @@
-"""The live web through a provider's HTTP interface: SearXNG's JSON, or Serper's and what imitates it.
+"""Live web search through a provider's HTTP interface: SearXNG, or Serper and compatible ones.
 
-The provider's order stays: its snippets do not tell how relevant they are, so nothing would keep authority from lifting
-a clearly less relevant one. Authority is only shown with the source. Filters that a provider does not know are applied
-to its results.
+The provider's order is kept: snippets have no relevance score, so authority could lift a clearly less relevant one.
+Authority is only shown with the source. Filters that a provider does not support are applied to its results.
 """
 
 import datetime
@@ -11,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from tools_env.errors import Unavailable
-from tools_env.offline_web.folder import language
+from tools_env.offline_web.folder import detect_language
 from tools_env.search import text
 from tools_env.search.backend import Filters, Passage
 from tools_env.search.citations import Citations
@@ -36,7 +35,7 @@ class WebBackend:
             host = urlsplit(url).hostname
             if not snippet or not host or not url.startswith(("http://", "https://")):
                 continue
-            if not filters.accept(url, date, language(f"{title} {snippet}")):
+            if not filters.accept(url, date, detect_language(f"{title} {snippet}")):
                 continue
             passage = Passage(
                 id=self._citations.id(url, snippet),
@@ -83,7 +82,7 @@ def _rows(reply: dict[str, Any], results: str, url: str, snippet: str, date: str
 
 
 def _iso(date: object) -> str | None:
-    """Returns the ISO date of 2025-03-01T00:00:00 or of Mar 1, 2025, None for another form (3 days ago)."""
+    """Returns the ISO date of 2025-03-01T00:00:00 or of Mar 1, 2025; None for other forms, such as "3 days ago"."""
     value = str(date or "").strip()
     for form, length in (("%Y-%m-%d", 10), ("%b %d, %Y", 12), ("%d %b %Y", 11)):
         try:

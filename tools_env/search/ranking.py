@@ -1,8 +1,8 @@
-"""The order of found passages: relevance first, authority only between passages of comparable relevance.
+"""Ranking of passages: by relevance, and by authority between passages of comparable relevance.
 
-Full-text scores alone confuse same-shaped passages ("The capital of Guinea ...", "The capital of Papua New Guinea
-..."). Relevance here adds how much of the query the passage covers, how many of the query's neighbouring words stay
-neighbours, and how much of the page's title the query names.
+Full-text scores alone confuse similar passages ("The capital of Guinea ...", "The capital of Papua New Guinea ...").
+Relevance here adds the share of the query that the passage covers, the share of adjacent query words that stay
+adjacent, and the share of the page's title that the query names.
 """
 
 import dataclasses
@@ -10,22 +10,22 @@ from collections.abc import Callable, Sequence
 
 from tools_env.search.text import is_cjk
 
-TITLE_ONLY = 0.5  # credit for a query token that stands in the page's title but not in the passage
+TITLE_ONLY = 0.5  # credit for a query token that is in the page's title but not in the passage
 ADJACENT = 0.2  # weight of the query's word pairs that stay together
 TITLE = 0.2  # weight of the title's share that the query names
 FULL_TEXT = 0.1  # weight of the engine's own score, which prefers the shorter of two passages
 LATE = (
-    0.002  # taken off for each word before the last such pair: "The capital of X is X" before "X is the capital of X"
+    0.002  # subtracted for each word before the last such pair: "The capital of X is X" before "X is the capital of X"
 )
-AUTHORITY = 0.05  # a step of authority wins over at most this share of relevance
-MIN_COVERAGE = 0.4  # a passage that covers less of the query is about something else ...
+AUTHORITY = 0.05  # one level of authority outweighs at most this share of relevance
+MIN_COVERAGE = 0.4  # a passage that covers less of the query is irrelevant ...
 RARE = 0.5  # ... unless it has a query token whose weight is at least this share of an unseen token's
 
 
 def weights(query: Sequence[str], idf: Callable[[str], float], unseen: float) -> dict[str, float]:
-    """Returns each query token's weight. A token that no passage has weighs `unseen`: the query asks for it in vain.
+    """Returns each query token's weight. A token that no passage has weighs `unseen`.
 
-    An unseen pair of CJK characters between two seen pairs weighs nothing: it straddles two words.
+    An unseen pair of CJK characters between two seen pairs weighs nothing, because it spans two words.
     """
     known = [idf(token) for token in query]
     weight = {}
@@ -37,12 +37,12 @@ def weights(query: Sequence[str], idf: Callable[[str], float], unseen: float) ->
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Features:
-    """What ranking needs to know of a passage, computed once."""
+    """Ranking features of a passage."""
 
     body: frozenset[str]  # tokens of the passage
     title: frozenset[str]  # tokens of its page's title
     title_weight: float  # their summed inverse document frequencies
-    pairs: dict[tuple[str, str], int]  # neighbouring tokens of the passage and where they first stand
+    pairs: dict[tuple[str, str], int]  # adjacent tokens of the passage and their first position
 
 
 def features(body: Sequence[str], title: Sequence[str], title_idf: Callable[[str], float]) -> Features:
@@ -67,7 +67,7 @@ def relevance(
     Args:
       query: tokens of the query, in order.
       weight: each query token's weight.
-      passage: what `features` says of it.
+      passage: its features.
       title_idf: inverse document frequency of a title token.
       full_text: the engine's score divided by the best one's, in [0, 1].
       unseen: weight of a token that no passage has.
@@ -91,7 +91,7 @@ def relevance(
 
 
 def boosted(relevance: float, authority: int) -> float:
-    """Returns the sort key: authority decides only when relevance differs by less than its small share."""
+    """Returns the sort key: authority decides only when relevances differ by a small share."""
     return relevance * (1.0 + AUTHORITY * authority)
 
 
@@ -99,7 +99,7 @@ FUSION = 60  # reciprocal-rank fusion's constant (Cormack, Clarke and Buettcher,
 
 
 def fused(rankings: Sequence[Sequence[str]]) -> list[str]:
-    """Returns everything ranked anywhere in the order of summed reciprocal ranks; ties go by name."""
+    """Returns all ranked items in order of summed reciprocal ranks; ties go by name."""
     score: dict[str, float] = {}
     for ranking in rankings:
         for rank, name in enumerate(ranking, 1):
@@ -108,10 +108,10 @@ def fused(rankings: Sequence[Sequence[str]]) -> list[str]:
 
 
 def promoted(order: Sequence[str], measures: Callable[[str], Sequence[float]], authority: Callable[[str], int]):
-    """Returns `order` with passages of more authority moved up past those that they are comparable to.
+    """Returns `order` with passages of higher authority moved up past comparable ones.
 
-    Ranks say nothing of how much two passages differ, so where an order comes from ranks, a passage passes another only
-    if by every measure of relevance its boosted value is at least the other's.
+    Ranks do not show how much two passages differ. So a passage passes another only if by every measure of relevance
+    its boosted value is at least the other's.
     """
     done: list[str] = []
     for name in order:

@@ -1,4 +1,4 @@
-"""One HTTP provider behind search: bounded in time and size, and its failures told apart by who can act on them."""
+"""HTTP client of a search provider, with limits on time and size and typed failures."""
 
 import asyncio
 import json
@@ -13,16 +13,16 @@ MAX_REPLY = 8 << 20  # bytes
 
 
 class Remote:
-    """A provider at one address. Connections are kept; one that breaks is made again by the next request."""
+    """A provider at one address. Connections are reused; the next request replaces a broken one."""
 
     def __init__(self, url: str, what: str, timeout: float, headers: dict[str, str] | None = None):
         """
         Args:
           url: http:// or https://, without a slash at the end.
-          what: the provider in words; errors name it, and no address and no key.
-          timeout: seconds that one request may take at most.
+          what: description of the provider for errors, which name no address and no key.
+          timeout: seconds for one request.
 
-        Raises ToolHostError for another kind of address.
+        Raises ToolHostError for other addresses.
         """
         if not url.startswith(("http://", "https://")):
             raise ToolHostError(f"expected {what} as http://host:port or https://host, got {url!r}; correct the url")
@@ -86,7 +86,7 @@ async def _read(response: aiohttp.ClientResponse) -> bytes | None:
     return bytes(body)
 
 
-def secret(variable: str, what: str) -> str:
+def read_secret(variable: str, what: str) -> str:
     """Returns the value of an environment variable. Raises ToolHostError when it is not set."""
     value = os.environ.get(variable, "")
     if not value:

@@ -1,4 +1,4 @@
-"""What the index command can read: each source yields candidates, cheap to recognise and parsed only when changed."""
+"""Sources of the index command. Each yields candidates with cheap fingerprints, which are parsed only when changed."""
 
 import dataclasses
 import hashlib
@@ -17,8 +17,8 @@ _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One SOURCE of the command line. `site` is the host of its pages, unless they have addresses of their own."""
+class IndexSource:
+    """One SOURCE of the command line. `site` is the host of documents without an address."""
 
     path: Path
     site: str = ""
@@ -27,15 +27,15 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A document that may be indexed already. `read` gives its row, or raises ToolHostError."""
+    """A document that may already be indexed. `read` returns its row or raises ToolHostError."""
 
     id: str
     fingerprint: str
     read: Callable[[], dict[str, Any]]
 
 
-def parse(argument: str) -> Source:
-    """Reads `PATH[,site=HOST][,authority=0|1|2]`. Raises ToolHostError."""
+def parse_source(argument: str) -> IndexSource:
+    """Parses `PATH[,site=HOST][,authority=0|1|2]`. Raises ToolHostError."""
     path, *options = argument.split(",")
     named = dict(option.partition("=")[::2] for option in options)
     unknown = sorted(set(named) - {"site", "authority"})
@@ -49,10 +49,10 @@ def parse(argument: str) -> Source:
     found = Path(path).expanduser()
     if not found.exists():
         raise ToolHostError(f"there is no {path}; correct the source")
-    return Source(found, site, int(named.get("authority", "1")))
+    return IndexSource(found, site, int(named.get("authority", "1")))
 
 
-def candidates(source: Source) -> Iterator[Candidate]:
+def document_candidates(source: IndexSource) -> Iterator[Candidate]:
     """Yields the documents of a source in a fixed order. Raises ToolHostError when it cannot be read."""
     name = source.path.name.lower()
     if source.path.is_dir():
@@ -69,9 +69,9 @@ def candidates(source: Source) -> Iterator[Candidate]:
         )
 
 
-def _folder(source: Source) -> Iterator[Candidate]:
+def _folder(source: IndexSource) -> Iterator[Candidate]:
     root, site = source.path, source.site or _slug(source.path.resolve().name)
-    for path in sorted(folder.files(root)):
+    for path in sorted(folder.document_files(root)):
         relative = path.relative_to(root)
         try:
             body = path.read_bytes()
@@ -80,7 +80,7 @@ def _folder(source: Source) -> Iterator[Candidate]:
         yield _file(source, site, relative, body, str(path))
 
 
-def _tar(source: Source) -> Iterator[Candidate]:
+def _tar(source: IndexSource) -> Iterator[Candidate]:
     site = source.site or _slug(source.path.name.partition(".")[0])
     try:
         with tarfile.open(source.path, "r|*") as archive:
@@ -90,25 +90,25 @@ def _tar(source: Source) -> Iterator[Candidate]:
                     body = archive.extractfile(member).read()
                     yield _file(source, site, relative, body, f"{source.path}:{member.name}")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ToolHostError(f"cannot read the archive {source.path} to its end ({error}); fetch it again") from None
+        raise ToolHostError(f"cannot read the archive {source.path} to its end ({error}); download it again") from None
 
 
-def _file(source: Source, site: str, relative: Path, body: bytes, shown: str) -> Candidate:
+def _file(source: IndexSource, site: str, relative: Path, body: bytes, shown: str) -> Candidate:
     def read() -> dict[str, Any]:
-        return folder.document(body, relative, site, source.authority, shown)
+        return folder.read_document_file(body, relative, site, source.authority, shown)
 
     return Candidate(f"{site}/{relative.as_posix()}", _digest(body, source, site), read)
 
 
-def _dump(source: Source) -> Iterator[Candidate]:
-    for page in wikitext.pages(source.path):
+def _dump(source: IndexSource) -> Iterator[Candidate]:
+    for page in wikitext.dump_pages(source.path):
 
         def read(page=page) -> dict[str, Any]:
             return {
                 "id": page.url,
                 "url": page.url,
                 "title": page.title,
-                "text": "\n".join(folder.cut(wikitext.plain(page.wikitext).splitlines())),
+                "text": "\n".join(folder.split_paragraphs(wikitext.plain_text(page.wikitext).splitlines())),
                 "lang": page.lang,
                 "authority": source.authority,
                 "published_at": page.published_at,
@@ -117,7 +117,7 @@ def _dump(source: Source) -> Iterator[Candidate]:
         yield Candidate(page.url, _digest(page.revision.encode(), source, ""), read)
 
 
-def _jsonl(source: Source) -> Iterator[Candidate]:
+def _jsonl(source: IndexSource) -> Iterator[Candidate]:
     with open(source.path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -136,14 +136,14 @@ def _jsonl(source: Source) -> Iterator[Candidate]:
                 ) from None
 
             def read(row=row, name=name, authority=authority) -> dict[str, Any]:
-                content = "\n".join(folder.cut(row["text"].splitlines()))
-                lang = row.get("lang") or folder.language(row["text"])
+                content = "\n".join(folder.split_paragraphs(row["text"].splitlines()))
+                lang = row.get("lang") or folder.detect_language(row["text"])
                 return {**row, "id": name, "text": content, "lang": lang, "authority": authority}
 
             yield Candidate(name, _digest(line, source, ""), read)
 
 
-def _digest(body: bytes, source: Source, site: str) -> str:
+def _digest(body: bytes, source: IndexSource, site: str) -> str:
     return hashlib.sha256(b"%d %s " % (source.authority, site.encode()) + body).hexdigest()[:32]
 
 

@@ -1,13 +1,13 @@
-"""The files of an index: written in commits that a kill cannot tear, read without holding passages in memory.
+"""Files of a search index: written in crash-safe commits, read without loading passages into memory.
 
-passages.jsonl    one passage a line; the line's number is its ordinal; only ever appended to
-rows.bin          of each passage where its line ends, the number of its citation id and its owner's digest
+passages.jsonl    one passage per line; the line number is its ordinal; append-only
+rows.bin          for each passage the end of its line, the number of its citation id and its owner's digest
 tantivy/          full-text index of tokens (text.py) over passage and title, with filters; gives ordinals
-documents.sqlite  every document with its fingerprint and its ordinals, and what of the files above counts
+documents.sqlite  every document with its fingerprint and ordinals, and the committed size of the files above
 index.json        fingerprint and number of passages, for readers
 
-A commit syncs the passages, then tantivy, then SQLite, whose commit decides. What the others hold beyond it is taken
-back when the index is next opened for writing.
+A commit syncs the passages, then tantivy, then SQLite, whose commit is decisive. What the other files have beyond it is
+rolled back when the index is next opened for writing.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     for name in ("body", "title"):
         builder.add_text_field(name, tokenizer_name="whitespace", index_option="freq")
-    builder.add_text_field("site", tokenizer_name="whitespace", index_option="basic")  # the host and all above it
+    builder.add_text_field("site", tokenizer_name="whitespace", index_option="basic")  # the host and its parent domains
     for name in ("lang", "doc"):
         builder.add_text_field(name, tokenizer_name="raw", index_option="basic")
     builder.add_integer_field("ordinal", fast=True)
@@ -59,7 +59,7 @@ def page_of(url: str) -> str:
 
 
 class Passages(Sequence):
-    """The passages by ordinal, read when asked for. What was removed from the index is still here."""
+    """The passages by ordinal, read on demand. Passages removed from the index are still included."""
 
     def __init__(self, folder: Path):
         """Raises ValueError or OSError when the files are damaged."""
@@ -106,10 +106,13 @@ def _open_rows(path: Path) -> np.ndarray:
 
 
 class Writer:
-    """Adds, replaces and removes documents. Nothing counts until `commit`. One writer at a time (a lock says so)."""
+    """Adds, replaces and removes documents. Changes take effect with `commit`. A lock allows one writer at a time."""
 
     def __init__(self, folder: Path):
-        """Opens or begins the index in `folder`. Raises ToolHostError when another process writes it, or it is damaged."""
+        """Opens or creates the index in `folder`.
+
+        Raises ToolHostError when another process writes it, or it is damaged.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._lock = open(folder / "writer.lock", "w")
@@ -161,7 +164,7 @@ class Writer:
         return self._count
 
     def known(self, document: str, fingerprint: str) -> bool:
-        """Returns whether the document is indexed as it is, and notes that this run has seen it."""
+        """Returns whether the document is indexed with this fingerprint, and records that this run has seen it."""
         statement = "UPDATE documents SET run = ? WHERE id = ? AND fingerprint = ?"
         return self._db.execute(statement, (self.run, document, fingerprint)).rowcount > 0
 
@@ -234,7 +237,7 @@ class Writer:
         return self._db.execute("SELECT count(*) FROM documents").fetchone()[0]
 
     def commit(self, fingerprint: str | None = None) -> None:
-        """Makes everything so far count. `fingerprint` replaces the one made of the changes."""
+        """Commits all changes. `fingerprint` replaces the one derived from the changes."""
         self._fingerprint = fingerprint or self._fingerprint or hashlib.sha256(b"").hexdigest()
         for file in (self._lines, self._rows):
             file.flush()
@@ -261,7 +264,7 @@ class Writer:
         os.replace(temporary, self._folder / "index.json")
 
     def close(self) -> None:
-        """Ends without a commit; waits for the full-text index to finish its merges."""
+        """Closes without a commit; waits for the full-text index to finish its merges."""
         self._tantivy.wait_merging_threads()
         self._lines.close()
         self._rows.close()
@@ -270,7 +273,7 @@ class Writer:
 
 
 class Pages:
-    """The documents of an index as rows that can be rendered: a page is its passages."""
+    """The documents of an index as rows that can be rendered as pages."""
 
     def __init__(self, folder: Path):
         self._passages = Passages(folder)
@@ -294,7 +297,7 @@ class Pages:
 
 
 def alive(folder: Path) -> np.ndarray:
-    """Returns the ordinals of all passages that an index has, sorted."""
+    """Returns the sorted ordinals of all passages of an index."""
     with contextlib.closing(sqlite3.connect(f"file:{folder / 'documents.sqlite'}?mode=ro", uri=True)) as db:
         ranges = db.execute("SELECT first, count FROM documents ORDER BY first").fetchall()
     parts = [np.arange(first, first + count) for first, count in ranges]

@@ -1,8 +1,8 @@
-"""How text becomes passages and passages become tokens; the index and the page reader share these rules.
+"""Text rules shared by the index and the page parser: from text to passages and from passages to tokens.
 
-A passage is one paragraph or list item, without markup. Tokens are folded words (case, accents, plural s) without
-function and question words and, because Chinese and Japanese have no spaces, overlapping pairs of their characters: the
-full-text engine then needs no dictionary.
+A passage is one paragraph or list item, without markup. Tokens are words with case, accents and plural s removed,
+without function and question words. Chinese and Japanese have no spaces, so their tokens are overlapping pairs of
+characters, and the full-text engine needs no dictionary.
 """
 
 import functools
@@ -56,7 +56,7 @@ def _fold(word: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 12)
 def tokens(text: str) -> tuple[str, ...]:
-    """Returns search tokens in order: folded words, and character pairs of CJK runs (a lone character stays)."""
+    """Returns search tokens in order: folded words, and character pairs of CJK runs (single characters are kept)."""
     found = []
     for run in _WORD_OR_CJK.findall(unicodedata.normalize("NFKC", text)):
         if _CJK_CHARACTER.match(run):
@@ -72,6 +72,6 @@ def is_cjk(token: str) -> bool:
 
 
 def estimated_tokens(text: str) -> int:
-    """Returns about how many tokens a language model reads: one per CJK character, one per four others."""
+    """Returns the approximate number of language model tokens: one per CJK character, one per four others."""
     wide = len(_CJK_CHARACTER.findall(text))
     return wide + -(-(len(text) - wide) // 4)

@@ -1,7 +1,7 @@
 """Wikipedia dumps: pages of a MediaWiki XML export, and their wikitext as plain paragraphs.
 
-Templates, tables, references, files and categories go, links and emphasis become their words. That is what a reader of
-prose needs, not what MediaWiki would render: what templates would have written (units, dates, infoboxes) is lost.
+Templates, tables, references, files and categories are removed; links and emphasis become plain words. The result is
+prose, not what MediaWiki renders: the output of templates (units, dates, infoboxes) is lost.
 """
 
 import bz2
@@ -15,7 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from tools_env.errors import ToolHostError
 
-LICENCE = (
+LICENSE = (
     "text of Wikipedia: CC BY-SA, with attribution to its pages; see https://creativecommons.org/licenses/by-sa/4.0/"
 )
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
@@ -48,15 +48,15 @@ class DumpPage:
     title: str
     url: str
     lang: str
-    revision: str  # differs when the page does
-    published_at: str | None  # day of the revision
+    revision: str  # changes with the page
+    published_at: str | None  # date of the revision
     wikitext: str
 
 
-def pages(path: Path) -> Iterator[DumpPage]:
-    """Yields the articles of an .xml or .xml.bz2 dump in its order; redirects and other namespaces are passed over.
+def dump_pages(path: Path) -> Iterator[DumpPage]:
+    """Yields the articles of an .xml or .xml.bz2 dump in its order; redirects and other namespaces are skipped.
 
-    Memory stays flat. Raises ToolHostError when the file is no dump or ends too soon.
+    Memory use is constant. Raises ToolHostError when the file is not a dump or is truncated.
     """
     opener = bz2.open if path.suffix == ".bz2" else open
     host, lang = "en.wikipedia.org", "en"
@@ -81,7 +81,7 @@ def pages(path: Path) -> Iterator[DumpPage]:
             if not here:
                 raise ToolHostError(f"expected a MediaWiki export, got an empty file {path}; correct the source")
     except (xml.etree.ElementTree.ParseError, EOFError, OSError) as error:
-        raise ToolHostError(f"cannot read the dump {path} to its end ({error}); fetch it again") from None
+        raise ToolHostError(f"cannot read the dump {path} to its end ({error}); download it again") from None
 
 
 def _page(node, host: str, lang: str) -> DumpPage | None:
@@ -102,8 +102,11 @@ def _page(node, host: str, lang: str) -> DumpPage | None:
     )
 
 
-def plain(wikitext: str) -> str:
-    """Returns wikitext as Markdown: a paragraph or list item a line, headings with #. Lists of sources are left out."""
+def plain_text(wikitext: str) -> str:
+    """Returns wikitext as Markdown: one paragraph or list item per line, headings with #.
+
+    Reference sections are omitted.
+    """
     content = _DROPPED.sub("", _COMMENT.sub("", wikitext))
     content = _to_end(_INNER_TEMPLATE, "", content)
     content = _to_end(_INNER_TABLE, "", content)
@@ -130,7 +133,7 @@ def plain(wikitext: str) -> str:
 
 
 def _to_end(pattern: re.Pattern, replacement, content: str) -> str:
-    """Replaces from the inside out until nothing is left to replace."""
+    """Replaces nested matches from the inside out."""
     for _ in range(40):
         content, count = pattern.subn(replacement, content)
         if not count:

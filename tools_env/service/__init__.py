@@ -1,1 +1,1 @@
-"""The gRPC service: sessions, limits, routing between worker processes, metrics and tracing."""
+"""The gRPC service: settings, sessions, limits, authentication, worker processes, metrics and tracing."""

@@ -1,6 +1,6 @@
-"""Who may call: bearer tokens, checked before any handler runs, and TLS with or without client certificates.
+"""Authentication: bearer tokens, checked before any handler runs, and TLS with or without client certificates.
 
-The health check stays open: load balancers carry no token.
+The health check needs no token, because load balancers have none.
 """
 
 import hmac
@@ -14,10 +14,10 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 LOOPBACK = ("127.", "localhost", "[::1]", "::1")
 
 
-class BearerToken(grpc.aio.ServerInterceptor):
+class BearerTokenInterceptor(grpc.aio.ServerInterceptor):
     """Answers UNAUTHENTICATED to calls without `authorization: Bearer <token>`.
 
-    `tokens` holds several, separated by commas, while one replaces another.
+    `tokens`: one token, or several separated by commas for a rotation.
     """
 
     def __init__(self, tokens: str):
@@ -29,7 +29,7 @@ class BearerToken(grpc.aio.ServerInterceptor):
         if handler_call_details.method.startswith(OPEN_SERVICES):
             return await continuation(handler_call_details)
         given = str(dict(handler_call_details.invocation_metadata).get("authorization", "")).encode()
-        # Every token is compared, so that the time taken says nothing about which one was close.
+        # All tokens are compared, so that the time does not depend on which one matches.
         if any([hmac.compare_digest(given, expected) for expected in self._expected]):
             return await continuation(handler_call_details)
 
@@ -40,18 +40,20 @@ class BearerToken(grpc.aio.ServerInterceptor):
 
 
 def server_credentials(cert: str, key: str, client_ca: str | None) -> grpc.ServerCredentials:
-    """TLS from PEM files; with `client_ca`, only clients whose certificate it signed. Raises ToolHostError."""
+    """Returns TLS credentials from PEM files; with `client_ca`, clients need a certificate that it signed.
+
+    Raises ToolHostError."""
     pair = (_pem(key), _pem(cert))
     authority = _pem(client_ca) if client_ca else None
     return grpc.ssl_server_credentials([pair], authority, require_client_auth=authority is not None)
 
 
 def check_exposure(host: str, token: str | None, client_ca: str | None, anyone: bool) -> None:
-    """Raises ToolHostError when strangers could run tools: reachable from other machines, without token or mTLS."""
+    """Raises ToolHostError when a host is reachable from other machines without a token or mTLS."""
     if not (host.startswith(LOOPBACK) or token or client_ca or anyone):
         raise ToolHostError(
-            f"{host} can be reached from other machines and no caller would be checked; set $STEPDR_TOOLS_TOKEN or "
-            "--tls_client_ca, listen on 127.0.0.1, or say --allow_anyone"
+            f"{host} can be reached from other machines and callers would not be authenticated; set $STEPDR_TOOLS_TOKEN "
+            "or --tls_client_ca, listen on 127.0.0.1, or set --allow_anyone"
         )
 
 

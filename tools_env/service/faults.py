@@ -1,21 +1,21 @@
-"""Faults that a session can ask for, to study how an agent copes: declarative, seeded, the same in every run.
+"""Fault injection on a session's request, to study how an agent copes: declarative, seeded and deterministic.
 
 A profile is JSON, one list of faults per tool ("*" for every tool), e.g.
 
     {"seed": 7, "tools": {"batch_web_surfer": [{"kind": "latency", "rate": 0.5, "seconds": 1.0},
                                                {"kind": "contradiction", "rate": 0.2}]}}
 
-kind              what happens to a call                                     settings (default)
+kind              effect on a call                                           settings (default)
 latency           it waits first                                             seconds (0.5)
 timeout           it waits, then fails as timed out; the tool never runs     seconds (1.0)
 http_error        it fails with an HTTP status; the tool never runs          status (503)
 empty             the tool runs, its result is "No results."
-truncate          the text ends early, in mid sentence                       keep (0.5), the share that stays
-rename_fields     in this session an argument has another name               fields ({"queries": "q"}), required
-contradiction     each passage gets a neighbour with another number or name
+truncate          the text is cut, possibly within a sentence                keep (0.5), the share that is kept
+rename_fields     an argument has another name for the whole session         fields ({"queries": "q"}), required
+contradiction     each passage is followed by a contradicting one
 
-`rate` (default 1) is the probability. Draws hash (seed, session's seed, tool, fault, call id): the order and the timing
-of calls do not matter. The reply names what was injected; its text does not.
+`rate` (default 1) is the probability. Draws are hashes of (seed, session's seed, tool, fault, call id), so the order
+and timing of calls do not matter. The reply's `faults` names what was injected; its text does not.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from typing import Any
 
 from tools_env.errors import BadArguments, ToolError
 from tools_env.search.citations import Citations
-from tools_env.tools.base import Output
+from tools_env.tools.base import ToolOutput
 
 KINDS = {
     "latency": {"seconds": 0.5},
@@ -51,30 +51,30 @@ class Fault:
     kind: str
     rate: float
     settings: Mapping[str, Any]
-    position: int  # in its tool's list; part of the draw
+    position: int  # index in its tool's list; part of the draw
 
 
 @dataclasses.dataclass(frozen=True)
-class Profile:
+class FaultProfile:
     seed: int
     tools: Mapping[str, tuple[Fault, ...]]
 
-    def plan(self, tool: str, session_seed: int, call_id: str) -> "Plan":
-        """Returns what happens to one call."""
+    def plan(self, tool: str, session_seed: int, call_id: str) -> "FaultPlan":
+        """Returns the faults of one call."""
         chosen = []
         for fault in self.tools.get(tool, self.tools.get("*", ())):
-            # A renamed field stays renamed for the whole session, as an interface does.
+            # A field stays renamed for the whole session, like an interface.
             unit = "" if fault.kind == "rename_fields" else call_id
             digest = _draw(self.seed, session_seed, tool, fault.position, unit)
             if int.from_bytes(digest[:8], "big") / 2**64 < fault.rate:
                 chosen.append((fault, digest))
-        return Plan(tuple(chosen))
+        return FaultPlan(tuple(chosen))
 
 
-def parse(text: str, tools: Collection[str]) -> Profile:
-    """Returns the profile; "" is none. Raises BadArguments that names the wrong part."""
+def parse_fault_profile(text: str, tools: Collection[str]) -> FaultProfile:
+    """Returns the profile; "" means no faults. Raises BadArguments that names the wrong part."""
     if not text:
-        return Profile(0, {})
+        return FaultProfile(0, {})
     try:
         given = json.loads(text)
         seed, by_tool = int(given.get("seed", 0)), given["tools"]
@@ -84,7 +84,9 @@ def parse(text: str, tools: Collection[str]) -> Profile:
     for tool in rows:
         if tool != "*" and tool not in tools:
             raise BadArguments(f"faults name no tool of this host: {tool}; the tools are {', '.join(tools)}")
-    return Profile(seed, {tool: tuple(_fault(tool, i, row) for i, row in enumerate(of)) for tool, of in rows.items()})
+    return FaultProfile(
+        seed, {tool: tuple(_fault(tool, i, row) for i, row in enumerate(of)) for tool, of in rows.items()}
+    )
 
 
 def _fault(tool: str, position: int, row: Any) -> Fault:
@@ -115,8 +117,8 @@ def _draw(*parts: Any) -> bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The faults of one call, each with the digest that it takes further choices from."""
+class FaultPlan:
+    """The faults of one call, each with the digest that its random choices derive from."""
 
     chosen: tuple[tuple[Fault, bytes], ...]
 
@@ -124,7 +126,7 @@ class Plan:
         return [pair for pair in self.chosen if pair[0].kind in kinds]
 
     def arguments(self, given: dict[str, Any], schema: Mapping[str, Any], injected: list[str]) -> dict[str, Any]:
-        """Returns the arguments under the tool's own names. Raises BadArguments for a name that is now another."""
+        """Returns the arguments under the tool's own names. Raises BadArguments for the old name of a renamed field."""
         for fault, _ in self._of("rename_fields"):
             injected.append(fault.kind)
             new = {old: name for old, name in fault.settings["fields"].items() if old in schema.get("properties", {})}
@@ -149,15 +151,15 @@ class Plan:
             if fault.kind == "timeout":
                 raise ToolError("timed out")
 
-    def after(self, output: Output, injected: list[str]) -> Output:
-        """Returns the output as the faults leave it; the given one, which others may share, is not changed."""
+    def after(self, output: ToolOutput, injected: list[str]) -> ToolOutput:
+        """Returns the output with the faults applied; the given one may be shared and is not changed."""
         for fault, digest in self._of("empty", "contradiction", "truncate"):
             if output.failed:
                 break
             injected.append(fault.kind)
             output = copy.copy(output)
             if fault.kind == "empty":
-                output = Output("No results.", cache_hit=output.cache_hit)
+                output = ToolOutput("No results.", cache_hit=output.cache_hit)
             elif fault.kind == "contradiction":
                 _contradict(output, digest)
             else:
@@ -167,8 +169,8 @@ class Plan:
         return output
 
 
-def _contradict(output: Output, digest: bytes) -> None:
-    """Puts after every passage that has a number or a name a twin that states another one, citable as any passage."""
+def _contradict(output: ToolOutput, digest: bytes) -> None:
+    """Adds a contradicting copy, with its own citation id, after every passage that has a number or a name."""
     ids, twins = Citations(), []
     for i, source in enumerate(output.sources):
         other = _altered(source.text, digest[i % 32] + i)

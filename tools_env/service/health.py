@@ -1,8 +1,8 @@
-"""Asks a tool host's health check, over TLS where it speaks TLS: exit status 0 means that it answers calls.
+"""Queries a tool host's health check, with or without TLS: exit status 0 means that it answers calls.
 
 python -m tools_env.service.health --address=127.0.0.1:8700 --tls_ca=ca.pem --tls_name=tools
 
-For probes that run a command: the kubelet's own gRPC probe speaks no TLS.
+For probes that run a command, because the kubelet's own gRPC probe has no TLS.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="health", description=__doc__.split("\n")[0])
     parser.add_argument("--address", required=True, help="host:port")
     parser.add_argument("--tls_ca", help="PEM file of the authority that signed the host's certificate")
-    parser.add_argument("--tls_name", help="name in the certificate, where it is not the address's")
+    parser.add_argument("--tls_name", help="name in the certificate, if it differs from the address")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds")
     flags = parser.parse_args(argv)
     options = [("grpc.enable_http_proxy", 0)]

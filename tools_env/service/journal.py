@@ -1,7 +1,7 @@
-"""What a session must remember over the death of its process: one append-only file of JSON lines in its folder.
+"""Journal of a session, from which a restarted process restores it: one append-only file of JSON lines.
 
-A record is one write, so a killed process leaves whole lines and at most one torn last line, which reading drops. It
-survives the process, not a power cut: nothing waits for the disk.
+Each record is one write, so a killed process leaves whole lines and at most one torn last line, which is dropped on
+reading. The journal survives the process but not a power failure: writes do not wait for the disk.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 NAME = "journal.jsonl"
 
 
-class Journal:
+class SessionJournal:
     """The records of one session, oldest first."""
 
     def __init__(self, directory: Path):
@@ -27,17 +27,17 @@ class Journal:
             os.close(descriptor)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns the whole records; empty when there is no journal."""
+        """Returns the complete records; empty when there is no journal."""
         try:
             lines = self._path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
-        # What follows the last newline was cut by the death of the process; a later append must not join it.
+        # A torn last line is removed, so that a later append does not join it.
         if lines.pop():
             with open(self._path, "r+b") as file:
                 file.truncate(sum(len(line) + 1 for line in lines))
         return [json.loads(line) for line in lines]
 
     def age(self, now: float) -> float:
-        """Seconds of wall time since the last record."""
+        """Returns the seconds of wall time since the last record."""
         return now - self._path.stat().st_mtime

@@ -1,6 +1,6 @@
-"""Backpressure: so many calls at a time, so many waiting, and an honest refusal beyond that.
+"""Backpressure: bounds on concurrent and waiting calls, and refusal with a retry time beyond them.
 
-grpc.aio's own `maximum_concurrent_rpcs` loses count under cancellation (grpc issue 41531), so calls are counted here.
+`maximum_concurrent_rpcs` of grpc.aio miscounts under cancellation (grpc issue 41531), so calls are counted here.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ from tools_env.errors import RetryLater
 from tools_env.service import tracing
 
 
-class Limit:
+class ConcurrencyLimit:
     """A semaphore with a bounded queue."""
 
     def __init__(self, name: str, concurrency: int, queue: int, gauges=None):
-        """`gauges`: two objects with inc and dec, told of the calls that run and that wait."""
+        """`gauges`: two objects with inc and dec, for running and for waiting calls."""
         self.name = name
         self.concurrency = concurrency
         self.queue = queue
@@ -26,7 +26,7 @@ class Limit:
 
     @property
     def full(self) -> bool:
-        """Whether a call would have to wait."""
+        """Returns whether a call would have to wait."""
         return self._slots.locked()
 
     @contextlib.asynccontextmanager
@@ -45,13 +45,13 @@ class Limit:
             try:
                 await self._slots.acquire()
             finally:
-                tracing.note(queue_seconds=time.monotonic() - began)
+                tracing.annotate_span(queue_seconds=time.monotonic() - began)
                 self.waiting -= 1
                 if self._waiting is not None:
                     self._waiting.dec()
         else:
             await self._slots.acquire()
-            tracing.note(queue_seconds=0.0)
+            tracing.annotate_span(queue_seconds=0.0)
         if self._running is not None:
             self._running.inc()
         try:

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a tool host. Several worker processes share them through $PROMETHEUS_MULTIPROC_DIR."""
+"""Prometheus metrics of a tool host. Worker processes share them through $PROMETHEUS_MULTIPROC_DIR."""
 
 import os
 
@@ -9,7 +9,7 @@ SHARED_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class Metrics:
-    """One set for one host. Labels are tool names and fixed words, so the number of series is bounded."""
+    """The metrics of one host. Labels are tool names and fixed words, so the number of series is bounded."""
 
     def __init__(self):
         self.registry = CollectorRegistry()
@@ -30,8 +30,10 @@ class Metrics:
         self.cache = Counter("stepdr_tool_cache_lookups", "Lookups in the retrieval cache", ["result"], **kept)
 
 
-def serve(host: str, port: int, registry: CollectorRegistry | None):
-    """Serves /metrics from a thread; None collects from all processes that share. Returns (port, function that stops).
+def serve_metrics(host: str, port: int, registry: CollectorRegistry | None):
+    """Serves /metrics from a thread; returns (port, function that stops it).
+
+    `registry`: None collects from all processes that share $PROMETHEUS_MULTIPROC_DIR.
 
     Raises OSError when the port is taken.
     """

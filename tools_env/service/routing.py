@@ -1,7 +1,8 @@
-"""Finds the worker process that has a session. Any worker takes any call; one that is not its own it passes on.
+"""Routes calls to the worker process that has the session. Any worker accepts any call and forwards those of other
+workers.
 
-Workers reach each other over Unix sockets in a folder that only their user can enter. A session opens at the worker that
-its request id hashes to, so a repeated OpenSession finds the session it opened, over whichever connection it comes.
+Workers connect to each other over Unix sockets in a folder that only their user can enter. A session opens at the
+worker that its request id hashes to, so a repeated OpenSession finds its session over any connection.
 """
 
 import zlib
@@ -12,9 +13,9 @@ import grpc
 from tools_env.protocol import tools_pb2_grpc
 from tools_env.service import tracing
 from tools_env.service.service import ToolService
-from tools_env.service.sessions import owner
+from tools_env.service.sessions import owning_worker
 
-PASSED_ON = "stepdr-passed-on"  # metadata of a call that another worker sent; it goes no further
+FORWARDED = "stepdr-passed-on"  # metadata of a forwarded call, which is not forwarded again
 _OPTIONS = [
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.max_send_message_length", 16 << 20),
@@ -24,19 +25,19 @@ _OPTIONS = [
 ]
 
 
-def socket_of(folder: str, worker: int) -> str:
+def worker_socket(folder: str, worker: int) -> str:
     return f"unix:{Path(folder) / f'{worker}.sock'}"
 
 
 class RoutedService(tools_pb2_grpc.ToolServiceServicer):
-    """The service of one worker among `workers`."""
+    """The service of worker number `worker` of `workers`."""
 
     def __init__(self, local: ToolService, socket_dir: str, worker: int, workers: int):
         self._local = local
         self._worker = worker
         self._workers = workers
         self._channels = {
-            peer: grpc.aio.insecure_channel(socket_of(socket_dir, peer), options=_OPTIONS)
+            peer: grpc.aio.insecure_channel(worker_socket(socket_dir, peer), options=_OPTIONS)
             for peer in range(workers)
             if peer != worker
         }
@@ -54,19 +55,19 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
         return await self._at(place, "OpenSession", request, context)
 
     async def CallTool(self, request, context):
-        return await self._at(owner(request.session_id, self._workers), "CallTool", request, context)
+        return await self._at(owning_worker(request.session_id, self._workers), "CallTool", request, context)
 
     async def CloseSession(self, request, context):
-        return await self._at(owner(request.session_id, self._workers), "CloseSession", request, context)
+        return await self._at(owning_worker(request.session_id, self._workers), "CloseSession", request, context)
 
     async def _at(self, worker: int | None, method: str, request, context):
         given = dict(context.invocation_metadata() or ())
-        if worker is None or worker == self._worker or PASSED_ON in given:
+        if worker is None or worker == self._worker or FORWARDED in given:
             return await getattr(self._local, method)(request, context)
-        metadata = [(PASSED_ON, "1"), *tracing.outgoing(given)]
+        metadata = [(FORWARDED, "1"), *tracing.outgoing_trace_context(given)]
         if "authorization" in given:
             metadata.append(("authorization", given["authorization"]))
-        tracing.note(passed_to=worker)
+        tracing.annotate_span(passed_to=worker)
         try:
             call = getattr(self._stubs[worker], method)
             return await call(request, timeout=context.time_remaining(), metadata=metadata)
@@ -76,5 +77,5 @@ class RoutedService(tools_pb2_grpc.ToolServiceServicer):
             ]
             details = error.details()
             if error.code() is grpc.StatusCode.UNAVAILABLE:
-                details = f"worker {worker}, which has this session, does not answer; it is started again"
+                details = f"worker {worker}, which has this session, does not answer; it is restarted"
             await context.abort(error.code(), details, tuple(trailing))

@@ -1,6 +1,6 @@
-"""The handlers of stepdr.tools.v1.ToolService: from a request to a tool and back, on two error planes.
+"""The handlers of stepdr.tools.v1.ToolService.
 
-What the model should see becomes an Outcome in the reply; what the system broke becomes a gRPC status.
+Errors that the model should see become an Outcome in the reply; failures of the system become a gRPC status.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ from tools_env.protocol import tools_pb2, tools_pb2_grpc
 from tools_env.search import citations
 from tools_env.search.text import estimated_tokens
 from tools_env.service import faults, tracing
-from tools_env.service.limits import Limit
+from tools_env.service.limits import ConcurrencyLimit
 from tools_env.service.metrics import Metrics
-from tools_env.service.sessions import Budget, Opening, Session, Sessions
+from tools_env.service.sessions import Budget, Session, Sessions, SessionSpec
 from tools_env.tools import arguments as argument_check
 from tools_env.tools import implicit_context
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
-DEFAULT_DEADLINE = 60.0  # seconds, for callers that set none
-MAX_DEADLINE = 900.0  # seconds; a longer wait is cut to this
-# Tools that change nothing: a call that was cut off may run again. Calls of all others run once or not at all.
+DEFAULT_DEADLINE = 60.0  # seconds, for callers without a deadline
+MAX_DEADLINE = 900.0  # seconds; longer deadlines are shortened to this
+# Tools without side effects: an interrupted call may run again. Calls of all other tools run at most once.
 REPEATABLE = frozenset({"batch_web_surfer", "file_parser", "asr", "analyze_image"})
 STATUS = {
     UnknownSession: grpc.StatusCode.NOT_FOUND,
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class ToolService(tools_pb2_grpc.ToolServiceServicer):
-    """One instance serves all sessions of a process on one event loop.
+    """The service of one process, on one event loop.
 
     `list_tools`, `open` and `call` are the service without a transport; the RPC methods put them on gRPC.
     """
@@ -75,14 +75,14 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
     ):
         """
         Args:
-          concurrency: calls at a time, of every tool or by tool; "" names the number of the tools not named.
-          endpoint: told to clients as the address of the sessions opened here; empty: the one they called.
+          concurrency: concurrent calls of each tool, or by tool name; "" stands for all other tools.
+          endpoint: address given to clients for the sessions opened here; empty: the address they called.
         """
         self._tools = {tool.name: tool for tool in tools}
         self._metrics = metrics or Metrics()
         slots = concurrency if isinstance(concurrency, Mapping) else {"": concurrency}
         self._limits = {
-            name: Limit(
+            name: ConcurrencyLimit(
                 name,
                 slots.get(name, slots.get("")),
                 queue,
@@ -99,18 +99,18 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
     def list_tools(self) -> list[Tool]:
         return list(self._tools.values())
 
-    def open(self, opening: Opening) -> Session:
-        """Opens a session. Raises BadArguments for a fault profile or cache mode that cannot be understood."""
-        profile = faults.parse(opening.faults_json, self._tools)
-        if opening.cache_mode not in ("", *caching.MODES):
-            raise BadArguments(f"cache_mode must be one of {', '.join(caching.MODES)}, got {opening.cache_mode!r}")
-        session = self._sessions.open(opening)
+    def open(self, spec: SessionSpec) -> Session:
+        """Opens a session. Raises BadArguments for an invalid fault profile or cache mode."""
+        profile = faults.parse_fault_profile(spec.faults_json, self._tools)
+        if spec.cache_mode not in ("", *caching.CACHE_MODES):
+            raise BadArguments(f"cache_mode must be one of {', '.join(caching.CACHE_MODES)}, got {spec.cache_mode!r}")
+        session = self._sessions.open(spec)
         session.attachments["faults"] = profile
         self._metrics.sessions.set(len(self._sessions))
         return session
 
     def close(self, session_id: str) -> Session | None:
-        """Ends a session; None when it is not open here."""
+        """Ends and returns a session; None when it is not open here."""
         session = self._sessions.close(session_id)
         self._metrics.sessions.set(len(self._sessions))
         return session
@@ -122,7 +122,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
           deadline: time.monotonic() after which nobody waits for the result.
 
         Raises UnknownSession, CallIdReused, CallUnfinished, RetryLater, Unavailable and TimeoutError; anything else is
-        a fault of a tool.
+        a failure of a tool.
         """
         session = self._sessions.get(session_id)
         began = time.monotonic()
@@ -139,7 +139,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         else:
             async with asyncio.timeout(max(deadline - began, 0.0)):
                 reply = await session.once(call_id, asked, execute)
-        tracing.note(replayed=not fresh)
+        tracing.annotate_span(replayed=not fresh)
         if fresh:
             self._metrics.seconds.labels(self._label(tool)).observe(time.monotonic() - began)
         else:
@@ -147,7 +147,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return reply
 
     def _at_once(self, session: Session, call_id: str, name: str) -> bool:
-        """Whether the call runs to its end without a wait, so that it needs no task and no timer of its own."""
+        """Returns whether the call runs without waiting, so that it needs neither task nor timer."""
         tool = self._tools.get(name)
         if tool is None or not tool.instant or self._limits[name].full or session.runs(call_id):
             return False
@@ -157,10 +157,12 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         return tool if tool in self._tools else "unknown"
 
     async def _execute(self, session: Session, call_id: str, name: str, arguments_json: str, deadline: float) -> bytes:
-        """Runs one call and returns its reply. A call that the host could not run costs no budget."""
+        """Runs one call and returns its reply. A call that fails in the host costs no budget."""
         if (spent := session.spent(name)) is not None:
             self._metrics.calls.labels(self._label(name), "budget_exhausted").inc()
-            return _reply(session, tools_pb2.OUTCOME_BUDGET_EXHAUSTED, Output(spent), ()).SerializeToString()
+            return _reply_message(
+                session, tools_pb2.OUTCOME_BUDGET_EXHAUSTED, ToolOutput(spent), ()
+            ).SerializeToString()
         session.calls[name] += 1
         injected: list[str] = []
         try:
@@ -173,7 +175,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         output = self._fit(session, output)
         tokens = estimated_tokens(output.text)
         session.output_tokens += tokens
-        reply = _reply(session, outcome, output, injected).SerializeToString()
+        reply = _reply_message(session, outcome, output, injected).SerializeToString()
         session.output_tokens -= tokens
         session.finish(call_id, name, tokens, known, reply)
         self._metrics.calls.labels(self._label(name), _OUTCOME_WORDS[outcome]).inc()
@@ -190,11 +192,11 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             if tool is None:
                 raise BadArguments(f"no tool {name[:100]}; the tools are {', '.join(self._tools)}")
             arguments = self._parse(arguments_json)
-            plan = self._profile(session).plan(name, session.opening.seed, call_id)
+            plan = self._profile(session).plan(name, session.spec.seed, call_id)
             arguments = plan.arguments(arguments, tool.schema, injected)
-            argument_check.check(tool.schema, arguments)
-            call = Call(session.directory, session.known, deadline, self._max_chars)
-            caching.SESSION_MODE.set(session.opening.cache_mode)
+            argument_check.check_arguments(tool.schema, arguments)
+            call = CallContext(session.directory, session.known, deadline, self._max_chars)
+            caching.SESSION_MODE.set(session.spec.cache_mode)
             async with self._limits[name].slot():
                 await plan.before(deadline, injected)
                 if name not in REPEATABLE:
@@ -207,13 +209,13 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             output = plan.after(output, injected)
             return (tools_pb2.OUTCOME_TOOL_ERROR if output.failed else tools_pb2.OUTCOME_OK), output
         except BadArguments as error:
-            return tools_pb2.OUTCOME_BAD_ARGUMENTS, Output(str(error))
+            return tools_pb2.OUTCOME_BAD_ARGUMENTS, ToolOutput(str(error))
         except ToolError as error:
-            return tools_pb2.OUTCOME_TOOL_ERROR, Output(str(error))
+            return tools_pb2.OUTCOME_TOOL_ERROR, ToolOutput(str(error))
 
-    def _profile(self, session: Session) -> faults.Profile:
-        if "faults" not in session.attachments:  # a session taken up from its journal
-            session.attachments["faults"] = faults.parse(session.opening.faults_json, self._tools)
+    def _profile(self, session: Session) -> faults.FaultProfile:
+        if "faults" not in session.attachments:  # a session restored from its journal
+            session.attachments["faults"] = faults.parse_fault_profile(session.spec.faults_json, self._tools)
         return session.attachments["faults"]
 
     def _parse(self, arguments_json: str) -> dict:
@@ -231,11 +233,13 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             raise BadArguments("arguments must be an object")
         return arguments
 
-    def _fit(self, session: Session, output: Output) -> Output:
-        """Applies the implicit-context rule, and keeps only the sources whose mark the text still shows."""
+    def _fit(self, session: Session, output: ToolOutput) -> ToolOutput:
+        """Applies the implicit-context rule, and keeps only the sources that the shortened text still cites."""
         if len(output.text) > self._max_chars and not output.paged:
-            path = implicit_context.store(session.directory / "workspace", output.text)
-            output.text = implicit_context.shorten(output.text, output.blocks or [output.text], path, self._max_chars)
+            path = implicit_context.store_result(session.directory / "workspace", output.text)
+            output.text = implicit_context.shorten_result(
+                output.text, output.blocks or [output.text], path, self._max_chars
+            )
             output.truncated = True
             shown = set(citations.CITED.findall(output.text))
             output.sources = [source for source in output.sources if source.id in shown]
@@ -264,7 +268,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
         )
         try:
             session = self.open(
-                Opening(
+                SessionSpec(
                     request.request_id,
                     request.episode_id,
                     budget,
@@ -274,7 +278,7 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
                 )
             )
         except BadArguments as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, brief(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, shortened(error))
         return tools_pb2.OpenSessionResponse(
             session_id=session.id,
             lease_seconds=self._lease,
@@ -299,24 +303,26 @@ class ToolService(tools_pb2_grpc.ToolServiceServicer):
             )
             return tools_pb2.CallToolResponse.FromString(reply)
         except RetryLater as error:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, brief(error), retry_metadata(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, shortened(error), retry_metadata(error))
         except tuple(STATUS) as error:
-            await context.abort(STATUS[type(error)], brief(error))
+            await context.abort(STATUS[type(error)], shortened(error))
         except TimeoutError:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, brief(f"{request.tool}: no result in {seconds:g} s"))
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED, shortened(f"{request.tool}: no result in {seconds:g} s")
+            )
         except Exception as error:
             logger.exception("%s failed in session %s", request.tool, request.session_id)
-            await context.abort(grpc.StatusCode.INTERNAL, brief(f"{request.tool}: {type(error).__name__}: {error}"))
+            await context.abort(grpc.StatusCode.INTERNAL, shortened(f"{request.tool}: {type(error).__name__}: {error}"))
 
 
-def brief(message: object) -> str:
-    """Returns a message that fits the trailing metadata, which gRPC drops at random above 8 KiB: it may echo a caller."""
+def shortened(message: object) -> str:
+    """Returns a message of bounded length: gRPC drops trailing metadata above 8 KiB, and messages may echo a caller."""
     text = str(message)
     return text if len(text) <= 500 else text[:500] + "..."
 
 
 def retry_metadata(error: RetryLater) -> tuple[tuple[str, str | bytes], ...]:
-    """When to come back, in the two forms that clients read: gRPC's pushback and google.rpc.RetryInfo."""
+    """Returns the retry delay in the two forms that clients read: gRPC's pushback and google.rpc.RetryInfo."""
     whole, part = divmod(error.retry_seconds, 1.0)
     delay = duration_pb2.Duration(seconds=int(whole), nanos=int(part * 1e9))
     detail = any_pb2.Any()
@@ -329,7 +335,7 @@ def retry_metadata(error: RetryLater) -> tuple[tuple[str, str | bytes], ...]:
     )
 
 
-def _reply(session: Session, outcome: int, output: Output, injected: Sequence[str]):
+def _reply_message(session: Session, outcome: int, output: ToolOutput, injected: Sequence[str]):
     return tools_pb2.CallToolResponse(
         outcome=outcome,
         text=output.text,

@@ -1,8 +1,8 @@
-"""Sessions: one episode's workspace, budget, lease, and the replies it already has.
+"""Sessions: one episode's workspace, budget, lease and stored replies.
 
-A session lives in one process. A host with a state folder writes a journal for each, so that a process started again
-knows its sessions and their replies; without one, losing the process loses the session: calls then answer NOT_FOUND
-and the episode is masked.
+A session lives in one process. A host with a state directory writes a journal for each session, from which a restarted
+process restores it. Without one, the session is lost with its process: calls then answer NOT_FOUND and the episode is
+masked.
 """
 
 import base64
@@ -19,30 +19,30 @@ from typing import Any
 
 from tools_env.cache.shared_work import SharedWork
 from tools_env.errors import CallIdReused, CallUnfinished, UnknownSession
-from tools_env.search.index import Passage
-from tools_env.service.journal import Journal
+from tools_env.search.backend import Passage
+from tools_env.service.journal import SessionJournal
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Limits of a session; None is no limit."""
+    """Limits of a session; None means no limit."""
 
     tool_calls: int | None = None
     output_tokens: int | None = None
     wall_seconds: float | None = None
     calls_per_tool: Mapping[str, int] = dataclasses.field(
         default_factory=dict
-    )  # tools not named: no limit of their own
+    )  # other tools have no limit of their own
 
 
 NO_LIMIT = Budget()
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
-    """What a session was opened with."""
+class SessionSpec:
+    """The parameters of OpenSession."""
 
     request_id: str
     episode_id: str
@@ -53,26 +53,31 @@ class Opening:
 
 
 class Session:
-    """The state of one episode. `clock` gives seconds and never goes back."""
+    """The state of one episode. `clock` returns monotonic seconds."""
 
     def __init__(
-        self, opening: Opening, directory: Path, clock: Callable[[], float], journal: Journal | None, age: float = 0.0
+        self,
+        spec: SessionSpec,
+        directory: Path,
+        clock: Callable[[], float],
+        journal: SessionJournal | None,
+        age: float = 0.0,
     ):
-        """`age`: seconds since the session was opened, for one that is restored."""
+        """`age`: seconds since the session was opened, for a restored one."""
         self.id = directory.name
-        self.opening = opening
+        self.spec = spec
         self.directory = directory
-        self.budget = opening.budget
+        self.budget = spec.budget
         self.known: dict[str, Passage] = {}  # passages shown so far, by citation id
-        self.calls = collections.Counter()  # calls that count, by tool
+        self.calls = collections.Counter()  # counted calls by tool
         self.output_tokens = 0
-        self.attachments: dict[str, Any] = {}  # what the service derives from the opening once
+        self.attachments: dict[str, Any] = {}  # values that the service derives from the spec
         self._clock = clock
         self._journal = journal
         self.last_used = clock()
         self._opened = self.last_used - age
-        self._replies: dict[str, tuple[str, bytes]] = {}  # call id -> (digest of what was asked, reply)
-        self._begun: dict[str, str] = {}  # call id -> digest: calls with effects that have no reply yet
+        self._replies: dict[str, tuple[str, bytes]] = {}  # call id -> (digest of the request, reply)
+        self._begun: dict[str, str] = {}  # call id -> digest: calls with side effects and without a reply
         self._running: dict[str, str] = {}  # call id -> digest
         self._work = SharedWork()
         (directory / "workspace").mkdir(parents=True, exist_ok=True)
@@ -97,7 +102,7 @@ class Session:
         )
 
     def spent(self, tool: str) -> str | None:
-        """Returns which budget for a call of `tool` is gone, in words for the model, or None."""
+        """Returns a message for the model when a budget for a call of `tool` is exhausted, else None."""
         if self.budget == NO_LIMIT:
             return None
         left = self.remaining()
@@ -112,12 +117,12 @@ class Session:
         return None
 
     def begin(self, call_id: str) -> None:
-        """Notes that a call with effects starts now; without a reply it will not be run again."""
+        """Records that a call with side effects starts; without a reply it will not run again."""
         self._begun[call_id] = self._running[call_id]
         self._write({"begun": call_id, "asked": self._running[call_id]})
 
     def withdraw(self, call_id: str) -> None:
-        """Takes `begin` back: the call was refused before it had any effect, and may run when it comes again."""
+        """Reverts `begin`: the call was refused before it had any effect, and a repeat may run."""
         if self._begun.pop(call_id, None) is not None:
             self._write({"withdrawn": call_id})
 
@@ -130,10 +135,10 @@ class Session:
         """Runs `execute` for a new call id; a repeat gets the stored reply, a concurrent one waits for the first.
 
         A reply is stored; a failure of the host (an exception) is not, so that a retry runs again, unless `begin` was
-        called. When all callers have gone, the execution is cancelled. `alone`: `execute` never waits, so no other caller
-        can come while it runs, and it needs no task of its own.
+        called. When all callers have gone, the execution is cancelled. `alone`: `execute` never waits, so no other
+        caller can join it and it needs no task.
 
-        Raises CallIdReused when the id came before with something else asked, and CallUnfinished.
+        Raises CallIdReused when the id was used for another request, and CallUnfinished.
         """
         self.last_used = self._clock()
         digest = hashlib.sha256(asked.encode(errors="replace")).hexdigest()
@@ -162,7 +167,7 @@ class Session:
         return await (run() if alone else self._work.run(call_id, run))
 
     def finish(self, call_id: str, tool: str, tokens: int, sources: Iterable[Passage], reply: bytes) -> None:
-        """Notes a call that ran: what it cost, the passages it made known, its reply. Before the reply is sent."""
+        """Records a finished call before its reply is sent: its cost, new passages and reply."""
         new = [source for source in sources if source.id not in self.known]
         self.known.update((source.id, source) for source in new)
         self.output_tokens += tokens
@@ -176,7 +181,7 @@ class Session:
             self._journal.append(record)
 
     def restore(self, records: Iterable[dict[str, Any]]) -> None:
-        """Takes up what the journal says of an earlier process."""
+        """Restores the state from the journal's records."""
         for record in records:
             if "begun" in record:
                 self._begun[record["begun"]] = record["asked"]
@@ -204,7 +209,7 @@ class Sessions:
         worker: int = 0,
         workers: int = 1,
     ):
-        """Takes up the sessions that an earlier process with this number left in `directory`, if `durable`."""
+        """If `durable`, restores the sessions that an earlier process with this number left in `directory`."""
         self._directory = directory
         self._lease = lease
         self._clock = clock
@@ -214,46 +219,46 @@ class Sessions:
         self._requests: dict[str, str] = {}  # request id -> session id
         if durable and directory.is_dir():
             for folder in directory.iterdir():
-                if owner(folder.name, workers) == worker:
+                if owning_worker(folder.name, workers) == worker:
                     self._restore(folder)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def _restore(self, folder: Path) -> None:
-        journal = Journal(folder)
+        journal = SessionJournal(folder)
         try:
             if journal.age(time.time()) > self._lease:
                 raise ValueError("its lease has ended")
             first, *records = journal.read()
-            opening = Opening(**(first["open"] | {"budget": Budget(**first["open"]["budget"])}))
-            session = Session(opening, folder, self._clock, journal, age=max(time.time() - first["at"], 0.0))
+            spec = SessionSpec(**(first["open"] | {"budget": Budget(**first["open"]["budget"])}))
+            session = Session(spec, folder, self._clock, journal, age=max(time.time() - first["at"], 0.0))
             session.restore(records)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.info("session %s is not taken up: %s", folder.name, error)
+            logger.info("session %s is not restored: %s", folder.name, error)
             shutil.rmtree(folder, ignore_errors=True)
             return
         self._add(session)
 
     def _add(self, session: Session) -> None:
         self._open[session.id] = session
-        if session.opening.request_id:
-            self._requests[session.opening.request_id] = session.id
+        if session.spec.request_id:
+            self._requests[session.spec.request_id] = session.id
 
-    def open(self, opening: Opening) -> Session:
+    def open(self, spec: SessionSpec) -> Session:
         """Opens a session; a repeated request gets the session it opened."""
-        known = self._open.get(self._requests.get(opening.request_id, ""))
+        known = self._open.get(self._requests.get(spec.request_id, ""))
         if known is not None:
             return known
         directory = self._directory / f"session_{self._worker}_{secrets.token_hex(8)}"
-        journal = Journal(directory) if self._durable else None
-        session = Session(opening, directory, self._clock, journal)
-        session._write({"open": dataclasses.asdict(opening), "at": time.time()})
+        journal = SessionJournal(directory) if self._durable else None
+        session = Session(spec, directory, self._clock, journal)
+        session._write({"open": dataclasses.asdict(spec), "at": time.time()})
         self._add(session)
         return session
 
     def get(self, session_id: str) -> Session:
-        """Raises UnknownSession."""
+        """Returns an open session. Raises UnknownSession."""
         try:
             return self._open[session_id]
         except KeyError:
@@ -266,7 +271,7 @@ class Sessions:
         """Removes a session and its files; None when it is not open."""
         session = self._open.pop(session_id, None)
         if session is not None:
-            self._requests.pop(session.opening.request_id, None)
+            self._requests.pop(session.spec.request_id, None)
             shutil.rmtree(session.directory, ignore_errors=True)
         return session
 
@@ -279,8 +284,8 @@ class Sessions:
         return ended
 
 
-def owner(session_id: str, workers: int) -> int | None:
-    """Returns the number of the worker process that has a session, or None for what is no session id."""
+def owning_worker(session_id: str, workers: int) -> int | None:
+    """Returns the number of the worker process that has a session, or None for an invalid session id."""
     parts = session_id.split("_")
     if len(parts) != 3 or parts[0] != "session" or not parts[1].isdecimal() or len(parts[1]) > 6:
         return None

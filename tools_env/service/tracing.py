@@ -1,7 +1,7 @@
-"""OpenTelemetry: one server span per RPC, exported by OTLP over gRPC. Without `--otlp_endpoint` nothing is imported.
+"""OpenTelemetry tracing: one server span per RPC, exported by OTLP over gRPC. Imported only with `--otlp_endpoint`.
 
-The caller's trace goes on: its W3C `traceparent` is the parent of the span, and a call that a worker passes on carries
-that worker's span to the next. Names follow the OpenTelemetry conventions for RPC and for generative AI.
+The caller's W3C `traceparent` is the parent of the span, and a worker that forwards a call sends its own span as the
+parent. Names follow the OpenTelemetry conventions for RPC and for generative AI.
 """
 
 import asyncio
@@ -18,19 +18,19 @@ from tools_env.errors import ToolHostError
 
 SERVICE = "/stepdr.tools.v1.ToolService/"
 NAMES = ("traceparent", "tracestate")  # metadata of the W3C trace context
-SHUTDOWN = 5.0  # seconds to hand over the last spans
-_NOTES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("notes", default=None)
+SHUTDOWN = 5.0  # seconds to export the last spans
+_SPAN_ATTRIBUTES: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("notes", default=None)
 
 
-def note(**attributes: Any) -> None:
-    """Adds attributes, named without their prefix `stepdr.`, to the span of the RPC that runs, if there is one."""
-    notes = _NOTES.get()
+def annotate_span(**attributes: Any) -> None:
+    """Adds attributes, named without their prefix `stepdr.`, to the span of the current RPC, if there is one."""
+    notes = _SPAN_ATTRIBUTES.get()
     if notes is not None:
         notes.update((f"stepdr.{name}", value) for name, value in attributes.items())
 
 
-def outgoing(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
-    """Returns the trace context for the metadata of a call: of the current span, or else the one in `given`."""
+def outgoing_trace_context(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
+    """Returns metadata with the trace context of the current span, or else with the one in `given`."""
     if "opentelemetry.trace" in sys.modules:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -41,8 +41,8 @@ def outgoing(given: Mapping[str, Any] | None = None) -> list[tuple[str, str]]:
     return [(name, given[name]) for name in NAMES if given and name in given]
 
 
-class Spans(grpc.aio.ServerInterceptor):
-    """Makes the spans. Health checks and reflection have none."""
+class SpanInterceptor(grpc.aio.ServerInterceptor):
+    """Records the spans. Health checks and reflection have none."""
 
     def __init__(self, endpoint: str, worker: int = 0):
         """`endpoint`: http://host:port or https://host:port of a collector. Raises ToolHostError."""
@@ -61,7 +61,7 @@ class Spans(grpc.aio.ServerInterceptor):
         self._tracer = self._provider.get_tracer("tools_env")
 
     async def close(self) -> None:
-        """Hands over the last spans, for SHUTDOWN seconds at most: a collector that is away does not hold the host."""
+        """Exports the last spans within SHUTDOWN seconds, so that an unreachable collector does not delay the stop."""
         thread = threading.Thread(target=self._provider.shutdown, daemon=True)
         thread.start()
         end = time.monotonic() + SHUTDOWN
@@ -95,7 +95,7 @@ class Spans(grpc.aio.ServerInterceptor):
             if value := getattr(request, field, ""):
                 attributes[name] = value[:200]
         notes: dict[str, Any] = {}
-        mark = _NOTES.set(notes)
+        mark = _SPAN_ATTRIBUTES.set(notes)
         with self._tracer.start_as_current_span(
             f"{SERVICE.strip('/')}/{method}",
             context=parent,
@@ -120,4 +120,4 @@ class Spans(grpc.aio.ServerInterceptor):
                 raise
             finally:
                 span.set_attributes(notes)
-                _NOTES.reset(mark)
+                _SPAN_ATTRIBUTES.reset(mark)

@@ -1,7 +1,7 @@
-"""Several worker processes behind one port: starts them, starts again those that die, stops them together.
+"""Supervisor of several worker processes behind one port: starts them, restarts those that die, stops them together.
 
-The kernel spreads connections over the workers (SO_REUSEPORT); routing.py brings each call to its session. All share a
-state folder, so a worker that was killed comes back with its sessions and the replies they already had.
+The kernel distributes connections over the workers (SO_REUSEPORT); routing.py forwards each call to its session. All
+share a state directory, so a killed worker is restarted with its sessions and their stored replies.
 """
 
 import asyncio
@@ -21,32 +21,31 @@ from prometheus_client import multiprocess
 
 from tools_env.errors import ToolHostError
 from tools_env.service import metrics
-from tools_env.service.settings import Settings
+from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
 
-FIRST_PAUSE = 0.1  # seconds before a worker is started again; doubles while it dies young
+FIRST_PAUSE = 0.1  # seconds before a restart; doubles while the worker dies within YOUNG seconds
 MAX_PAUSE = 10.0
 YOUNG = 30.0  # seconds
-TOKEN_VARIABLE = "STEPDR_TOOLS_TOKEN"
 _ROOT = Path(__file__).resolve().parents[2]
 STARTUP = 120.0  # seconds until a worker must answer
 
 logger = logging.getLogger(__name__)
 
 
-async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitable) -> None:
-    """Serves with `settings.workers` processes until `stopped`; `ready` is told host:port when all answer.
+async def run_workers(settings: HostSettings, ready: Callable[[str], None], stopped: Awaitable) -> None:
+    """Serves with `settings.workers` processes until `stopped`; `ready` is called with host:port when all answer.
 
     Raises ToolHostError when the port is taken or a worker does not start.
     """
     async with contextlib.AsyncExitStack() as resources:
         port = _reserve(settings.host, settings.port, resources)
-        folder = Path(tempfile.mkdtemp(prefix="stepdr_workers_"))  # mkdtemp lets no other user in
+        folder = Path(tempfile.mkdtemp(prefix="stepdr_workers_"))  # mkdtemp permits no other user
         resources.callback(shutil.rmtree, folder, ignore_errors=True)
         web_port = settings.web_port
         if web_port is None:
-            from tools_env.offline_web.server import WorldWeb
+            from tools_env.offline_web.server import OfflineWebServer
 
-            web = WorldWeb(settings.world_dir)
+            web = OfflineWebServer(settings.offline_web)
             web_port = web.start()
             resources.callback(web.stop)
         shared = folder / "metrics"
@@ -55,7 +54,7 @@ async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitab
         resources.callback(os.environ.pop, metrics.SHARED_VARIABLE, None)
         if settings.metrics_port is not None:
             try:
-                metrics_port, stop = metrics.serve(settings.host, settings.metrics_port, None)
+                metrics_port, stop = metrics.serve_metrics(settings.host, settings.metrics_port, None)
             except OSError:
                 raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
             logger.info("metrics at http://%s:%d/metrics", settings.host, metrics_port)
@@ -69,7 +68,7 @@ async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitab
             state_dir=settings.state_dir or str(folder / "state"),
         )
         workers = [_Worker(dataclasses.replace(common, worker=i), folder) for i in range(settings.workers)]
-        # The first builds the search index, if there is none yet; the others open it.
+        # The first builds the search index if there is none; the others open it.
         tasks = [asyncio.create_task(workers[0].keep())]
         resources.push_async_callback(_end, workers, tasks)
         await _until_ready(workers[:1], tasks)
@@ -80,10 +79,10 @@ async def run(settings: Settings, ready: Callable[[str], None], stopped: Awaitab
 
 
 def _reserve(host: str, port: int, resources: contextlib.ExitStack) -> int:
-    """Holds the port without listening, so that workers can join it and it stays ours while one is away."""
+    """Binds the port without listening, so that it stays reserved while workers restart. Returns the port."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as alone:  # fails where anybody listens already
+        with socket.socket(family, socket.SOCK_STREAM) as alone:  # fails where another program listens
             alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             alone.bind(address)
             address = alone.getsockname()
@@ -103,7 +102,7 @@ async def _until_ready(workers: list["_Worker"], tasks: list[asyncio.Task]) -> N
     try:
         await asyncio.wait([ready, *tasks], timeout=STARTUP, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
-            raise ToolHostError("a worker did not start; its last line on stderr says why")
+            raise ToolHostError("a worker did not start; its last line on standard error says why")
     finally:
         ready.cancel()
 
@@ -116,9 +115,9 @@ async def _end(workers: list["_Worker"], tasks: list[asyncio.Task]) -> None:
 
 
 class _Worker:
-    """One process of the host. It also ends when its supervisor does, because its standard input then ends."""
+    """One process of the host. It ends with its supervisor, because its standard input is then closed."""
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(self, settings: HostSettings, folder: Path):
         self._settings = settings
         self._address_file = folder / f"{settings.worker}.address"
         self._process: asyncio.subprocess.Process | None = None
@@ -126,26 +125,16 @@ class _Worker:
         self.ready = asyncio.Event()
 
     async def keep(self) -> None:
-        """Starts the process and starts it again when it dies; returns only if the first start fails."""
+        """Starts the process and restarts it when it dies; returns only if the first start fails."""
         pause = FIRST_PAUSE
         while not self._stopping:
             began = time.monotonic()
             self._address_file.unlink(missing_ok=True)
-            command = [
-                sys.executable,
-                "-m",
-                "tools_env.server",
-                f"--port_file={self._address_file}",
-                "--stop_with_stdin",
-            ]
-            paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
             self._process = await asyncio.create_subprocess_exec(
-                *command,
-                *flags(self._settings),
+                *server_command(self._settings, self._address_file),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.DEVNULL,
-                env=os.environ
-                | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), TOKEN_VARIABLE: self._settings.token or ""},
+                env=server_environment(self._settings),
             )
             pid = self._process.pid
             logger.info("worker %d is process %d", self._settings.worker, pid)
@@ -156,7 +145,7 @@ class _Worker:
             if self._stopping or not self.ready.is_set():
                 return
             pause = FIRST_PAUSE if time.monotonic() - began > YOUNG else min(2 * pause, MAX_PAUSE)
-            logger.warning("worker %d ended with status %d; started again in %g s", self._settings.worker, code, pause)
+            logger.warning("worker %d ended with status %d; restart in %g s", self._settings.worker, code, pause)
             await asyncio.sleep(pause)
 
     async def _watch(self) -> None:
@@ -178,12 +167,18 @@ class _Worker:
             await self._process.wait()
 
 
-def flags(settings: Settings) -> list[str]:
-    """Returns the command line of `settings`, without the token, which travels in the environment."""
-    found = []
-    for field in dataclasses.fields(Settings):
+def server_command(settings: HostSettings, port_file: Path) -> list[str]:
+    """Returns the command line of a host with these settings, except the token, which is passed in the environment."""
+    command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
+    for field in dataclasses.fields(HostSettings):
         value = getattr(settings, field.name)
-        if field.name == "token" or value == field.default:
-            continue
-        found.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
-    return found
+        if field.name != "token" and value != field.default:
+            command.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
+    return command
+
+
+def server_environment(settings: HostSettings) -> dict[str, str]:
+    """Returns the environment of that command: this process's, plus the token and the path of this package."""
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    pythonpath = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": pythonpath, TOKEN_VARIABLE: settings.token or ""}

@@ -1,1 +1,1 @@
-"""The tools, one a module, and the list of them."""
+"""The tools, one module each. `optional` lists those that a host serves only on request."""

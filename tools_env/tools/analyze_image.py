@@ -1,4 +1,4 @@
-"""`analyze_image`: a picture of the workspace in words, by an endpoint's vision model or, without one, by tesseract."""
+"""`analyze_image`: describes an image of the workspace, by an endpoint's vision model or, without one, by tesseract."""
 
 import asyncio
 import base64
@@ -10,7 +10,7 @@ from typing import Any
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import endpoint, workspace
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 40_000_000
@@ -29,27 +29,29 @@ SCHEMA = {
 }
 
 
-async def run(model: endpoint.Endpoint | None, call: Call, arguments: dict[str, Any]) -> Output:
-    """The tool."""
+async def run_analyze_image(
+    model: endpoint.Endpoint | None, call: CallContext, arguments: dict[str, Any]
+) -> ToolOutput:
+    """Runs the tool; `model` None uses tesseract."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
-    media_type = check(content)
+    media_type = picture_media_type(content)
     seconds = call.seconds_left() - 0.5
     if model is None:
-        return Output(f"{WEAK}\n{await recognise(content, seconds) or 'No text was found.'}")
+        return ToolOutput(f"{WEAK}\n{await recognize_text(content, seconds) or 'No text was found.'}")
     picture = f"data:{media_type};base64,{base64.b64encode(content).decode()}"
     question = arguments.get("question") or "Describe this picture and write down all text in it."
     message = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": picture}}]
     body = {"model": model.model, "messages": [{"role": "user", "content": message}]}
     reply = await model.post("/chat/completions", seconds, json=body)
     try:
-        return Output(str(reply["choices"][0]["message"]["content"]).strip())
+        return ToolOutput(str(reply["choices"][0]["message"]["content"]).strip())
     except (KeyError, IndexError, TypeError):
         raise ToolError("the model's endpoint gave no text") from None
 
 
-def check(content: bytes) -> str:
-    """Returns the media type of a picture, from its head alone. Raises ToolError, also for one of too many pixels."""
+def picture_media_type(content: bytes) -> str:
+    """Returns the media type of an image from its header. Raises ToolError, also for too many pixels."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -63,8 +65,8 @@ def check(content: bytes) -> str:
     return media_type
 
 
-async def recognise(content: bytes, seconds: float, languages: str = "") -> str:
-    """Returns the printed text of a picture by tesseract, in all its installed languages if none are named."""
+async def recognize_text(content: bytes, seconds: float, languages: str = "") -> str:
+    """Returns the printed text of an image by tesseract; default: English and Chinese where installed."""
     languages = languages or "+".join(await _languages())
     process = await asyncio.create_subprocess_exec(
         *("prlimit", f"--as={4 << 30}", "--cpu=60", "--fsize=0", "--"),
@@ -97,9 +99,9 @@ async def _languages() -> list[str]:
     return [name for name in ("eng", "chi_sim") if name in found] or ["eng"]
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
     """Returns the tool for a host. `options`: url, model, key_variable of an endpoint. Raises ToolHostError."""
-    model = endpoint.read_options("analyze_image", options)
+    model = endpoint.read_endpoint_options("analyze_image", options)
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -113,5 +115,5 @@ def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool
         description="Say what a picture of the workspace shows."
         + ("" if model else " Offline: only its printed text, nothing else."),
         schema=SCHEMA,
-        run=functools.partial(run, model),
+        run=functools.partial(run_analyze_image, model),
     )

@@ -1,4 +1,4 @@
-"""Checks arguments against the part of JSON schema that the tools use, with messages that a model can act on."""
+"""Checks arguments against the subset of JSON schema that the tools use, with messages for the model."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from tools_env.errors import BadArguments
 _TYPES = {"string": str, "integer": int, "array": list, "object": dict, "boolean": bool, "number": (int, float)}
 
 
-def check(schema: dict[str, Any], value: Any, where: str = "arguments") -> None:
-    """Raises BadArguments for the first field that does not fit: type, enum, required, bounds, unknown names."""
+def check_arguments(schema: dict[str, Any], value: Any, where: str = "arguments") -> None:
+    """Raises BadArguments for the first invalid field: type, enum, required, bounds, unknown names."""
     if "anyOf" in schema:
         of_type = [choice for choice in schema["anyOf"] if isinstance(value, _TYPES[choice["type"]])]
         if not of_type:
@@ -32,7 +32,7 @@ def check(schema: dict[str, Any], value: Any, where: str = "arguments") -> None:
         if len(value) > schema.get("maxItems", len(value)):
             raise BadArguments(f"{where} has {len(value)} entries, at most {schema['maxItems']} are allowed")
         for i, item in enumerate(value):
-            check(schema.get("items", {}), item, f"{where}[{i}]")
+            check_arguments(schema.get("items", {}), item, f"{where}[{i}]")
     if kind == "object":
         fields = schema.get("properties", {})
         inside = "" if where == "arguments" else f"{where}."
@@ -42,4 +42,4 @@ def check(schema: dict[str, Any], value: Any, where: str = "arguments") -> None:
         for name, item in value.items():
             if name not in fields:
                 raise BadArguments(f"unknown field {inside}{name}; the fields are {', '.join(fields)}")
-            check(fields[name], item, inside + name)
+            check_arguments(fields[name], item, inside + name)

@@ -1,6 +1,6 @@
-"""`asr`: speech of the workspace as text, by an endpoint's /audio/transcriptions or, without one, by pocketsphinx.
+"""`asr`: transcribes audio of the workspace, by an endpoint's /audio/transcriptions or, without one, by pocketsphinx.
 
-python -m tools_env.tools.asr < FILE.wav     the offline recogniser alone, as the tool runs it: in its own process
+python -m tools_env.tools.asr < FILE.wav     the offline recognizer alone, in a process as the tool runs it
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import aiohttp
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import endpoint, workspace
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 MAX_FILE_BYTES = 25 << 20
 MAX_SECONDS = 600  # of audio, offline
@@ -34,14 +34,16 @@ SCHEMA = {
 }
 
 
-async def run(model: endpoint.Endpoint | None, call: Call, arguments: dict[str, Any]) -> Output:
-    """The tool."""
+async def run_asr(model: endpoint.Endpoint | None, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
+    """Runs the tool; `model` None uses pocketsphinx."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
     if model is None:
         if arguments.get("language", "en") != "en":
             raise ToolError("this host has no speech model but the offline one, which knows English only")
-        return Output(f"{WEAK}\n{await recognise(content, call.seconds_left() - 0.5) or 'No speech was recognised.'}")
+        return ToolOutput(
+            f"{WEAK}\n{await recognize_speech(content, call.seconds_left() - 0.5) or 'No speech was recognised.'}"
+        )
     form = aiohttp.FormData()
     form.add_field("model", model.model)
     form.add_field("file", content, filename=name.rpartition("/")[2], content_type="application/octet-stream")
@@ -50,11 +52,11 @@ async def run(model: endpoint.Endpoint | None, call: Call, arguments: dict[str, 
     reply = await model.post("/audio/transcriptions", call.seconds_left() - 0.5, data=form)
     if not isinstance(reply.get("text"), str):
         raise ToolError("the model's endpoint gave no text")
-    return Output(reply["text"].strip() or "No speech was recognised.")
+    return ToolOutput(reply["text"].strip() or "No speech was recognised.")
 
 
-async def recognise(content: bytes, seconds: float) -> str:
-    """Returns the words that pocketsphinx finds in a WAV file. Raises ToolError."""
+async def recognize_speech(content: bytes, seconds: float) -> str:
+    """Returns the words that pocketsphinx recognizes in a WAV file. Raises ToolError."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tools_env.tools.asr"),
         stdin=asyncio.subprocess.PIPE,
@@ -100,7 +102,7 @@ def _samples(content: bytes) -> bytes:
 
 
 def main() -> int:
-    """Reads WAV from standard input, prints one JSON object."""
+    """Reads WAV from standard input and prints one JSON object."""
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (300, 300))
     try:
@@ -119,9 +121,9 @@ def main() -> int:
     return 0
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
     """Returns the tool for a host. `options`: url, model, key_variable of an endpoint. Raises ToolHostError."""
-    model = endpoint.read_options("asr", options)
+    model = endpoint.read_endpoint_options("asr", options)
     if model is None and importlib.util.find_spec("pocketsphinx") is None:
         raise ToolHostError("asr needs an endpoint (options url and model) or the package pocketsphinx; install it")
     return Tool(
@@ -129,7 +131,7 @@ def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool
         description="Write down the speech of an audio file of the workspace."
         + ("" if model else " Offline, English, WAV only; many words will be wrong."),
         schema=SCHEMA,
-        run=functools.partial(run, model),
+        run=functools.partial(run_asr, model),
     )
 
 

@@ -1,6 +1,6 @@
-"""What a tool is: a name, a schema, and an async function from arguments to an Output.
+"""The interface of a tool: a name, a schema, and an async function from arguments to a ToolOutput.
 
-Tools never decide how much of a result the model reads; `implicit_context` does that for all of them.
+Tools do not shorten their results for the model; `implicit_context` does that for all of them.
 """
 
 import dataclasses
@@ -9,28 +9,30 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from tools_env.search.index import Passage
+from tools_env.search.backend import Passage
 
 
 @dataclasses.dataclass
-class Output:
+class ToolOutput:
     """A tool's result. `sources` are the passages that the text may show; `failed` makes it a tool error."""
 
     text: str
     sources: list[Passage] = dataclasses.field(default_factory=list)
-    blocks: list[str] = dataclasses.field(default_factory=list)  # parts that a summary shows evenly; empty = one part
+    blocks: list[str] = dataclasses.field(
+        default_factory=list
+    )  # parts that a shortened text shows evenly; empty = one part
     failed: bool = False
     cache_hit: bool = False
-    paged: bool = False  # the tool kept to the length limit itself; the text is not stored again
+    paged: bool = False  # the tool applied the length limit itself; the text is not stored
     truncated: bool = False
 
 
 @dataclasses.dataclass
-class Call:
-    """What a tool may touch while it runs: its session's files and memory, and the time it has left."""
+class CallContext:
+    """Context of one call: its session's files and passages, and its deadline."""
 
-    directory: Path  # the session's own folder; the workspace below it is what the model sees
-    known: dict[str, Passage]  # every passage shown in this session so far, by citation id
+    directory: Path  # the session's folder; the model sees only the workspace in it
+    known: dict[str, Passage]  # passages shown in this session so far, by citation id
     deadline: float  # time.monotonic() after which nobody waits for the result
     max_chars: int  # length limit of the text
 
@@ -44,14 +46,14 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
-    """`run` raises ToolError or BadArguments with a message for the model; anything else is a fault of the host.
+    """A tool. `run` raises ToolError or BadArguments with a message for the model; other exceptions are host failures.
 
-    RetryLater and Unavailable also say that nothing has been changed yet: the call may run when it comes again.
+    RetryLater and Unavailable also mean that nothing has been changed: a repeated call may run.
     """
 
     name: str
     description: str
     schema: dict[str, Any]
-    run: Callable[[Call, dict[str, Any]], Awaitable[Output]]
+    run: Callable[[CallContext, dict[str, Any]], Awaitable[ToolOutput]]
     version: str = "1"
-    instant: bool = False  # `run` never waits for anything, so a call of it needs no task and no timer
+    instant: bool = False  # `run` never awaits anything, so a call needs neither task nor timer

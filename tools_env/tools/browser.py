@@ -1,7 +1,7 @@
-"""`browser`: a real Chromium. One process serves a host; each session has a context of its own with one page.
+"""`browser`: Chromium. One process serves a host; each session has its own browser context with one page.
 
-A context knows no cookie, storage or cache of another. It is opened by a session's first call and closed with the
-session, when nobody used it for long, or when others need its place. Where it may connect, `Reach` decides.
+A context shares no cookies, storage or cache with others. It is opened by a session's first call, and closed with the
+session, after a time without use, or when others need its place. `EgressPolicy` decides where it may connect.
 """
 
 import asyncio
@@ -16,20 +16,20 @@ from typing import Any
 
 from tools_env.browser import sandbox
 from tools_env.browser.chromium import Chromium
-from tools_env.browser.screenshots import Shots
-from tools_env.browser.tab import ACTION_MS, Tab, fill, playwright_error
+from tools_env.browser.screenshots import Screenshots
+from tools_env.browser.tab import ACTION_MS, Tab, fill_field, playwright_error
 from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.search.citations import canonical_url
-from tools_env.tools.base import Call, Output, Tool
-from tools_env.web.egress import Reach
+from tools_env.tools.base import CallContext, Tool, ToolOutput
+from tools_env.web.egress import EgressPolicy
 
 logger = logging.getLogger(__name__)
 
 VIEWPORT = {"width": 1280, "height": 800}  # pixels
-_MARK = "browser"  # folder of a session, beside its workspace: while it is there, the session is open
+_MARK = "browser"  # folder of a session, beside its workspace; exists while the session is open
 _WATCH_SECONDS = 0.5
-_GRACE_SECONDS = 20.0  # a page used since then is not closed for another session
-_MARGIN = 2.0  # seconds of a call's time kept for what comes after its action
+_GRACE_SECONDS = 20.0  # a page used within this time is not closed for another session
+_MARGIN = 2.0  # seconds reserved for the work after an action
 _CLOSE_SECONDS = 15.0
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(:\d+)?([/?#]|$)")
 
@@ -54,44 +54,44 @@ _NEEDED = {"open": ("url",), "click": ("target",), "type": ("target", "text")}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What a host may set."""
+class BrowserOptions:
+    """Options of the tool."""
 
-    executable: str = ""  # the first of chromium, chromium-browser, google-chrome on PATH
-    timeout: int = 20  # seconds of one action, less when the call has less
-    contexts: int = 16  # sessions with an open page; one unused for longest makes room, or others wait
-    idle: int = 300  # seconds until an unused page is closed
-    shots: int = 50  # screenshots of a session
-    # Bits of 64. On 40 articles (browser_bench) a typed word or a ticked box changed at most 4, a scroll at least 20.
+    executable: str = ""  # default: the first of chromium, chromium-browser, google-chrome on PATH
+    timeout: int = 20  # seconds of one action, within the call's deadline
+    contexts: int = 16  # open pages; the least recently used one is closed for others, or they wait
+    idle: int = 300  # seconds after which an unused page is closed
+    screenshots: int = 50  # screenshots of a session
+    # Bits of 64. On 40 articles (browser_bench) a typed word or a ticked box changes at most 4, a scroll at least 20.
     threshold: int = 4
     memory_mb: int = 4096  # of the whole browser, where control groups are writable
     accept_weaker_isolation: bool = False
 
 
-class Browser:
+class BrowserTool:
     """The tool's state. Create it on the event loop it is used on; `close` ends every page and the browser."""
 
-    def __init__(self, options: Options, reach: Reach):
-        """Raises ToolHostError when the browser cannot run here, or behind weaker walls than `options` accepts."""
-        executable = sandbox.find(options.executable)
-        walls = sandbox.strongest(executable, shutil.which("bwrap") is not None)
-        if walls.weakness and not options.accept_weaker_isolation:
+    def __init__(self, options: BrowserOptions, egress: EgressPolicy):
+        """Raises ToolHostError when the browser cannot run here, or with weaker isolation than `options` accepts."""
+        executable = sandbox.find_chromium(options.executable)
+        isolation = sandbox.strongest_isolation(executable, shutil.which("bwrap") is not None)
+        if isolation.weakness and not options.accept_weaker_isolation:
             raise ToolHostError(
-                f"the browser tool's sandbox is weaker here than it should be: {walls.weakness}; fix that, leave browser "
+                f"the browser tool's sandbox is weaker than required: {isolation.weakness}; fix that, leave browser "
                 "out, or set its option accept_weaker_isolation"
             )
-        if walls.weakness:
-            logger.warning("browser: %s", walls.weakness)
+        if isolation.weakness:
+            logger.warning("browser: %s", isolation.weakness)
         self._options = options
-        self._reach = reach
-        self._chromium = Chromium(reach, executable, walls, memory_mb=options.memory_mb)
+        self._egress = egress
+        self._chromium = Chromium(egress, executable, isolation, memory_mb=options.memory_mb)
         self._tabs: dict[Path, Tab] = {}
         self._watcher: asyncio.Task | None = None
         self._closing: set[asyncio.Task] = set()
         self._opening = asyncio.Lock()
 
-    async def run(self, call: Call, arguments: dict[str, Any]) -> Output:
-        """The tool."""
+    async def run(self, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
+        """Runs the tool."""
         action = arguments["action"]
         missing = [name for name in _NEEDED.get(action, ()) if name not in arguments]
         if missing:
@@ -110,8 +110,8 @@ class Browser:
         finally:
             tab.used = time.monotonic()
 
-    async def _act(self, call: Call, tab: Tab, action: str, arguments: dict[str, Any]) -> str:
-        """Does what was asked. Returns what failed although there is a page to show, or ""."""
+    async def _act(self, call: CallContext, tab: Tab, action: str, arguments: dict[str, Any]) -> str:
+        """Performs the action. Returns a failure that still leaves a page to show, or ""."""
         if action == "open":
             return await self._open(call, tab, arguments["url"])
         if tab.page is None or tab.page.is_closed():
@@ -122,7 +122,7 @@ class Browser:
             if action == "click":
                 await element.click(timeout=ACTION_MS)
             else:
-                await fill(element, arguments["text"])
+                await fill_field(element, arguments["text"])
                 if arguments.get("submit"):
                     await element.press("Enter", timeout=ACTION_MS)
         elif action == "scroll":
@@ -134,13 +134,13 @@ class Browser:
                 raise ToolError("there is no earlier page")
         return ""
 
-    async def _open(self, call: Call, tab: Tab, wanted: str) -> str:
+    async def _open(self, call: CallContext, tab: Tab, wanted: str) -> str:
         if wanted in call.known:
             wanted = call.known[wanted].url
         if _NO_SCHEME.match(wanted):
             wanted = f"http://{wanted}"
         try:
-            address = str(self._reach.url(canonical_url(wanted)))
+            address = str(self._egress.url(canonical_url(wanted)))
         except ValueError:
             raise ToolError("not an http address") from None
         if tab.page is None or tab.page.is_closed():
@@ -158,7 +158,10 @@ class Browser:
         return f"HTTP {reply.status}" if reply is not None and reply.status >= 400 else ""
 
     async def _go(self, tab: Tab, address: str):
-        """Returns the response of the address. The page of an earlier failure may come in between; then it asks again."""
+        """Returns the response of the address.
+
+        Retries when the error page of an earlier failure interrupts the navigation.
+        """
         for attempt in range(5):
             try:
                 return await tab.page.goto(address, wait_until="domcontentloaded")
@@ -167,26 +170,26 @@ class Browser:
                     raise
             await asyncio.sleep(0.1)
 
-    async def _shown(self, call: Call, tab: Tab, failure: str, *, photograph: bool) -> Output:
-        """Waits for the page to come to rest and says what it shows; `photograph` even when nothing seems to be new."""
+    async def _shown(self, call: CallContext, tab: Tab, failure: str, *, photograph: bool) -> ToolOutput:
+        """Waits until the page is idle and returns its content. `photograph`: always takes a screenshot."""
         found = await tab.read()
         if tab.refused:
             failure, tab.refused = tab.refused, ""
         head = [" | ".join(filter(None, [found.title, found.url])), *filter(None, [failure])]
         key = (found.url.partition("#")[0], found.digest, found.scroll)
-        if tab.shots.redundant(key) and not photograph:
-            head.append(f"the screen is as in {tab.shots.path}")
+        if tab.screenshots.redundant(key) and not photograph:
+            head.append(f"the screen is as in {tab.screenshots.path}")
         else:
             png = await tab.page.screenshot(type="png", animations="disabled", caret="hide")
             try:
-                new = await tab.shots.add(call.workspace, key, png)
-                head.append(f"{'screenshot:' if new else 'the screen looks as in'} {tab.shots.path}")
-            except ToolError as error:  # the text is still worth reading
+                new = await tab.screenshots.add(call.workspace, key, png)
+                head.append(f"{'screenshot:' if new else 'the screen looks as in'} {tab.screenshots.path}")
+            except ToolError as error:  # the text is still useful
                 head.append(f"no screenshot: {error}")
         head += tab.notes
         tab.notes = []
         text = found.text()
-        return Output("\n".join([*head, text]), blocks=["\n".join(head), text], failed=bool(failure))
+        return ToolOutput("\n".join([*head, text]), blocks=["\n".join(head), text], failed=bool(failure))
 
     async def close(self) -> None:
         """Ends the browser."""
@@ -197,18 +200,18 @@ class Browser:
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     def tab(self, directory: Path) -> Tab:
-        """Returns what belongs to the session in this folder."""
+        """Returns the tab of the session in this folder."""
         tab = self._tabs.get(directory)
         if tab is None:
             (directory / _MARK).mkdir(exist_ok=True)
-            shots = Shots(self._options.threshold, self._options.shots)
-            tab = self._tabs[directory] = Tab(shots)
+            screenshots = Screenshots(self._options.threshold, self._options.screenshots)
+            tab = self._tabs[directory] = Tab(screenshots)
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
         return tab
 
     async def _new_page(self, tab: Tab) -> None:
-        """Opens a context when there is room for one, one after the other; waits as long as the call may."""
+        """Opens a context as soon as there is room for one; waits until the call's deadline."""
         async with self._opening:
             while not self._room(tab):
                 await asyncio.sleep(0.05)
@@ -229,7 +232,7 @@ class Browser:
                     self._close_later(context)
 
     def _room(self, tab: Tab) -> bool:
-        """Returns whether one more page may be open, after closing the one that is unused for longest if need be."""
+        """Returns whether one more page may be opened; if needed, closes the least recently used one."""
         taken = [other for other in self._tabs.values() if other.context is not None and other is not tab]
         if len(taken) < self._options.contexts:
             return True
@@ -240,7 +243,7 @@ class Browser:
         return True
 
     def _drop(self, tab: Tab, why: str) -> None:
-        """Lets a session's page go; its context is closed in the background."""
+        """Drops a session's page; its context is closed in the background."""
         if (context := tab.detach(why)) is not None:
             self._close_later(context)
 
@@ -250,18 +253,18 @@ class Browser:
         task.add_done_callback(self._closing.discard)
 
     async def _close_context(self, context) -> None:
-        """Closes a context; the browser is ended when it does not do that in time."""
+        """Closes a context; restarts the browser when that takes too long."""
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await context.close()
         except TimeoutError:
-            logger.warning("a page could not be closed; the browser is started again")
+            logger.warning("a page could not be closed; the browser is restarted")
             await self._chromium.restart()
         except playwright_error():
             pass  # the browser is gone
 
     async def _after_timeout(self, tab: Tab, action: str) -> str:
-        """Looks whether a page that took too long still lives; one that hangs is closed."""
+        """Stops a page that took too long; closes it when it hangs. Returns the message for the model."""
         if tab.lock.locked():
             return f"{action}: another call of this session still uses the page"
         if tab.page is None:
@@ -274,7 +277,7 @@ class Browser:
         return f"{action} timed out: the page hung and was closed; open an address"
 
     def _after_error(self, tab: Tab, error: Exception) -> str:
-        """Returns a Playwright error in words for the model; a page that is gone is let go."""
+        """Returns the message of a Playwright error for the model; drops a page that is gone."""
         words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         if tab.page is None or tab.page.is_closed() or "crashed" in words or not tab.context.browser.is_connected():
             gone = tab.context is not None and not tab.context.browser.is_connected()
@@ -293,7 +296,7 @@ class Browser:
         return words.splitlines()[0].partition(": ")[2][:200] or "the browser could not do that"
 
     async def _watch(self) -> None:
-        """Closes the pages of sessions that have ended, and those that nobody uses."""
+        """Closes the pages of ended sessions and unused pages."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
             for directory, tab in list(self._tabs.items()):
@@ -318,9 +321,9 @@ _NET = {
 }
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: Reach) -> Tool:
-    """Returns the tool for a host. `options`: the fields of Options. Raises ToolHostError."""
-    fields = {field.name: type(field.default) for field in dataclasses.fields(Options)}
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack, egress: EgressPolicy) -> Tool:
+    """Returns the tool for a host. `options`: the fields of BrowserOptions. Raises ToolHostError."""
+    fields = {field.name: type(field.default) for field in dataclasses.fields(BrowserOptions)}
     for name, value in options.items():
         if name not in fields:
             raise ToolHostError(f"browser has no option {name}; its options are {', '.join(sorted(fields))}")
@@ -333,7 +336,7 @@ def build(options: dict[str, Any], resources: contextlib.AsyncExitStack, reach: 
         raise ToolHostError(
             f"browser needs the package {error.name}; install the extra: pip install .[browser]"
         ) from None
-    browser = Browser(Options(**options), reach)
+    browser = BrowserTool(BrowserOptions(**options), egress)
     resources.push_async_callback(browser.close)
     return Tool(
         name="browser",

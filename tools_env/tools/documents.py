@@ -1,9 +1,10 @@
-"""Text of documents: PDF, Word, Excel, PowerPoint, EPUB, HTML, CSV, plain text. Files come from strangers.
+"""Text of documents: PDF, Word, Excel, PowerPoint, EPUB, HTML, CSV, plain text. Files are untrusted.
 
 python -m tools_env.tools.documents NAME < FILE
 
-prints one JSON list of blocks (pages, sheets, slides, chapters) in a process with little memory and time, so that a
-hostile file takes nothing else down. Archives are refused before they are unpacked when they would grow too large.
+prints a JSON object with the blocks (pages, sheets, slides, chapters) in a process with limits on memory and time, so
+that a hostile file does not affect the host. Archives that would unpack to too much are refused before they are
+unpacked.
 """
 
 import csv
@@ -30,8 +31,8 @@ _A = "{http://schemas.openxmlformats.org/drawingml/2006/main}"
 _ZIPPED = ("docx", "xlsx", "pptx", "epub")
 
 
-def read(name: str, content: bytes) -> list[str]:
-    """Returns the blocks of a document as Markdown. The content decides before the name. Raises ToolError."""
+def read_document(name: str, content: bytes) -> list[str]:
+    """Returns the blocks of a document as Markdown. The content takes precedence over the name. Raises ToolError."""
     if content.startswith(b"%PDF-"):
         return _pdf(content)
     if content.startswith(b"PK\x03\x04"):
@@ -110,7 +111,7 @@ def check_sizes(entries: list[zipfile.ZipInfo]) -> None:
 def _xml(content: bytes):
     from lxml import etree
 
-    # No entities, no network, no external DTD: a document may name /etc/passwd or a thousand laughs.
+    # No entities, network or external DTD: documents may refer to /etc/passwd or expand exponentially.
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False, huge_tree=False)
     try:
         return etree.fromstring(content, parser)
@@ -191,9 +192,9 @@ def _epub(archive: zipfile.ZipFile) -> list[str]:
 
 def _html(content: bytes) -> str:
     from tools_env.web import page
-    from tools_env.web.fetch import Fetched
+    from tools_env.web.fetch import FetchedPage
 
-    found = page.read(Fetched("file", "text/html", None, content))
+    found = page.extract_page(FetchedPage("file", "text/html", None, content))
     return "\n".join([f"# {found.title}"] * bool(found.title) + found.passages)
 
 
@@ -230,12 +231,12 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     try:
-        answer = {"blocks": read(sys.argv[1], sys.stdin.buffer.read())}
+        answer = {"blocks": read_document(sys.argv[1], sys.stdin.buffer.read())}
     except ToolError as error:
         answer = {"error": str(error)}
     except (MemoryError, RecursionError):
         answer = {"error": "the document is too large or too deeply nested"}
-    except Exception as error:  # a parser's own failure on a broken file is the file's
+    except Exception as error:  # a parser's exception means a broken file
         answer = {"error": f"the document is damaged ({type(error).__name__})"}
     sys.stdout.write(json.dumps(answer))
     return 0

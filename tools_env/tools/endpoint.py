@@ -1,4 +1,4 @@
-"""What tools with a model behind them share: an OpenAI-compatible endpoint, when a host names one."""
+"""OpenAI-compatible endpoint of the tools that use a model."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ MAX_REPLY = 4 << 20  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-    """`url` ends in /v1 or what stands for it; `key_variable` names the environment variable with the key."""
+    """`url` ends in /v1 or an equivalent; `key_variable` names the environment variable with the key."""
 
     url: str = ""
     model: str = ""
@@ -41,7 +41,7 @@ class Endpoint:
         return reply
 
 
-def read_options(tool: str, options: dict[str, Any]) -> Endpoint | None:
+def read_endpoint_options(tool: str, options: dict[str, Any]) -> Endpoint | None:
     """Returns the endpoint that a host's options name, or None. Raises ToolHostError."""
     names = [field.name for field in dataclasses.fields(Endpoint)]
     for name, value in options.items():

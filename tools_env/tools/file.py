@@ -1,4 +1,4 @@
-"""`file`: the session's workspace. Reads page, writes are atomic, and no path leads outside."""
+"""`file`: the session's workspace. Reads are paged, writes are atomic, and no path leads outside."""
 
 import stat
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from tools_env.errors import BadArguments, ToolError
 from tools_env.search import citations
 from tools_env.tools import patch, workspace
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 _NEEDED = {
     "read": ("path",),
@@ -32,10 +32,10 @@ SCHEMA = {
 }
 
 
-def make(max_file_chars: int, max_files: int) -> Tool:
+def make_file_tool(max_file_chars: int, max_files: int) -> Tool:
     """Returns the tool with its quotas: characters of one file, files of one workspace."""
 
-    async def run(call: Call, arguments: dict[str, Any]) -> Output:
+    async def run(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
         op = arguments["op"]
         for name in _NEEDED[op]:
             if name not in arguments:
@@ -47,21 +47,21 @@ def make(max_file_chars: int, max_files: int) -> Tool:
             old = _text(call, path) if op == "append" and workspace.exists(call.workspace, path) else ""
             _save(call, path, old + arguments["content"])
             verb = "wrote" if op == "write" else "appended"
-            return Output(f"{verb} {len(arguments['content'])} characters to {path}")
+            return ToolOutput(f"{verb} {len(arguments['content'])} characters to {path}")
         text = _text(call, path)
         if op == "read":
             return _read(call, path, text, arguments.get("offset", 0), arguments.get("limit"))
         if op == "stat":
-            return Output(f"{path}: {len(text)} characters, {len(text.splitlines())} lines")
-        patched = patch.apply(text, arguments["anchor"], arguments["replacement"])
+            return ToolOutput(f"{path}: {len(text)} characters, {len(text.splitlines())} lines")
+        patched = patch.apply_patch(text, arguments["anchor"], arguments["replacement"])
         _save(call, path, patched.text)
         how = "" if patched.exact else " (anchor matched approximately)"
         lines = f"line {patched.first_line}"
         if patched.last_line > patched.first_line:
             lines = f"lines {patched.first_line}-{patched.last_line}"
-        return Output(f"patched {path} {lines}{how}")
+        return ToolOutput(f"patched {path} {lines}{how}")
 
-    def _save(call: Call, path: str, text: str) -> None:
+    def _save(call: CallContext, path: str, text: str) -> None:
         if len(text) > max_file_chars:
             raise ToolError(f"the file would have {len(text)} characters, at most {max_file_chars} are allowed")
         if not workspace.exists(call.workspace, path):
@@ -69,15 +69,15 @@ def make(max_file_chars: int, max_files: int) -> Tool:
                 raise ToolError(f"the workspace has {max_files} files already; write to one of them")
         workspace.replace(call.workspace, path, text.encode())
 
-    def _text(call: Call, path: str) -> str:
-        # 4 bytes are the most that a character takes; what the shell wrote may be larger than what this tool writes.
+    def _text(call: CallContext, path: str) -> str:
+        # A character takes at most 4 bytes; files written by the shell may be larger than this tool's limit.
         content = workspace.read_bytes(call.workspace, path, 4 * max_file_chars)
         try:
             return content.decode()
         except UnicodeDecodeError:
             raise ToolError(f"{path} is not UTF-8 text") from None
 
-    def _list(call: Call, name: str) -> Output:
+    def _list(call: CallContext, name: str) -> ToolOutput:
         if name != "." and not workspace.exists(call.workspace, name):
             raise ToolError(f"{name} is not a folder")
         rows = []
@@ -86,9 +86,9 @@ def make(max_file_chars: int, max_files: int) -> Tool:
                 rows.append(f"... more than {MAX_LISTED} files; list a folder of them")
                 break
             rows.append(f"{path} {_size(call, path, status)}")
-        return Output("\n".join(sorted(rows)) or "No files.")
+        return ToolOutput("\n".join(sorted(rows)) or "No files.")
 
-    def _size(call: Call, path: str, status) -> str:
+    def _size(call: CallContext, path: str, status) -> str:
         if stat.S_ISLNK(status.st_mode):
             return "symbolic link"
         if not stat.S_ISREG(status.st_mode):
@@ -107,10 +107,10 @@ def make(max_file_chars: int, max_files: int) -> Tool:
     )
 
 
-def _read(call: Call, shown: str, text: str, offset: int, limit: int | None) -> Output:
+def _read(call: CallContext, shown: str, text: str, offset: int, limit: int | None) -> ToolOutput:
     if offset and offset >= len(text):
         raise ToolError(f"offset {offset} is past the end; {shown} has {len(text)} characters")
-    # The note below may name three numbers and a path; the page leaves room for it.
+    # Leaves room for the note below, which names three numbers and a path.
     page_chars = max(min(limit or call.max_chars, call.max_chars - 40 - len(shown)), 1)
     rest = text[offset:]
     page = rest[:page_chars]
@@ -120,4 +120,4 @@ def _read(call: Call, shown: str, text: str, offset: int, limit: int | None) -> 
     sources = [call.known[name] for name in dict.fromkeys(citations.CITED.findall(page)) if name in call.known]
     if end < len(text):
         page += f"\n... {len(text) - end} characters left; read with offset {end}"
-    return Output(page or "The file is empty.", sources=sources, paged=True, truncated=end < len(text))
+    return ToolOutput(page or "The file is empty.", sources=sources, paged=True, truncated=end < len(text))

@@ -1,4 +1,4 @@
-"""`file_parser`: a document of the workspace as text. Each is read by a process of its own (see `documents`)."""
+"""`file_parser`: a document of the workspace as text. Each is parsed in its own process (see `documents`)."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from typing import Any
 
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import workspace
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 MAX_FILE_BYTES = 32 << 20
 SCHEMA = {
@@ -22,19 +22,19 @@ SCHEMA = {
 }
 
 
-async def run(call: Call, arguments: dict[str, Any]) -> Output:
-    """The tool. Long results are stored and summarised like those of every tool."""
+async def run_file_parser(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
+    """Runs the tool."""
     name = workspace.shown(arguments["path"])
     content = await asyncio.to_thread(workspace.read_bytes, call.workspace, name, MAX_FILE_BYTES)
-    blocks = await parse(name, content, call.seconds_left() - 0.5)
+    blocks = await parse_document(name, content, call.seconds_left() - 0.5)
     first, last = arguments.get("first", 1), arguments.get("last", len(blocks))
     chosen = blocks[first - 1 : last]
     if not chosen:
         raise ToolError(f"{name} has {len(blocks)} parts; first and last name none of them")
-    return Output("\n\n".join(chosen), blocks=chosen)
+    return ToolOutput("\n\n".join(chosen), blocks=chosen)
 
 
-async def parse(name: str, content: bytes, seconds: float) -> list[str]:
+async def parse_document(name: str, content: bytes, seconds: float) -> list[str]:
     """Returns the blocks of a document. Raises ToolError."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tools_env.tools.documents", name),
@@ -61,7 +61,7 @@ async def parse(name: str, content: bytes, seconds: float) -> list[str]:
     return [block for block in answer["blocks"] if block.strip()] or ["The document has no text."]
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
     """Returns the tool for a host; it has no options. Raises ToolHostError."""
     if options:
         raise ToolHostError(f"file_parser has no option {next(iter(options))}; it has none")
@@ -69,5 +69,5 @@ def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool
         name="file_parser",
         description="Read a document of the workspace as text: PDF, docx, xlsx, pptx, epub, html, csv.",
         schema=SCHEMA,
-        run=run,
+        run=run_file_parser,
     )

@@ -1,7 +1,7 @@
-"""The implicit-context rule: a long result goes to a file, its summary and its path go to the model.
+"""The implicit-context rule: a long result is stored in a file; the model gets its beginning and its path.
 
-The summary keeps whole lines: of each block (one query, one page) its head and its first passages, the blocks sharing
-the space evenly. Nothing is lost: the file tool pages through the rest.
+The shortened text keeps whole lines: the head and the first passages of each block (one query, one page), with the
+space divided evenly between blocks. The file tool reads the rest.
 """
 
 import hashlib
@@ -16,18 +16,18 @@ FOLDER = "results"
 _MARK = re.compile(r" \\cite\{\w+\}$")
 
 
-def store(folder: Path, text: str) -> str:
-    """Stores a result in a workspace and returns its path there, "" if that cannot be; equal texts get equal paths."""
+def store_result(folder: Path, text: str) -> str:
+    """Stores a result in a workspace and returns its path, "" on failure; equal texts get equal paths."""
     name = f"{FOLDER}/{syllables(hashlib.sha256(text.encode()).digest(), 3)}.md"
     try:
         workspace.replace(folder, name, text.encode())
-    except ToolError:  # the shell can make the folder unusable; the result is still worth its start
+    except ToolError:  # the shell may have made the folder unusable; the beginning is still shown
         return ""
     return name
 
 
-def shorten(text: str, blocks: list[str], path: str, max_chars: int) -> str:
-    """Returns at most about `max_chars` characters: the start of every block and where the whole text lies."""
+def shorten_result(text: str, blocks: list[str], path: str, max_chars: int) -> str:
+    """Returns at most about `max_chars` characters: the start of every block and the path of the whole text."""
     where = f"stored in {path}; read with file" if path else "in all; the rest could not be stored in the workspace"
     tail = f"... {len(text)} characters {where}"
     room = max(max_chars - len(tail) - 1, 0)
@@ -44,8 +44,8 @@ def shorten(text: str, blocks: list[str], path: str, max_chars: int) -> str:
 def whole_lines(text: str, max_chars: int) -> str:
     """Returns the longest prefix of whole lines within `max_chars`.
 
-    It does not end in the head of a passage that is left out. When not even the first passage fits, that passage is
-    cut, its citation kept, rather than leaving nothing but heads.
+    It does not end with the head of an omitted passage. When not even the first passage fits, that passage is cut and
+    keeps its citation.
     """
     if len(text) <= max_chars:
         return text

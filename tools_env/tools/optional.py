@@ -1,8 +1,8 @@
-"""Tools that a host serves on request: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
+"""Optional tools of a host: `--tools=shell,file_parser --tool_options='{"shell": {"memory_mb": 256}}'`.
 
-Each is one module of this folder with a function `build(options, resources) -> Tool`; a new tool is a new module. What
-it must release at the end it pushes on `resources`. One that connects anywhere takes a third argument `reach`, the rule
-of where the host may. It raises ToolHostError, naming the fix, where it cannot work.
+Each is a module of this package with a function `build_tool(options, resources) -> Tool`. It pushes what must be
+released on `resources`. A tool that opens connections takes a third argument `egress: EgressPolicy`. It raises
+ToolHostError, naming the fix, where it cannot work.
 """
 
 import contextlib
@@ -14,22 +14,24 @@ import pkgutil
 from tools_env import tools
 from tools_env.errors import ToolHostError
 from tools_env.tools.base import Tool
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 
 
-def names() -> list[str]:
-    """Returns what `build` can make."""
+def optional_tool_names() -> list[str]:
+    """Returns the names of the optional tools."""
     found = []
     for module in pkgutil.iter_modules(tools.__path__):
         spec = importlib.util.find_spec(f"{tools.__name__}.{module.name}")
         with open(spec.origin, encoding="utf-8") as source:
-            if "\ndef build(options: dict" in source.read():
+            if "\ndef build_tool(options: dict" in source.read():
                 found.append(module.name)
     return found
 
 
-def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack, reach: Reach) -> list[Tool]:
-    """Returns the tools of a list with commas between, on the running event loop. Raises ToolHostError."""
+def build_optional_tools(
+    wanted: str, options_json: str, resources: contextlib.AsyncExitStack, egress: EgressPolicy
+) -> list[Tool]:
+    """Returns the tools of a comma-separated list, on the running event loop. Raises ToolHostError."""
     chosen = [name.strip() for name in wanted.split(",") if name.strip()]
     try:
         options = json.loads(options_json or "{}")
@@ -40,14 +42,14 @@ def build(wanted: str, options_json: str, resources: contextlib.AsyncExitStack, 
     if not isinstance(options, dict) or not all(isinstance(value, dict) for value in options.values()):
         raise ToolHostError("tool_options must be an object of tool name to an object of its options")
     for name in [*chosen, *options]:
-        if name not in names():
-            raise ToolHostError(f"there is no tool {name}; the optional tools are {', '.join(names())}")
+        if name not in optional_tool_names():
+            raise ToolHostError(f"there is no tool {name}; the optional tools are {', '.join(optional_tool_names())}")
     for name in options:
         if name not in chosen:
             raise ToolHostError(f"tool_options names {name}, which is not served; add it to --tools")
     made = []
     for name in chosen:
-        make = importlib.import_module(f"{tools.__name__}.{name}").build
-        rest = [reach] if "reach" in inspect.signature(make).parameters else []
+        make = importlib.import_module(f"{tools.__name__}.{name}").build_tool
+        rest = [egress] if "egress" in inspect.signature(make).parameters else []
         made.append(make(options.get(name, {}), resources, *rest))
     return made

@@ -1,7 +1,7 @@
-"""`shell`: bash in a sandbox whose only writable folder is the session's workspace, in terminals that stay open.
+"""`shell`: bash in persistent terminals, in a sandbox whose only writable folder is the session's workspace.
 
-A command runs until it ends or the wait is over; then it goes on by itself, and `keys` reach it: an editor, a monitor,
-a prompt. Limits on memory, processes, time and disk hold for all terminals of a session together.
+A call returns when its command ends or the wait is over; the command then continues, and `keys` are typed into it: an
+editor, a monitor, a prompt. Memory, process, time and disk limits apply to all terminals of a session together.
 """
 
 import asyncio
@@ -16,9 +16,9 @@ from typing import Any
 
 from tools_env.errors import BadArguments, ToolError, ToolHostError
 from tools_env.sandbox import disk, isolation
-from tools_env.sandbox.cgroups import Group, Groups
+from tools_env.sandbox.cgroups import ControlGroup, ControlGroups
 from tools_env.sandbox.terminal import HISTORY, Terminals
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 logger = logging.getLogger(__name__)
 
@@ -45,123 +45,123 @@ SCHEMA = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """What a host may set. `accept_weaker_isolation` serves the tool although the kernel gives less than it should."""
+class ShellOptions:
+    """Options of the tool. `accept_weaker_isolation` serves it although the kernel does not support full isolation."""
 
-    limits: isolation.Limits = isolation.Limits()
-    wait: int = 20  # seconds, when a call names none
+    limits: isolation.SandboxLimits = isolation.SandboxLimits()
+    wait: int = 20  # seconds, unless a call names another number
     accept_weaker_isolation: bool = False
 
 
 @dataclasses.dataclass
 class _Pane:
-    name: str  # tmux's
-    prompts: int = 1  # prompts that will have been shown when the last command has ended
+    name: str  # in tmux
+    prompts: int = 1  # prompts shown when the last command has ended
     disk_full: bool = False
 
 
 @dataclasses.dataclass
-class _Workbench:
+class _SessionShell:
     """The terminals of one session."""
 
     directory: Path
-    group: Group
+    group: ControlGroup
     panes: dict[str, _Pane] = dataclasses.field(default_factory=dict)
     commands: int = 0
-    killed: str = ""  # why all terminals were ended, until the model has read it
-    allowed: tuple[int, int] = (0, 0)  # bytes and entries the workspace may have
+    killed: str = ""  # why all terminals were ended, until the model is told
+    allowed: tuple[int, int] = (0, 0)  # maximum bytes and entries of the workspace
 
     @property
     def workspace(self) -> Path:
         return self.directory / "workspace"
 
 
-class Shell:
+class ShellTool:
     """All sandboxes of one host. Create it on the event loop it is used on; `close` ends every process it started."""
 
-    def __init__(self, options: Options):
-        """Raises ToolHostError when there is no sandbox here, or a weaker one than `options` accepts."""
+    def __init__(self, options: ShellOptions):
+        """Raises ToolHostError when there is no sandbox, or a weaker one than `options` accepts."""
         if shutil.which("tmux") is None:
             raise ToolHostError("the shell tool needs tmux; install it (apt-get install tmux), or leave shell out")
         self._options = options
-        self._groups = Groups()
-        weaker = isolation.check(self._groups)
+        self._groups = ControlGroups()
+        weaker = isolation.check_isolation(self._groups)
         if weaker and not options.accept_weaker_isolation:
             raise ToolHostError(
-                f"the shell tool's sandbox is weaker here than it should be: {'; '.join(weaker)}; fix that, leave shell "
+                f"the shell tool's sandbox is weaker than required: {'; '.join(weaker)}; fix that, leave shell "
                 "out, or set its option accept_weaker_isolation"
             )
         for words in weaker:
             logger.warning("shell: %s", words)
         self._terminals = Terminals()
-        self._benches: dict[Path, _Workbench] = {}
+        self._sessions: dict[Path, _SessionShell] = {}
         self._watcher: asyncio.Task | None = None
 
-    async def run(self, call: Call, arguments: dict[str, Any]) -> Output:
-        """The tool."""
+    async def run(self, call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
+        """Runs the tool."""
         given = [name for name in ("command", "keys", "close") if arguments.get(name)]
         if len(given) > 1:
             raise BadArguments(f"give one of command, keys and close, not {' and '.join(given)}")
-        bench = self._bench(call)
+        session = self._session(call)
         terminal = arguments.get("terminal", "main")
-        if bench.killed:
-            why, bench.killed = bench.killed, ""
+        if session.killed:
+            why, session.killed = session.killed, ""
             raise ToolError(f"all terminals were ended: {why}")
         if arguments.get("close"):
-            await self._end(bench, terminal)
-            return Output(f"closed terminal {terminal}")
-        pane = await self._pane(bench, terminal)
+            await self._end(session, terminal)
+            return ToolOutput(f"closed terminal {terminal}")
+        pane = await self._pane(session, terminal)
         state = await self._terminals.state(pane.name)
         busy = state is not None and state.prompts < pane.prompts
         if "command" in arguments:
             if busy:
                 raise ToolError(f"a program runs in terminal {terminal}; use keys (C-c ends it) or another terminal")
-            return await self._command(call, bench, terminal, arguments)
+            return await self._command(call, session, terminal, arguments)
         if arguments.get("keys"):
             await self._terminals.send(pane.name, arguments["keys"])
             await self._settle(pane, call)
-        return await self._shown(bench, terminal, arguments.get("scrollback", 0))
+        return await self._shown(session, terminal, arguments.get("scrollback", 0))
 
     async def close(self) -> None:
         """Ends all sandboxes."""
         if self._watcher is not None:
             self._watcher.cancel()
         await self._terminals.stop()
-        for bench in self._benches.values():
-            await _removed(bench.group)
-        self._benches.clear()
+        for session in self._sessions.values():
+            await _removed(session.group)
+        self._sessions.clear()
 
-    def _bench(self, call: Call) -> _Workbench:
-        bench = self._benches.get(call.directory)
-        if bench is None:
+    def _session(self, call: CallContext) -> _SessionShell:
+        session = self._sessions.get(call.directory)
+        if session is None:
             limits = self._options.limits
             isolation.write_control(call.directory / _CONTROL)
             name = hashlib.sha256(str(call.directory).encode()).hexdigest()[:16]
             group = self._groups.make(name, limits.memory_mb << 20, limits.processes)
-            bench = self._benches[call.directory] = _Workbench(call.directory, group)
+            session = self._sessions[call.directory] = _SessionShell(call.directory, group)
         if self._watcher is None or self._watcher.done():
             self._watcher = asyncio.create_task(self._watch())
-        return bench
+        return session
 
-    async def _pane(self, bench: _Workbench, terminal: str) -> _Pane:
-        pane = bench.panes.get(terminal)
+    async def _pane(self, session: _SessionShell, terminal: str) -> _Pane:
+        pane = session.panes.get(terminal)
         if pane is not None:
             state = await self._terminals.state(pane.name)
             if state is not None and not state.dead:
                 return pane
-            await self._end(bench, terminal)
+            await self._end(session, terminal)
         limits = self._options.limits
-        size, entries = await asyncio.to_thread(disk.used, bench.workspace, limits.files)
+        size, entries = await asyncio.to_thread(disk.disk_usage, session.workspace, limits.files)
         may_write = size < limits.disk_mb << 20 and entries < limits.files
-        if not bench.panes:
-            # A workspace that is too full already may be cleared, not grow.
-            bench.allowed = (max(limits.disk_mb << 20, size), max(limits.files, entries))
-        name = f"{hashlib.sha256(str(bench.directory).encode()).hexdigest()[:16]}_{terminal}"
+        if not session.panes:
+            # A workspace above its limits may shrink but not grow.
+            session.allowed = (max(limits.disk_mb << 20, size), max(limits.files, entries))
+        name = f"{hashlib.sha256(str(session.directory).encode()).hexdigest()[:16]}_{terminal}"
         inner = ["bash", "--noprofile", "--rcfile", f"{isolation.COMMANDS}/bashrc", "-i"]
-        control = bench.directory / _CONTROL
-        argv = isolation.arguments(bench.workspace, control, limits, bench.group, inner, may_write=may_write)
+        control = session.directory / _CONTROL
+        argv = isolation.sandbox_command(session.workspace, control, limits, session.group, inner, may_write=may_write)
         await self._terminals.open(name, argv)
-        pane = bench.panes[terminal] = _Pane(name, disk_full=not may_write)
+        pane = session.panes[terminal] = _Pane(name, disk_full=not may_write)
         for _ in range(250):
             state = await self._terminals.state(name)
             if state is None or state.dead:
@@ -170,45 +170,47 @@ class Shell:
                 return pane
             await asyncio.sleep(0.02)
         said = await self._terminals.screen(name) if state is not None else ""
-        await self._end(bench, terminal)
+        await self._end(session, terminal)
         raise ToolError(f"the shell did not start: {said.strip()[-200:] or 'no output'}; close other terminals")
 
-    async def _command(self, call: Call, bench: _Workbench, terminal: str, arguments: dict[str, Any]) -> Output:
-        pane = bench.panes[terminal]
-        bench.commands += 1
-        script = bench.directory / _CONTROL / f"{bench.commands}"
+    async def _command(
+        self, call: CallContext, session: _SessionShell, terminal: str, arguments: dict[str, Any]
+    ) -> ToolOutput:
+        pane = session.panes[terminal]
+        session.commands += 1
+        script = session.directory / _CONTROL / f"{session.commands}"
         script.write_text(arguments["command"] + "\n", encoding="utf-8")
         state = await self._terminals.state(pane.name)
         pane.prompts = (state.prompts if state else 0) + 1
-        line = f". {isolation.COMMANDS}/{bench.commands}"
+        line = f". {isolation.COMMANDS}/{session.commands}"
         await self._terminals.send(pane.name, ["C-u", line, "Enter"])
         wait = min(arguments.get("wait", self._options.wait), max(call.seconds_left() - 1, 0.1))
         end = time.monotonic() + wait
         pause = 0.005
         while True:
             state = await self._terminals.state(pane.name)
-            if bench.killed:
-                why, bench.killed = bench.killed, ""
+            if session.killed:
+                why, session.killed = session.killed, ""
                 raise ToolError(f"all terminals were ended: {why}")
             if state is None or state.dead:
                 said = (await self._said(pane, line)) if state is not None else ""
-                await self._end(bench, terminal)
-                return Output(f"{said}\nthe shell ended; the next command starts a new one".lstrip(), failed=True)
+                await self._end(session, terminal)
+                return ToolOutput(f"{said}\nthe shell ended; the next command starts a new one".lstrip(), failed=True)
             if state.prompts >= pane.prompts:
                 break
             if time.monotonic() > end:
                 shown = await self._terminals.screen(pane.name)
-                return Output(f"{shown}\nstill running after {wait:.0f} s; look again, or send keys (C-c ends it)")
+                return ToolOutput(f"{shown}\nstill running after {wait:.0f} s; look again, or send keys (C-c ends it)")
             await asyncio.sleep(pause)
             pause = min(1.5 * pause, 0.1)
         said = await self._said(pane, line)
         tail = f"exit status {state.status}" if state.status else ("" if said else "no output, exit status 0")
         note = "the workspace is full: files can be removed, not written, until a new terminal is opened"
         parts = [said, tail, note if pane.disk_full else ""]
-        return Output("\n".join(part for part in parts if part), failed=state.status != 0)
+        return ToolOutput("\n".join(part for part in parts if part), failed=state.status != 0)
 
     async def _said(self, pane: _Pane, line: str) -> str:
-        """Returns what came after the line that started a command, without the prompt that follows."""
+        """Returns the output after the line that started a command, without the next prompt."""
         text = await self._terminals.screen(pane.name, HISTORY)
         _, found, said = text.rpartition(f"{line}\n")
         if not found:
@@ -216,8 +218,8 @@ class Shell:
         said = said.rstrip().removesuffix("\n$") if said.rstrip() != "$" else ""
         return said.removeprefix("\n").rstrip()
 
-    async def _settle(self, pane: _Pane, call: Call) -> None:
-        """Waits until the screen stands still, for 2 seconds at most."""
+    async def _settle(self, pane: _Pane, call: CallContext) -> None:
+        """Waits until the screen stops changing, for 2 seconds at most."""
         end = time.monotonic() + min(2.0, max(call.seconds_left() - 1, 0))
         before, since = None, time.monotonic()
         while time.monotonic() < end:
@@ -228,76 +230,76 @@ class Shell:
                 return
             await asyncio.sleep(0.03)
 
-    async def _shown(self, bench: _Workbench, terminal: str, scrollback: int) -> Output:
-        pane = bench.panes[terminal]
+    async def _shown(self, session: _SessionShell, terminal: str, scrollback: int) -> ToolOutput:
+        pane = session.panes[terminal]
         shown = await self._terminals.screen(pane.name, scrollback)
         state = await self._terminals.state(pane.name)
         if state is None or state.dead:
-            await self._end(bench, terminal)
-            return Output(f"{shown}\nthe shell ended; the next command starts a new one", failed=True)
-        return Output(shown or "The screen is empty.")
+            await self._end(session, terminal)
+            return ToolOutput(f"{shown}\nthe shell ended; the next command starts a new one", failed=True)
+        return ToolOutput(shown or "The screen is empty.")
 
-    async def _end(self, bench: _Workbench, terminal: str) -> None:
-        pane = bench.panes.pop(terminal, None)
+    async def _end(self, session: _SessionShell, terminal: str) -> None:
+        pane = session.panes.pop(terminal, None)
         if pane is not None:
             await self._terminals.close(pane.name)
 
     async def _watch(self) -> None:
-        """Ends the sandboxes of closed sessions, and those whose workspace outgrew its limits."""
+        """Ends the sandboxes of closed sessions and of workspaces above their limits."""
         while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            for bench in list(self._benches.values()):
+            for session in list(self._sessions.values()):
                 try:
-                    await self._look_after(bench)
+                    await self._look_after(session)
                 except Exception:
-                    logger.exception("watching the sandbox of %s", bench.directory)
+                    logger.exception("watching the sandbox of %s", session.directory)
 
-    async def _look_after(self, bench: _Workbench) -> None:
-        if not (bench.directory / _CONTROL).exists():  # the session was closed; the sandbox cannot remove this folder
-            del self._benches[bench.directory]
-            await self._end_all(bench)
-            await _removed(bench.group)
-            await asyncio.to_thread(shutil.rmtree, bench.directory, ignore_errors=True)
+    async def _look_after(self, session: _SessionShell) -> None:
+        if not (session.directory / _CONTROL).exists():  # the session was closed; the sandbox cannot remove this folder
+            del self._sessions[session.directory]
+            await self._end_all(session)
+            await _removed(session.group)
+            await asyncio.to_thread(shutil.rmtree, session.directory, ignore_errors=True)
             return
-        if not bench.panes:
+        if not session.panes:
             return
-        size, entries = await asyncio.to_thread(disk.used, bench.workspace, bench.allowed[1])
-        for pane in list(bench.panes.values()):
+        size, entries = await asyncio.to_thread(disk.disk_usage, session.workspace, session.allowed[1])
+        for pane in list(session.panes.values()):
             state = await self._terminals.state(pane.name)
             if state is not None and not state.dead:
                 size += await asyncio.to_thread(disk.deleted_but_open, state.pid)
-        if size > bench.allowed[0]:
-            bench.killed = f"the workspace outgrew {self._options.limits.disk_mb} MB; remove files first"
-        elif entries > bench.allowed[1]:
-            bench.killed = f"the workspace has more than {self._options.limits.files} files; remove some first"
+        if size > session.allowed[0]:
+            session.killed = f"the workspace outgrew {self._options.limits.disk_mb} MB; remove files first"
+        elif entries > session.allowed[1]:
+            session.killed = f"the workspace has more than {self._options.limits.files} files; remove some first"
         else:
             return
-        await self._end_all(bench)
+        await self._end_all(session)
 
-    async def _end_all(self, bench: _Workbench) -> None:
-        for terminal in list(bench.panes):
-            await self._end(bench, terminal)
+    async def _end_all(self, session: _SessionShell) -> None:
+        for terminal in list(session.panes):
+            await self._end(session, terminal)
 
 
-async def _removed(group: Group) -> None:
-    """Waits for the last processes of a group to go, then removes it."""
+async def _removed(group: ControlGroup) -> None:
+    """Waits for the last processes of a group to end, then removes it."""
     for _ in range(100):
         if group.remove():
             return
         await asyncio.sleep(0.02)
 
 
-def build(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
-    """Returns the tool for a host. `options`: the fields of Options, and those of Limits. Raises ToolHostError."""
-    own = {field.name for field in dataclasses.fields(Options)} - {"limits"}
-    bounds = {field.name for field in dataclasses.fields(isolation.Limits)}
+def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
+    """Returns the tool for a host. `options`: the fields of ShellOptions and SandboxLimits. Raises ToolHostError."""
+    own = {field.name for field in dataclasses.fields(ShellOptions)} - {"limits"}
+    bounds = {field.name for field in dataclasses.fields(isolation.SandboxLimits)}
     for name, value in options.items():
         if name not in own | bounds:
             raise ToolHostError(f"shell has no option {name}; its options are {', '.join(sorted(own | bounds))}")
         if not isinstance(value, bool if name == "accept_weaker_isolation" else int) or value < 0:
             raise ToolHostError(f"option {name} of shell must be a positive number, got {value!r}")
-    limits = isolation.Limits(**{name: value for name, value in options.items() if name in bounds})
-    shell = Shell(Options(limits, **{name: value for name, value in options.items() if name in own}))
+    limits = isolation.SandboxLimits(**{name: value for name, value in options.items() if name in bounds})
+    shell = ShellTool(ShellOptions(limits, **{name: value for name, value in options.items() if name in own}))
     resources.push_async_callback(shell.close)
     return Tool(
         name="shell",

@@ -1,4 +1,4 @@
-"""`todo`: the plan of a session, kept on disk outside the model. One entry point; the items say what is meant.
+"""`todo`: the plan of a session, stored on disk. The items decide the operation.
 
 no items            show the list
 []                  delete the list
@@ -11,7 +11,7 @@ import os
 from typing import Any
 
 from tools_env.errors import ToolError
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 
 MARKS = {"pending": "[ ]", "active": "[>]", "done": "[x]"}
 SCHEMA = {
@@ -38,15 +38,15 @@ SCHEMA = {
 }
 
 
-async def run(call: Call, arguments: dict[str, Any]) -> Output:
+async def run_todo(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
     path = call.directory / "todo.json"
     state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"next": 1, "items": []}
     items = arguments.get("items")
     if items is None:
-        return Output(_shown("todo", state["items"]) if state["items"] else "No todo list.")
+        return ToolOutput(_shown("todo", state["items"]) if state["items"] else "No todo list.")
     if not items:
         path.unlink(missing_ok=True)
-        return Output("deleted" if state["items"] else "No todo list.")
+        return ToolOutput("deleted" if state["items"] else "No todo list.")
     rows = [{"text": item} if isinstance(item, str) else item for item in items]
     if any("id" in row for row in rows):
         verb = "updated"
@@ -59,7 +59,7 @@ async def run(call: Call, arguments: dict[str, Any]) -> Output:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
     os.replace(temporary, path)
-    return Output(_shown(verb, state["items"]))
+    return ToolOutput(_shown(verb, state["items"]))
 
 
 def _update(state: dict, rows: list[dict]) -> dict:
@@ -92,6 +92,6 @@ TOOL = Tool(
     name="todo",
     description="Keep the plan: items without ids write the list, items with ids change it, [] deletes it.",
     schema=SCHEMA,
-    run=run,
+    run=run_todo,
     instant=True,
 )

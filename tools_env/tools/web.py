@@ -1,4 +1,4 @@
-"""`batch_web_surfer`: searches and opens in parallel. One item's failure is that item's text, never the batch's."""
+"""`batch_web_surfer`: searches and opens pages in parallel. A failed item fails alone, with its reason as text."""
 
 import asyncio
 import dataclasses
@@ -12,13 +12,13 @@ from tools_env.cache import retrieval as caching
 from tools_env.errors import BadArguments, ToolError
 from tools_env.search.backend import LANGUAGES, Filters, Passage, SearchBackend
 from tools_env.search.citations import PATTERN, Citations
-from tools_env.tools.base import Call, Output, Tool
+from tools_env.tools.base import CallContext, Tool, ToolOutput
 from tools_env.web import page
 from tools_env.web.fetch import Fetcher
 
 MAX_ITEMS = 10
 MAX_RESULTS = 10
-REPLY_MARGIN = 0.05  # seconds kept for formatting and sending when a call's deadline is near
+REPLY_MARGIN = 0.05  # seconds reserved for formatting and sending before a call's deadline
 _NO_SCHEME = re.compile(r"[\w-]+(\.[\w-]+)+(/|$)")
 _TEXT = {"type": "string", "minLength": 1}
 _TOPK = {"type": "integer", "minimum": 1, "maximum": MAX_RESULTS, "description": "passages per query"}
@@ -64,26 +64,26 @@ class _Item:
     cache_hit: bool
 
 
-def make(
+def make_web_tool(
     backend: SearchBackend,
     citations: Citations,
     fetcher: Fetcher,
-    cache: caching.Cache,
+    cache: caching.RetrievalCache,
     authority: Mapping[str, int],
     topk: int,
 ) -> Tool:
-    """Returns the tool over one search and one web.
+    """Returns the tool.
 
     Args:
       backend: answers queries.
-      citations: gives opened passages their ids.
+      citations: assigns ids to opened passages.
       fetcher: opens pages.
-      cache: shared by all sessions; holds found passages and read pages.
+      cache: shared by all sessions; holds search results and parsed pages.
       authority: host name to authority of its pages; other hosts have 0.
-      topk: passages per query when a call names no number.
+      topk: passages per query unless a call names a number.
     """
 
-    async def run(call: Call, arguments: dict[str, Any]) -> Output:
+    async def run(call: CallContext, arguments: dict[str, Any]) -> ToolOutput:
         queries, urls = arguments.get("queries", []), arguments.get("urls", [])
         if not queries and not urls:
             raise BadArguments("queries or urls is missing")
@@ -92,7 +92,7 @@ def make(
             *(search(call, *one, headed=len(queries) + len(urls) > 1) for one in asked),
             *(open_page(call, url) for url in urls),
         )
-        return Output(
+        return ToolOutput(
             text="\n".join(item.text for item in items),
             blocks=[item.text for item in items],
             sources=list({source.id: source for item in items for source in item.sources}.values()),
@@ -100,13 +100,13 @@ def make(
             cache_hit=all(item.cache_hit for item in items),
         )
 
-    async def search(call: Call, query: str, k: int, filters: Filters, headed: bool) -> _Item:
+    async def search(call: CallContext, query: str, k: int, filters: Filters, headed: bool) -> _Item:
         async def found() -> list[dict[str, Any]]:
             seconds = call.seconds_left() - REPLY_MARGIN
             return [vars(passage) for passage in await backend.search(query, k, filters, seconds)]
 
         narrowed = {name: value for name, value in vars(filters).items() if value}
-        address = caching.key("search", backend.fingerprint, [query, k, narrowed])
+        address = caching.cache_key("search", backend.fingerprint, [query, k, narrowed])
         told = "".join(f" {name}:{value}" for name, value in narrowed.items())
         head = [f"query: {query}{told}"] if headed else []
         try:
@@ -120,11 +120,11 @@ def make(
             lines.append(_cited(passage))
         return _Item("\n".join(lines if shown else [*head, "No results."]), shown, False, hit)
 
-    async def open_page(call: Call, wanted: str) -> _Item:
+    async def open_page(call: CallContext, wanted: str) -> _Item:
         try:
             url = _address(call, wanted)
             async with asyncio.timeout(max(call.deadline - REPLY_MARGIN - time.monotonic(), 0.0)):
-                address = caching.key("open", page.VERSION + backend.fingerprint, url)
+                address = caching.cache_key("open", page.VERSION + backend.fingerprint, url)
                 content, hit = await cache.get(address, lambda: read(url))
         except ToolError as error:
             return _Item(f"{wanted}: {error}", [], True, False)
@@ -147,7 +147,7 @@ def make(
 
     async def read(url: str) -> dict[str, Any]:
         fetched = await fetcher.fetch(url)
-        content = await asyncio.to_thread(page.read, fetched)
+        content = await asyncio.to_thread(page.extract_page, fetched)
         return {"url": fetched.url, **dataclasses.asdict(content)}
 
     return Tool(
@@ -165,7 +165,7 @@ def _asked(query: str | dict[str, Any], topk: int) -> tuple[str, int, Filters]:
     return narrowed.pop("query"), narrowed.pop("topk", topk), Filters(**narrowed)
 
 
-def _address(call: Call, wanted: str) -> str:
+def _address(call: CallContext, wanted: str) -> str:
     wanted = wanted.strip()
     if PATTERN.fullmatch(wanted):
         if wanted not in call.known:

@@ -1,8 +1,7 @@
-"""A session's folder, touched so that nothing in it leads outside.
+"""Safe access to a session's workspace: no path leads outside.
 
-The shell tool lets a model plant links, pipes and devices there, and change them while the host looks. So a path is
-walked folder by folder without following any link, what is opened is checked after it is open, and files are replaced
-as a whole.
+The shell tool lets a model create links, pipes and devices there, and change them during an access. So a path is walked
+folder by folder without following links, files are checked after they are opened, and files are replaced atomically.
 """
 
 import contextlib
@@ -18,7 +17,10 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def parts(name: str) -> tuple[str, ...]:
-    """Returns the components of a path in the workspace. Raises ToolError for one that is unusable or leads outside."""
+    """Returns the components of a path in the workspace.
+
+    Raises ToolError for an unusable path or one that leads outside.
+    """
     if "\0" in name:
         raise ToolError(f"{name!r} is not a usable path")
     if len(name) > 200:
@@ -45,13 +47,13 @@ def shown(name: str) -> str:
 
 
 def read_bytes(workspace: Path, name: str, max_bytes: int) -> bytes:
-    """Returns a file's content. Raises ToolError for what is no regular file of at most `max_bytes`, or a link."""
+    """Returns a file's content. Raises ToolError unless it is a regular file of at most `max_bytes`."""
     where = parts(name)
     if not where:
         raise ToolError(f"{shown(name)} is a folder; use list")
     with _folder(workspace, where[:-1], name) as folder:
         try:
-            # O_NONBLOCK: opening a pipe without a writer would wait forever.
+            # O_NONBLOCK: opening a pipe without a writer would block forever.
             fd = os.open(where[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except OSError as error:
             raise ToolError(_why(error, name, folder, where[-1])) from None
@@ -73,7 +75,7 @@ def read_bytes(workspace: Path, name: str, max_bytes: int) -> bytes:
 
 
 def exists(workspace: Path, name: str) -> bool:
-    """Whether anything is there, a link counting as itself."""
+    """Returns whether the path exists; links are not followed."""
     where = parts(name)
     try:
         with _folder(workspace, where[:-1], name) as folder:
@@ -84,7 +86,7 @@ def exists(workspace: Path, name: str) -> bool:
 
 
 def replace(workspace: Path, name: str, content: bytes) -> None:
-    """Writes a file as a whole: other readers see the old or the new content. Makes its folders. Raises ToolError."""
+    """Writes a file atomically and creates its folders. Raises ToolError."""
     where = parts(name)
     if not where:
         raise ToolError("path is a folder")
@@ -107,7 +109,7 @@ def replace(workspace: Path, name: str, content: bytes) -> None:
 
 
 def entries(workspace: Path, name: str = ".") -> Iterator[tuple[str, os.stat_result]]:
-    """Yields (path in the workspace, status) of the files below a folder, links as themselves, in no special order."""
+    """Yields (path in the workspace, status) of the files below a folder in any order, without following links."""
     where = parts(name)
     with _folder(workspace, where, name) as folder:
         for path, _, files, fd in os.fwalk(".", dir_fd=folder, follow_symlinks=False):
@@ -120,7 +122,7 @@ def entries(workspace: Path, name: str = ".") -> Iterator[tuple[str, os.stat_res
 
 @contextlib.contextmanager
 def _folder(workspace: Path, where: tuple[str, ...], name: str, make: bool = False) -> Iterator[int]:
-    """Gives a descriptor of the folder `where`, reached without following a link."""
+    """Yields a descriptor of the folder `where`, opened without following links."""
     try:
         fd = os.open(workspace, _FOLDER)
     except OSError as error:

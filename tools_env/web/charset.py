@@ -1,11 +1,11 @@
-"""Bytes of a page as text, whatever its server and its author say of them."""
+"""Decodes the bytes of a page, even when its declared charset is wrong."""
 
 import codecs
 import re
 
 _META = re.compile(rb"<(?:meta|\?xml)\b[^>]{0,200}?(?:charset|encoding)\s*=\s*[\"']?\s*([\w-]{2,40})", re.IGNORECASE)
 _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
-# Supersets that pages mean by the name of the smaller set, as browsers read them.
+# Supersets that browsers use for these names.
 _MEANT = {
     "gb2312": "gb18030",
     "gbk": "gb18030",
@@ -16,8 +16,8 @@ _MEANT = {
     "euc_kr": "cp949",
 }
 _NEVER = frozenset({"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined", "utf-7"})
-_MAX_BROKEN = 0.01  # share of a text that may be broken before its charset is disbelieved
-_SAMPLE = 1 << 15  # bytes that a guess looks at
+_MAX_BROKEN = 0.01  # share of undecodable characters above which a declared charset is rejected
+_SAMPLE = 1 << 15  # bytes that are examined for a guess
 # Frequent characters of Chinese, simplified and traditional, and the Japanese syllables.
 _COMMON = frozenset(
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然"
@@ -27,10 +27,10 @@ _COMMON = frozenset(
 _KANA = re.compile("[\u3040-\u30ff]")
 
 
-def decode(body: bytes, charset: str | None) -> str:
-    """Returns a page's text. `charset`: what the header says; then its own declaration; then the bytes themselves.
+def decode_body(body: bytes, charset: str | None) -> str:
+    """Returns a page's text. `charset`: the header's; the page's own declaration and a guess follow.
 
-    Text that is valid UTF-8 is UTF-8, whatever is said: other charsets are so by chance only for a letter or two.
+    Valid UTF-8 is decoded as UTF-8 whatever is declared: other charsets are valid UTF-8 only for very short texts.
     """
     for mark, name in _MARKS:
         if body.startswith(mark):
@@ -63,7 +63,7 @@ def _whole(content: str) -> bool:
 
 
 def _guess(body: bytes) -> str:
-    """Returns the charset of text that is not UTF-8 and says nothing true of itself."""
+    """Returns the guessed charset of text that is not UTF-8 and declares no usable charset."""
     broken = body.decode("utf-8", "replace")
     if _whole(broken) and len(broken) < len(body):
         return "utf-8"

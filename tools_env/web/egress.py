@@ -1,8 +1,8 @@
-"""Where a request may go: the one rule for the fetcher and for the browser's proxy.
+"""Egress policy: where the page fetcher and the browser's proxy may connect.
 
-The world's hosts are logical names (atlas.test); they stand for its server on loopback. No other address is reached
-unless the internet is allowed, and then never a private one: pages are written by strangers, and their links must not
-lead into the machine's own network. A name is looked up once, and what was checked is what is connected to.
+The offline web's hosts are logical names (atlas.test) for its server on loopback. Other addresses are refused unless
+the internet is allowed, and private ones always: pages are untrusted, and their links must not lead into the machine's
+own network. A name is resolved once, and the connection goes to the checked address.
 """
 
 import asyncio
@@ -16,16 +16,16 @@ import yarl
 
 from tools_env.errors import ToolError
 
-WORLD_PORT = 80
-# Clouds keep services for their own machines at these, which ipaddress takes for public.
-_OF_CLOUDS = [ipaddress.ip_network(block) for block in ("168.63.129.16/32", "192.0.0.0/24")]
+OFFLINE_WEB_PORT = 80
+# Internal services of clouds, at addresses that ipaddress considers public.
+_CLOUD_INTERNAL = [ipaddress.ip_network(block) for block in ("168.63.129.16/32", "192.0.0.0/24")]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NUMBER_AT_END = re.compile(r"(?:^|\.)(?:\d+|0x[0-9a-f]*)\.?$", re.IGNORECASE)
 
 Lookup = Callable[[str, int], Awaitable[list[str]]]
 
 
-class Reach:
+class EgressPolicy:
     """The hosts and addresses that one tool host may connect to."""
 
     def __init__(
@@ -33,8 +33,8 @@ class Reach:
     ):
         """
         Args:
-          hosts: the world's; they are served on port `web_port` of loopback.
-          lookup: host and port to IP addresses, raising OSError; the system's resolver by default.
+          hosts: the offline web's, which are served on port `web_port` of loopback.
+          lookup: from host and port to IP addresses, raising OSError; default: the system's resolver.
         """
         self._hosts = frozenset(hosts)
         self._web_port = web_port
@@ -42,16 +42,16 @@ class Reach:
         self._lookup = lookup or _system_lookup
 
     def served(self, address: str) -> str:
-        """Returns the address under which a page is served here: the world's hosts have no TLS, and links to real ones do."""
+        """Returns a URL with http for https on the offline web's hosts, which have no TLS."""
         parts = urlsplit(address)
         if parts.scheme == "https" and parts.netloc in self._hosts:
             return urlunsplit(("http", *parts[1:]))
         return address
 
     def url(self, address: str) -> yarl.URL:
-        """Returns an address in the spelling that is checked and connected to. Raises ToolError if it may not be.
+        """Returns a checked URL, with literal IP addresses normalized. Raises ToolError if it is not allowed.
 
-        Names are not looked up here; `addresses` does that.
+        Names are not resolved here but in `addresses`.
         """
         try:
             url = yarl.URL(address)
@@ -65,7 +65,10 @@ class Reach:
         return url if literal is None else url.with_host(str(literal))
 
     async def addresses(self, host: str, port: int) -> list[tuple[str, int]]:
-        """Returns IP addresses and ports to connect to. Raises ToolError with a reason that names no address."""
+        """Resolves a host to the IP addresses and ports to connect to.
+
+        Raises ToolError with a reason that names no address.
+        """
         self._check(host, port)
         if host in self._hosts:
             return [("127.0.0.1", self._web_port)]
@@ -80,9 +83,9 @@ class Reach:
         return public
 
     def _check(self, host: str, port: int) -> None:
-        """Refuses what can be refused without looking a name up."""
+        """Refuses what can be refused without resolving a name."""
         if host in self._hosts:
-            if port != WORLD_PORT:
+            if port != OFFLINE_WEB_PORT:
                 raise ToolError("cannot connect")
             return
         literal = literal_address(host)
@@ -91,11 +94,11 @@ class Reach:
         if literal is None and _NUMBER_AT_END.search(host):
             raise ToolError("not an http address")
         if port not in (80, 443) and port < 1024:
-            raise ToolError("cannot connect")  # mail, shells and the like: no web server
+            raise ToolError("cannot connect")  # mail, remote shells and the like
 
 
 def literal_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """Returns the address that `host` spells in any way a C library reads (127.1, 0x7f.1, 017700000001), or None."""
+    """Returns the IP address that `host` spells in any form of the C library (127.1, 0x7f.1, 017700000001), or None."""
     try:
         return ipaddress.ip_address(host.strip("[]"))
     except ValueError:
@@ -107,13 +110,13 @@ def literal_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
 
 
 def is_public(address: str) -> bool:
-    """Returns whether an IP address belongs to the internet and to no special use, also not within another address."""
+    """Returns whether an IP address is public; also checks addresses embedded in IPv6 addresses."""
     ip = ipaddress.ip_address(address)
     if ip in _NAT64:
         ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip.sixtofour or ip.teredo or ip.scope_id):
         return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in block for block in _OF_CLOUDS))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or any(ip in block for block in _CLOUD_INTERNAL))
 
 
 async def _system_lookup(host: str, port: int) -> list[str]:

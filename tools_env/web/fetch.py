@@ -1,4 +1,4 @@
-"""Gets one page over HTTP, with limits on time, size, type and, by `Reach`, where a request may go."""
+"""Fetches a page over HTTP, with limits on time, size and media type, and an egress policy."""
 
 import asyncio
 import dataclasses
@@ -13,10 +13,10 @@ from aiohttp.abc import AbstractResolver
 
 from tools_env.errors import ToolError
 from tools_env.search.citations import canonical_url
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 
 TYPES = frozenset({"text/html", "application/xhtml+xml", "text/plain", "text/markdown", "application/pdf"})
-_UNTOLD = frozenset({"application/octet-stream", "binary/octet-stream"})  # also what a missing type reads as
+_UNTOLD = frozenset({"application/octet-stream", "binary/octet-stream"})  # also the type when none is declared
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HTML_START = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 _UNSEEN = re.compile(rb"<!--.*?-->|<noscript\b.*?</noscript\s*>", re.DOTALL | re.IGNORECASE)
@@ -25,26 +25,26 @@ _REFRESH = re.compile(rb"http-equiv\s*=\s*[\"']?refresh\b", re.IGNORECASE)
 _REFRESH_TO = re.compile(
     rb"content\s*=\s*[\"']?\s*(\d+(?:\.\d*)?)\s*[;,]\s*(?:url\s*=\s*)?[\"']?([^\"'>\s]+)", re.IGNORECASE
 )
-_REFRESH_SECONDS = 5  # a page that stays longer is a page, not a redirect
+_REFRESH_SECONDS = 5  # a page with a longer delay is not a redirect
 
 
 @dataclasses.dataclass(frozen=True)
-class Fetched:
+class FetchedPage:
     url: str  # after redirects, canonical
     media_type: str  # one of TYPES
-    charset: str | None  # as the header says
+    charset: str | None  # from the header
     body: bytes
 
 
 class _Resolver(AbstractResolver):
-    """What `Reach` allows, for aiohttp's connector."""
+    """Resolver of aiohttp's connector that applies the egress policy."""
 
-    def __init__(self, reach: Reach):
-        self._reach = reach
+    def __init__(self, egress: EgressPolicy):
+        self._egress = egress
 
     async def resolve(self, host, port=0, family=socket.AF_INET):
         try:
-            found = await self._reach.addresses(host, port)
+            found = await self._egress.addresses(host, port)
         except ToolError as error:
             raise OSError(str(error)) from None
         families = {True: socket.AF_INET6, False: socket.AF_INET}
@@ -59,29 +59,29 @@ class Fetcher:
 
     def __init__(
         self,
-        reach: Reach,
+        egress: EgressPolicy,
         *,
         timeout: float = 2.0,
         max_bytes: int = 4 << 20,
         max_redirects: int = 5,
         concurrency: int = 64,
     ):
-        self._reach = reach
+        self._egress = egress
         self._timeout = timeout
         self._max_bytes = max_bytes
         self._max_redirects = max_redirects
         self._client = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=_Resolver(reach), limit=concurrency, limit_per_host=0),
+            connector=aiohttp.TCPConnector(resolver=_Resolver(egress), limit=concurrency, limit_per_host=0),
             headers={
                 "User-Agent": "stepdr-tools",
                 "Accept": "text/html, application/pdf, text/plain;q=0.9",
                 "Accept-Encoding": "gzip, deflate",
             },
-            auto_decompress=False,  # the client unpacks without a limit
+            auto_decompress=False,  # the client would decompress without a limit
             cookie_jar=aiohttp.DummyCookieJar(),
         )
 
-    async def fetch(self, url: str) -> Fetched:
+    async def fetch(self, url: str) -> FetchedPage:
         """Returns the page behind `url`. Raises ToolError with a short reason that names no time or address."""
         try:
             async with asyncio.timeout(self._timeout):
@@ -91,11 +91,11 @@ class Fetcher:
         except (aiohttp.ClientError, OSError, ValueError, zlib.error) as error:
             raise ToolError(_reason(error)) from None
 
-    async def _follow(self, url: str) -> Fetched:
-        cookies = aiohttp.CookieJar()  # of this page alone: sites set one and redirect to see it come back
+    async def _follow(self, url: str) -> FetchedPage:
+        cookies = aiohttp.CookieJar()  # of this page alone: some sites set a cookie, redirect and expect it back
         for _ in range(self._max_redirects + 1):
-            url = self._reach.served(canonical_url(url))
-            target = self._reach.url(url)
+            url = self._egress.served(canonical_url(url))
+            target = self._egress.url(url)
             sent = {name: morsel.value for name, morsel in cookies.filter_cookies(target).items()}
             async with self._client.get(target, allow_redirects=False, cookies=sent) as response:
                 cookies.update_cookies(response.cookies, target)
@@ -110,12 +110,12 @@ class Fetcher:
             media_type = _media_type(response.content_type, body)
             moved = _refresh(body) if media_type in ("text/html", "application/xhtml+xml") else None
             if moved is None or canonical_url(moved := urljoin(url, moved)) == url:
-                return Fetched(url, media_type, response.charset, body)
+                return FetchedPage(url, media_type, response.charset, body)
             url = moved
         raise ToolError("too many redirects")
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        """Returns the body, unpacked; neither form may be larger than the limit."""
+        """Returns the decompressed body; neither form may be larger than the limit."""
         unpackers = [_unpacker(name) for name in response.headers.get("Content-Encoding", "").split(",")]
         unpackers = [unpacker for unpacker in reversed(unpackers) if unpacker is not None]
         if len(unpackers) > 1:
@@ -135,7 +135,7 @@ class Fetcher:
 
 
 class _Deflate:
-    """Unpacks "deflate", which some servers send with zlib's head and some without."""
+    """Decompresses "deflate", which servers send with or without a zlib header."""
 
     def __init__(self):
         self._stream = None
@@ -158,7 +158,7 @@ def _unpacker(encoding: str):
 
 
 def _media_type(declared: str, body: bytes) -> str:
-    """Returns what a body is where the header does not say it or is plainly wrong. Raises ToolError."""
+    """Returns the media type, detected where the header declares none or a wrong one. Raises ToolError."""
     if body.startswith(b"%PDF-"):
         return "application/pdf"
     if declared in _UNTOLD or declared == "text/plain":
@@ -172,7 +172,7 @@ def _media_type(declared: str, body: bytes) -> str:
 
 
 def _refresh(body: bytes) -> str | None:
-    """Returns where a page sends its readers at once by <meta http-equiv=refresh>, or None."""
+    """Returns the target of an immediate <meta http-equiv=refresh>, or None."""
     for meta in _META.findall(_UNSEEN.sub(b"", body[: 1 << 14])):
         found = _REFRESH_TO.search(meta) if _REFRESH.search(meta) else None
         if found and float(found.group(1)) <= _REFRESH_SECONDS:

@@ -1,7 +1,7 @@
-"""Turns a fetched page into a title, a date and passages: HTML, plain text and PDF.
+"""Extracts title, date and passages of a fetched page: HTML, plain text and PDF.
 
-A page that declares its main content (<main>, <article>) is taken at its word; on others trafilatura finds it; when
-that finds nothing, all visible text counts. Heavy parsers are imported when first needed.
+The main content is what <main> or <article> declares, else what trafilatura finds, else all visible text. Heavy parsers
+are imported on first use.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import sys
 
 from tools_env.errors import ToolError
 from tools_env.search import text
-from tools_env.web.charset import decode
-from tools_env.web.fetch import Fetched
+from tools_env.web.charset import decode_body
+from tools_env.web.fetch import FetchedPage
 
-VERSION = "2"  # part of the cache key; raise when the same bytes would read differently
+VERSION = "2"  # part of the cache key; raise when the same bytes give another result
 
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _DATE_NAMES = ("article:published_time", "date", "dc.date", "dcterms.date", "datepublished", "last-modified")
@@ -27,8 +27,8 @@ _BLOCKS = frozenset(
 )
 _HIDDEN = frozenset("aside button footer form head header nav noscript script select style svg template".split())
 _SENTENCE_END = (".", "!", "?", "。", "！", "？", ":", "：")
-_MAX_EXTRACTED = 500_000  # characters of a page whose main text is looked for; on 4 million of links that took 18 s
-# For what no parser reads, such as a thousand elements in each other.
+_MAX_EXTRACTED = 500_000  # characters; larger pages skip trafilatura, which took 18 s on 4 million characters of links
+# For pages that no parser handles, such as deeply nested ones.
 _UNREAD = re.compile(r"<!--.*?-->|<(script|style|head)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"<[^<>]{0,5000}>")
 _PDF_SECONDS = 20
@@ -37,31 +37,31 @@ _MAX_PAGES = 500  # of a PDF
 
 
 @dataclasses.dataclass(frozen=True)
-class Page:
+class ExtractedPage:
     title: str
     published_at: str | None  # ISO date
     passages: list[str]
 
 
-def read(fetched: Fetched) -> Page:
-    """Returns what the page says. Blocking (1-10 ms for HTML, more for PDF). Raises ToolError when unreadable."""
+def extract_page(fetched: FetchedPage) -> ExtractedPage:
+    """Returns the content of a page. Blocking (1-10 ms for HTML, more for PDF). Raises ToolError when unreadable."""
     if fetched.media_type == "application/pdf":
         return _read_pdf(fetched.body)
-    content = decode(fetched.body, fetched.charset)
+    content = decode_body(fetched.body, fetched.charset)
     if fetched.media_type in ("text/plain", "text/markdown"):
         lines = content.splitlines()
         title = next((line.lstrip("# ").strip() for line in lines if line.strip()), "")
-        return Page(title[:120], None, text.passages(content))
+        return ExtractedPage(title[:120], None, text.passages(content))
     return _read_html(content)
 
 
-def _read_html(content: str) -> Page:
+def _read_html(content: str) -> ExtractedPage:
     import lxml.html
 
     if not content.strip():
-        return Page("", None, [])
+        return ExtractedPage("", None, [])
     try:
-        # Bytes, because lxml refuses text that carries an encoding declaration.
+        # Bytes, because lxml rejects text with an encoding declaration.
         root = lxml.html.document_fromstring(
             content.encode("utf-8", "replace"), parser=lxml.html.HTMLParser(encoding="utf-8")
         )
@@ -79,7 +79,7 @@ def _read_html(content: str) -> Page:
         )
         passages = text.passages(extracted or "")
     passages = passages or text.passages(_lines(root)) or text.passages(_TAG.sub("\n", _UNREAD.sub("", content)))
-    return Page(title, _date(root), passages)
+    return ExtractedPage(title, _date(root), passages)
 
 
 def _date(root) -> str | None:
@@ -92,7 +92,7 @@ def _date(root) -> str | None:
 
 
 def _lines(root) -> str:
-    """Returns visible text, one block a line; headings get a mark so that they are not taken for passages."""
+    """Returns visible text, one block per line; headings are marked with # so that they do not become passages."""
     out: list[str] = []
 
     def walk(node):
@@ -115,8 +115,8 @@ def _lines(root) -> str:
     return "".join(out)
 
 
-def _read_pdf(body: bytes) -> Page:
-    """Reads a PDF in a process of its own with limits: a hostile one takes nothing else down."""
+def _read_pdf(body: bytes) -> ExtractedPage:
+    """Parses a PDF in a separate process with limits, so that a hostile one does not affect the host."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "tools_env.web.page"],
@@ -130,10 +130,10 @@ def _read_pdf(body: bytes) -> Page:
         raise ToolError("unreadable PDF: it takes too much time or memory") from None
     if "error" in answer:
         raise ToolError(answer["error"])
-    return Page(**answer)
+    return ExtractedPage(**answer)
 
 
-def _parse_pdf(body: bytes) -> Page:
+def _parse_pdf(body: bytes) -> ExtractedPage:
     import pypdfium2
 
     try:
@@ -147,11 +147,13 @@ def _parse_pdf(body: bytes) -> Page:
     lines = [line.strip() for page in pages for line in page.splitlines()]
     if not title:
         title = next((line for line in lines if line), "")
-    return Page(title[:120], "-".join(created.groups()) if created else None, text.passages("\n".join(_joined(lines))))
+    return ExtractedPage(
+        title[:120], "-".join(created.groups()) if created else None, text.passages("\n".join(_joined(lines)))
+    )
 
 
 def _joined(lines: list[str]) -> list[str]:
-    """Joins the lines of a paragraph: PDF breaks lines where the column ends, not where the thought does."""
+    """Joins the lines of a paragraph, which PDF breaks at the end of a column."""
     paragraphs, current = [], ""
     for line in [*lines, ""]:
         if not line or (current and current.endswith(_SENTENCE_END) and len(current) > 20):
@@ -168,7 +170,7 @@ def _joined(lines: list[str]) -> list[str]:
 
 
 def main() -> int:
-    """Reads a PDF from standard input and prints it as JSON, with little memory and time."""
+    """Parses a PDF from standard input, with limits on memory and time, and prints JSON."""
     resource.setrlimit(resource.RLIMIT_AS, (_PDF_MEMORY, _PDF_MEMORY))
     resource.setrlimit(resource.RLIMIT_CPU, (_PDF_SECONDS, _PDF_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -176,7 +178,7 @@ def main() -> int:
         answer = dataclasses.asdict(_parse_pdf(sys.stdin.buffer.read()))
     except ToolError as error:
         answer = {"error": str(error)}
-    except Exception as error:  # a parser's own failure on a broken file is the file's
+    except Exception as error:  # a parser's exception means a broken file
         answer = {"error": f"unreadable PDF ({type(error).__name__})"}
     print(json.dumps(answer))
     return 0

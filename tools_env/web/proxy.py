@@ -1,7 +1,7 @@
-"""The browser's only way out: a forward proxy on loopback that connects where `Reach` allows, and nowhere else.
+"""The browser's only network access: a forward proxy on loopback that applies the egress policy.
 
-One request a connection: what a server answers can then never be taken for the answer to another host's request. Only
-who knows the secret is served, so that neither other users of the machine nor the browser's own background traffic is.
+Each connection serves one request, so that a reply cannot be taken for that of another host. Requests must carry a
+secret, so that neither other users of the machine nor the browser's background traffic are served.
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
 from tools_env.errors import ToolError
-from tools_env.web.egress import Reach
+from tools_env.web.egress import EgressPolicy
 
 logger = logging.getLogger(__name__)
 
-REFUSED = "proxy-status"  # header (RFC 9209) of a reply that the proxy made itself
-_MAX_HEAD = 64 << 10  # bytes of a request's or reply's head
+REFUSAL_HEADER = "proxy-status"  # header (RFC 9209) of the proxy's own replies
+_MAX_HEAD = 64 << 10  # bytes of the head of a request or reply
 _MAX_UPLOAD = 8 << 20
 _CONNECT_SECONDS = 5.0
 _HOP_BY_HOP = frozenset({"connection", "keep-alive", "te", "trailer", "upgrade", "expect"})
@@ -27,7 +27,7 @@ Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 class _Refused(Exception):
-    """Answered by the proxy itself: a status line, headers and a reason."""
+    """A refusal by the proxy itself: a status line, headers and a reason."""
 
     def __init__(self, status: str, reason: str, *headers: str):
         super().__init__(reason)
@@ -35,12 +35,12 @@ class _Refused(Exception):
         self.headers = headers
 
 
-class Proxy:
+class ForwardProxy:
     """One proxy on the running event loop; `close` ends it and every connection through it."""
 
     def __init__(
         self,
-        reach: Reach,
+        egress: EgressPolicy,
         secret: str,
         *,
         max_bytes: int = 32 << 20,
@@ -51,11 +51,11 @@ class Proxy:
         """
         Args:
           secret: password that every request must carry; the user name is "browser".
-          max_bytes: of one reply, or of one tunnel in each direction; what is longer is cut off.
-          seconds: that one connection may last.
-          connections: open at a time; more are closed at once.
+          max_bytes: limit of one reply, or of one tunnel in each direction.
+          seconds: limit of one connection.
+          connections: concurrent connections; further ones are closed at once.
         """
-        self._reach = reach
+        self._egress = egress
         self._expected = b"Basic " + base64.b64encode(b"browser:" + secret.encode())
         self._max_bytes = max_bytes
         self._seconds = seconds
@@ -88,10 +88,10 @@ class Proxy:
             async with asyncio.timeout(self._seconds):
                 await self._serve(reader, writer)
         except _Refused as refusal:
-            await _say(writer, refusal)
-        except (TimeoutError, OSError, EOFError, ValueError):  # either side broke off, or spoke no HTTP
+            await _send_refusal(writer, refusal)
+        except (TimeoutError, OSError, EOFError, ValueError):  # either side disconnected or did not speak HTTP
             writer.transport.abort()
-        except asyncio.CancelledError:  # the end of the proxy
+        except asyncio.CancelledError:  # the proxy is closing
             writer.transport.abort()
         finally:
             self._open.discard(task)
@@ -123,7 +123,7 @@ class Proxy:
 
     async def _upstream(self, host: str, port: int):
         try:
-            addresses = await self._reach.addresses(host.lower(), port)
+            addresses = await self._egress.addresses(host.lower(), port)
         except ToolError as error:
             raise _Refused("403 Forbidden", str(error)) from None
         for address, at_port in addresses[:3]:
@@ -135,22 +135,24 @@ class Proxy:
         raise _Refused("502 Bad Gateway", "cannot connect")
 
     async def _exchange(self, client, upstream, upload: int | None = None) -> None:
-        """Passes bytes both ways until one side ends; of one request with its reply if `upload` is its body's length."""
+        """Relays bytes both ways until one side ends. `upload`: length of a request's body; None: a tunnel."""
 
         async def down():
             if upload is not None:
                 status = "100"
-                while status.startswith("1"):  # interim replies are not passed on
+                while status.startswith("1"):  # interim replies are not forwarded
                     first, headers = await _head(upstream[0])
                     status = first.split(" ")[1]
                 client[1].write(_encoded(first, [row for row in headers if _passes(row[0])]))
-            await _pass(upstream[0], client[1], self._max_bytes)
+            await _relay(upstream[0], client[1], self._max_bytes)
 
         async def up():
             if upload is None:
-                return await _pass(client[0], upstream[1], self._max_bytes)
+                return await _relay(client[0], upstream[1], self._max_bytes)
             left = upload
-            while part := await client[0].read(min(left, 1 << 16) or 1 << 16):  # beyond the request nothing goes on
+            while part := await client[0].read(
+                min(left, 1 << 16) or 1 << 16
+            ):  # nothing beyond the request is forwarded
                 upstream[1].write(part[:left])
                 left -= len(part[:left])
                 await upstream[1].drain()
@@ -167,8 +169,8 @@ class Proxy:
             upstream[1].transport.abort()
 
 
-async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
-    """Passes bytes on until the reader ends. Raises OSError when there are more than `most`."""
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
+    """Relays bytes until the reader ends. Raises OSError for more than `most` bytes."""
     while part := await reader.read(1 << 16):
         most -= len(part)
         if most < 0:
@@ -198,7 +200,7 @@ def _encoded(first: str, headers: list[tuple[str, str]]) -> bytes:
     return "\r\n".join(lines).encode("latin-1")
 
 
-async def _say(writer: asyncio.StreamWriter, refusal: _Refused) -> None:
+async def _send_refusal(writer: asyncio.StreamWriter, refusal: _Refused) -> None:
     body = f"{refusal}\n".encode()
     headers = ["Content-Type: text/plain", f"Content-Length: {len(body)}", "Cache-Control: no-store"]
     headers += [f"Proxy-Status: stepdr_tools; details={refusal}", "Connection: close", *refusal.headers]

@@ -1,17 +1,17 @@
-"""Readers of public source formats: files of Wikipedia, papers, trajectories, dialogue or one's own data to rows.
+"""Readers of public source formats: Wikipedia, papers, trajectories, dialogue or your own data to rows.
 
-A source is an entry of `config.data.sources`: name -> {format, path, component, capability, lang, licence}. `path` is a glob;
-`component` is the mixture component that its rows belong to (synthesis rows name their own). The others fill in what a row
-does not say. A format is a container (how a file is cut into records) and a conversion (a record to a row).
+A source is an entry of `config.data.sources`: name -> {format, path, component, capability, lang, license, family}.
+`path` is a glob; `component` is the mixture component that its rows belong to (synthesis rows name their own). The
+other fields are defaults for rows that lack them. A format is a container (how a file is divided into records) and a
+conversion (of a record to a row).
 
-A row is a dict with `id`, `component`, `capability`, `lang`, `licence`, `provenance` (url, else file and position) and one of
-`text` | `prompt`, `completion` (optionally `chat`, `loss`) | `trajectory` (a `records.Trajectory` as a dict).
+A row is a dict with `id`, `components`, `capability`, `lang`, `license`, `provenance` (URL, or file and position) and
+one of `text` | `prompt`, `completion` (optionally `chat`, `loss`) | `trajectory` (a `records.Trajectory` as a dict).
 """
 
 import dataclasses
 import functools
 import glob
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,20 @@ from ml_collections import ConfigDict
 
 from stepdr_jax.data.sources import agents, articles, containers, dialogue, plain
 from stepdr_jax.errors import UserError
-
-_HAN = re.compile(r"[\u3400-\u9fff]")
+from stepdr_jax.text.scripts import document_language
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """`container` has parts(path, size), scan(path, part) and pick(path, part, keys); `row` takes a record apart."""
+    """`container` has parts(path, size), scan(path, part) and pick(path, part, keys); `row` converts a record."""
 
     container: Any
-    row: Callable[[Any], dict | None]  # None: left out on purpose, such as a redirect; ValueError: a bad row
+    row: Callable[[Any], dict | None]  # None: skipped on purpose, such as a redirect; ValueError: a bad row
 
 
 FORMATS = {
     "jsonl": Format(containers.Lines, plain.any_row),
-    "synthesis_reading": Format(containers.Lines, plain.synthesis_reading),
+    "synthesis_documents": Format(containers.Lines, plain.synthesis_documents),
     "synthesis_trajectories": Format(containers.Lines, plain.synthesis_trajectory),
     "text": Format(containers.WholeFile, plain.text_file),
     "wikipedia": Format(containers.MediaWiki, articles.wikipedia),
@@ -46,12 +45,12 @@ FORMATS = {
     "adp": Format(containers.Lines, agents.agent_data_protocol),
     "adp_json": Format(containers.JsonArray, agents.agent_data_protocol),
 }
-FIELDS = ("format", "path", "component", "capability", "lang", "licence", "family")
+FIELDS = ("format", "path", "component", "capability", "lang", "license", "family")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """One entry of `config.data.sources`, checked. `files` are sorted, so the same folder gives the same order."""
+class DataSource:
+    """A validated entry of `config.data.sources`. `files` are sorted, so the same folder gives the same order."""
 
     name: str
     format: str
@@ -59,17 +58,17 @@ class Source:
     component: str
     capability: str = ""
     lang: str = ""
-    licence: str = ""
+    license: str = ""
     family: str = ""
 
     def scan(self, path: Path, part: tuple[int, int]) -> Iterator[tuple[int, dict | ValueError | None, int]]:
-        """Yields (key, row, bytes) of a part: the row, None where it is left out on purpose, the error of a bad row."""
+        """Yields (key, row, bytes) of each record; the row is None if skipped on purpose, a ValueError if bad."""
         for key, record in FORMATS[self.format].container.scan(path, part):
             size = record.size if isinstance(record, containers.Broken) else containers.size_of(record)
             yield key, self._row(record, path, key), size
 
     def pick(self, path: Path, part: tuple[int, int], keys: list[int]) -> Iterator[dict]:
-        """Yields the rows of these keys of a part, which `scan` has found good, in ascending order."""
+        """Yields the rows of a part with these keys, which `scan` found good, in ascending order."""
         for key, record in FORMATS[self.format].container.pick(path, part, keys):
             row = self._row(record, path, key)
             if not isinstance(row, dict):
@@ -77,7 +76,7 @@ class Source:
             yield row
 
     def parts(self, path: Path, size: int) -> list[tuple[int, int]]:
-        """Returns how a file is cut for workers: pieces of about `size` bytes where the format allows it."""
+        """Returns the parts of a file for workers: of about `size` bytes each where the format allows it."""
         return FORMATS[self.format].container.parts(path, size)
 
     def _row(self, record: Any, path: Path, key: int) -> dict | ValueError | None:
@@ -96,40 +95,35 @@ class Source:
         if not row["components"] and row.get("components") is None:
             return ValueError("the row names no component, and its source has none")
         row["capability"] = row.get("capability") or self.capability
-        row["licence"] = row.get("licence") or self.licence
-        row["lang"] = row.get("lang") or self.lang or language(words_of(row))
+        row["license"] = row.get("license") or self.license
+        row["lang"] = row.get("lang") or self.lang or document_language(row_text(row))
         return row
 
 
-def words_of(row: dict) -> str:
-    """What a row says, as one text: what duplicates and evaluation questions are looked for in.
+def row_text(row: dict) -> str:
+    """The text of a row in which duplicates and evaluation questions are searched.
 
-    System prompts are left out, as many trajectories share a long one and are no duplicates for that.
+    System prompts are left out: many trajectories share a long one without being duplicates.
     """
     if "trajectory" in row:
         return "\n".join(m["content"] for m in row["trajectory"]["messages"] if m["role"] != "system")
     return row["text"] if "text" in row else f"{row['prompt']}\n{row['completion']}"
 
 
-def language(text: str) -> str:
-    """zh where a tenth of the first characters is Chinese, else en: a guess for rows and sources that do not say."""
-    head = text[:2000]
-    return "zh" if len(_HAN.findall(head)) > len(head) / 10 else "en"
+def list_sources(config: ConfigDict) -> list[DataSource]:
+    """Returns the sources of a config: the files that launch.synthesize wrote into run_dir/corpus, then its entries.
 
-
-def of(config: ConfigDict) -> list[Source]:
-    """Returns the sources of a config: its own entries and what launch.synthesize has written into run_dir/corpus.
-
-    Raises UserError for an unknown format or field, and for a path where nothing lies.
+    Raises UserError for an unknown format or field, and for a path without files.
     """
     found = []
     corpus = Path(config.run_dir) / "corpus"
-    for format_, name in (("synthesis_reading", "reading.jsonl"), ("synthesis_trajectories", "trajectories.jsonl")):
+    written = {"synthesis_documents": "synthetic_documents.jsonl", "synthesis_trajectories": "trajectories.jsonl"}
+    for format_, name in written.items():
         if (corpus / name).exists():
-            found.append(Source(name.removesuffix(".jsonl"), format_, (corpus / name,), component=""))
+            found.append(DataSource(name.removesuffix(".jsonl"), format_, (corpus / name,), component=""))
         elif not config.data.sources:
             raise UserError(f"{corpus / name} does not exist; run launch.synthesize first, or fill config.data.sources")
-    return found + [_checked(name, dict(entry)) for name, entry in config.data.sources.items()]
+    return found + [_validated(name, dict(entry)) for name, entry in config.data.sources.items()]
 
 
 @functools.lru_cache(maxsize=64)
@@ -137,19 +131,19 @@ def _files(pattern: str) -> tuple[Path, ...]:
     return tuple(Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file())
 
 
-def _checked(name: str, entry: dict) -> Source:
+def _validated(name: str, entry: dict) -> DataSource:
     where = f"config.data.sources.{name}"
     if unknown := set(entry) - set(FIELDS):
-        raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r}; it may have {', '.join(FIELDS)}")
+        raise UserError(f"{where}: unknown field {sorted(unknown)[0]!r}; allowed fields: {', '.join(FIELDS)}")
     if entry.get("format") not in FORMATS:
         raise UserError(f"{where}.format: expected one of {', '.join(FORMATS)}, got {entry.get('format')!r}")
     files = _files(entry.get("path", ""))
     if not files:
         raise UserError(
-            f"{where}.path: no file matches {entry.get('path', '')!r}; correct the path (a glob may be used)"
+            f"{where}.path: no file matches {entry.get('path', '')!r}; correct the path (globs are allowed)"
         )
-    names_own = entry["format"].startswith("synthesis_")
-    if not entry.get("component") and not names_own:
+    names_components = entry["format"].startswith("synthesis_")
+    if not entry.get("component") and not names_components:
         raise UserError(f"{where}.component: expected the mixture component of its rows, got none")
     texts = {field: str(entry.get(field, "")) for field in FIELDS if field not in ("format", "path")}
-    return Source(name, entry["format"], files, **texts)
+    return DataSource(name, entry["format"], files, **texts)

@@ -1,8 +1,8 @@
 """Trajectories in the Agent Data Protocol's standard form (neulab/agent-data-protocol, schema up to 1.2).
 
-A trajectory is {id, content: [steps], details}. Steps are observations (text_observation, web_observation) and actions
-(api_action: a function and its arguments; code_action: a language and code; message_action: text); an action's `description` is
-the thought before it.
+A trajectory is {id, content: [steps], details}. Steps are observations (text_observation, web_observation) and
+actions (api_action: a function and its arguments; code_action: a language and code; message_action: text); an
+action's `description` is the reasoning before it.
 """
 
 from typing import Any
@@ -13,10 +13,10 @@ from stepdr_jax.tokens.chat import tool_call_text
 
 
 def agent_data_protocol(line: bytes) -> dict:
-    """A row whose actions are assistant turns with <think> and <tool_call>, and whose observations are tool results.
+    """Actions become assistant turns with <think> and <tool_call>, observations become tool results.
 
-    Actions that follow each other are one turn. What the data itself puts into the agent's mouth (an observation of source
-    agent) is a turn that is not learned.
+    Consecutive actions are one turn. An observation whose source is the agent is an assistant turn that is not trained
+    on.
     """
     row = parsed(line)
     steps = row.get("content")
@@ -33,18 +33,18 @@ def agent_data_protocol(line: bytes) -> dict:
         last = messages[-1] if messages else None
         if last and last["role"] == message["role"] == "assistant":
             if last.get("train", True) != message.get("train", True):
-                raise ValueError(f"step {number}: the agent acts and is spoken for in one turn")
+                raise ValueError(f"step {number}: one assistant turn has both trained and untrained parts")
             last["content"] += "\n" + message["content"]
         else:
             messages.append(message)
     details = row.get("details") if isinstance(row.get("details"), dict) else {}
-    own = common(row) | {key: str(details[key]) for key in ("licence", "license") if details.get(key)}
-    own["licence"] = own.pop("license", "") or own.get("licence", "")
+    own = common(row)
+    own["license"] = str(details.get("license") or details.get("licence") or own.get("license", ""))
     return own | {"trajectory": dialogue.trajectory(row.get("id"), "adp", messages, answer=answer)}
 
 
 def _message(step: Any, number: int, before: str) -> dict:
-    """Returns a step as a message. `before`: the class of the last action; what follows a call is its result."""
+    """Returns a step as a message. `before`: class of the last action; an observation after a call is its result."""
     called = before in ("api_action", "code_action")
     if not isinstance(step, dict):
         raise ValueError(f"step {number}: expected an object")
@@ -59,7 +59,7 @@ def _message(step: Any, number: int, before: str) -> dict:
     if kind == "web_observation":
         page = step.get("axtree") or step.get("html")
         if not page:
-            raise ValueError(f"step {number}: a web observation without text (axtree or html)")
+            raise ValueError(f"step {number}: expected text in a web observation (axtree or html)")
         content = f"{step['url']}\n{page}" if step.get("url") else str(page)
         return {"role": "tool" if called else "user", "content": content}
     thought = f"<think>\n{step['description']}\n</think>\n" if step.get("description") else ""

@@ -1,7 +1,8 @@
 """Articles: Wikipedia and Baike pages, academic papers, PleIAs' SYNTH.
 
-Formats as published: MediaWiki's export schema 0.11; Baike dumps as JSONL of title, summary, sections, url; Semantic Scholar's
-S2ORC (both its releases) and arXiv's metadata; SYNTH's Parquet columns (huggingface.co/datasets/PleIAs/SYNTH).
+Formats as published: MediaWiki's export schema 0.11; Baike dumps as JSONL of title, summary, sections, url; Semantic
+Scholar's S2ORC (both its releases) and arXiv's metadata; SYNTH's Parquet columns
+(huggingface.co/datasets/PleIAs/SYNTH).
 """
 
 import html
@@ -10,7 +11,7 @@ import re
 
 from stepdr_jax.data.sources.fields import common, parsed, text
 
-WIKIPEDIA_LICENCE = "CC-BY-SA-4.0"
+WIKIPEDIA_LICENSE = "CC-BY-SA-4.0"
 _DROPPED = re.compile(
     r"<!--.*?-->|<(ref|math|gallery|timeline|score)\b[^>]*?(?:/>|>.*?</\1\s*>)", re.DOTALL | re.IGNORECASE
 )
@@ -23,7 +24,7 @@ _HEADING = re.compile(r"^(=+)\s*(.*?)\s*\1\s*$", re.MULTILINE)
 
 
 def wikipedia(page: dict) -> dict | None:
-    """A page of the main namespace that is no redirect, as title and plain text."""
+    """Title and plain text of a page; None for redirects and pages outside the main namespace."""
     if page["ns"] != "0" or page["redirect"]:
         return None
     body = plain_wikitext(page["text"])
@@ -34,11 +35,11 @@ def wikipedia(page: dict) -> dict | None:
         id=page["id"] and f"wikipedia/{page['lang']}/{page['id']}", text=f"{page['title']}\n\n{body}", provenance=url
     )
     lang = page["lang"].split("-")[0]
-    return row | {"licence": WIKIPEDIA_LICENCE} | ({"lang": lang} if lang else {})
+    return row | {"license": WIKIPEDIA_LICENSE} | ({"lang": lang} if lang else {})
 
 
 def plain_wikitext(source: str) -> str:
-    """Returns the prose of wikitext: without templates, tables, references, files and markup; headings stay as lines."""
+    """Returns the prose of wikitext without templates, tables, references, files and markup; headings become lines."""
     source = _without_braces(_DROPPED.sub("", source))
     source = _LINK.sub(r"\1", _FILE.sub("", source))
     source = _OUTSIDE.sub(r"\1", source)
@@ -49,7 +50,7 @@ def plain_wikitext(source: str) -> str:
 
 
 def _without_braces(source: str) -> str:
-    """Drops {{templates}} and {|tables|}, nested ones too; what is opened and never closed is dropped to the end."""
+    """Drops {{templates}} and {|tables|}, nested ones too; an unclosed one is dropped to the end."""
     kept, depth, start = [], 0, 0
     for match in _BRACES.finditer(source):
         opens = match.group() in ("{{", "{|")
@@ -62,7 +63,7 @@ def _without_braces(source: str) -> str:
 
 
 def baike(line: bytes) -> dict:
-    """An entry {title, summary, sections: [{title, content}], url}; one with text and title alone will do."""
+    """An entry {title, summary, sections: [{title, content}], url}; text and title are enough."""
     row = parsed(line)
     sections = row.get("sections") or []
     parts = [row.get("summary") or row.get("abstract") or row.get("text") or ""]
@@ -72,14 +73,14 @@ def baike(line: bytes) -> dict:
 
 
 def paper(line: bytes) -> dict:
-    """A paper of S2ORC (with `content`, or with `pdf_parse`), of arXiv's metadata (title and abstract), or plain `text`."""
+    """A paper of S2ORC (`content` or `pdf_parse`), of arXiv's metadata (title and abstract), or plain `text`."""
     row = parsed(line)
     own = common(row)
-    own["licence"] = own.get("licence", "")
+    own["license"] = own.get("license", "")
     if isinstance(row.get("content"), dict):
         body = row["content"]
         access = ((body.get("source") or {}).get("oainfo")) or {}
-        own |= dict(licence=access.get("license") or own["licence"], provenance=access.get("openaccessurl") or "")
+        own |= dict(license=access.get("license") or own["license"], provenance=access.get("openaccessurl") or "")
         title = _annotated(body, "title")
         return own | dict(id=f"s2orc/{row['corpusid']}", text=_joined(title, text(body.get("text"), "content.text")))
     if isinstance(row.get("pdf_parse"), dict):
@@ -107,7 +108,7 @@ def _annotated(body: dict, name: str) -> str:
     spans = (body.get("annotations") or {}).get(name)
     spans = json.loads(spans) if isinstance(spans, str) else spans
     found = body["text"][int(spans[0]["start"]) : int(spans[0]["end"])] if spans else ""
-    return "" if body["text"].startswith(found) else found  # it is there already
+    return "" if body["text"].startswith(found) else found  # the text begins with it
 
 
 def _joined(*parts: str | None) -> str:
@@ -115,7 +116,7 @@ def _joined(*parts: str | None) -> str:
 
 
 def synth(row: dict) -> dict:
-    """A row of SYNTH: the query, and the reasoning between <think> tags with the answer, which alone are learned."""
+    """A row of SYNTH: the query; then, trained on, the reasoning between <think> tags and the answer."""
     thought = row.get("synthetic_reasoning") or ""
     answer = text(row["synthetic_answer"], "synthetic_answer")
     completion = f"<think>\n{thought.strip()}\n</think>\n{answer}" if thought.strip() else answer
@@ -126,6 +127,6 @@ def synth(row: dict) -> dict:
         chat=True,
         loss="completion",
         lang=row.get("language") or "",
-        licence=row.get("seed_license") or "",
+        license=row.get("seed_license") or "",
         provenance=row.get("query_seed_url") or "",
     )

@@ -1,8 +1,8 @@
-"""How files are cut into records: lines, JSON lists, MediaWiki dumps, Parquet tables, whole files.
+"""How files are divided into records: lines, JSON lists, MediaWiki dumps, Parquet tables, whole files.
 
-Each container has `parts(path, size)` -> [(start, end)], `scan(path, part)` -> (key, record) and `pick(path, part, keys)`,
-which reads the records of ascending keys only. A key is a record's position: bytes for lines, a count for the others. A record
-that cannot be read is `Broken`; what follows it is read all the same where the format allows it.
+Each container has `parts(path, size)` -> [(start, end)], `scan(path, part)` -> (key, record) and `pick(path, part,
+keys)`, which reads the records of ascending keys only. A key is a record's position: bytes for lines, a count for the
+others. A record that cannot be read is `Broken`; what follows it is read all the same where the format allows it.
 """
 
 import bz2
@@ -17,12 +17,14 @@ from typing import Any
 
 _COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 WHOLE = (0, -1)
-TORN = "the last line is torn"  # its writer was killed, which is nobody's mistake
+TORN = "the last line is incomplete"  # its writer was killed; not an error of the data
 Part = tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
+    """A record that cannot be read."""
+
     reason: str
     size: int = 0
 
@@ -44,7 +46,7 @@ def size_of(record: Any) -> int:
 
 
 class _Sequential:
-    """Of containers that can only be read from their start."""
+    """Base of containers that can only be read from their start."""
 
     @staticmethod
     def parts(path: Path, size: int) -> list[Part]:
@@ -62,7 +64,7 @@ class _Sequential:
 
 
 class Lines(_Sequential):
-    """One JSON object a line; records are the lines. A part holds the lines that begin in it."""
+    """One JSON object per line; records are the lines. A part has the lines that begin in it."""
 
     @staticmethod
     def parts(path: Path, size: int) -> list[Part]:
@@ -78,7 +80,7 @@ class Lines(_Sequential):
         with open_bytes(path) as file:
             if start:
                 file.seek(start - 1)
-                start += len(file.readline()) - 1  # the line that began before belongs to the part before
+                start += len(file.readline()) - 1  # a line that began earlier belongs to the previous part
             lines = iter(file.readline, b"")
             for line in lines:
                 if 0 <= end <= start:
@@ -117,7 +119,7 @@ class JsonArray(_Sequential):
 
 
 class WholeFile(_Sequential):
-    """One document a file, as UTF-8 text."""
+    """One document per file, as UTF-8 text."""
 
     @staticmethod
     def scan(path: Path, part: Part) -> Iterator[tuple[int, dict | Broken]]:
@@ -130,7 +132,7 @@ class WholeFile(_Sequential):
 
 
 class MediaWiki(_Sequential):
-    """Pages of a MediaWiki XML export, plain or .bz2, in a stream: records of title, ns, id, redirect, text, base, lang."""
+    """Streams the pages of a MediaWiki XML export: records of title, ns, id, redirect, text, base, lang."""
 
     @staticmethod
     def scan(path: Path, part: Part) -> Iterator[tuple[int, dict | Broken]]:
@@ -149,7 +151,7 @@ class MediaWiki(_Sequential):
                     if event == "end" and tag == "page":
                         yield count, _page(element) | site
                         count += 1
-                        root.clear()  # or the whole dump is kept in memory
+                        root.clear()  # else the whole dump stays in memory
             except (xml.ParseError, EOFError, OSError) as error:
                 yield count, Broken(f"the dump is damaged from page {count} on ({error})")
 
@@ -170,7 +172,7 @@ class Parquet(_Sequential):
 
         try:
             groups = parquet.ParquetFile(path).num_row_groups
-        except Exception:  # scan names it
+        except Exception:  # scan reports it
             return [WHOLE]
         per = max(1, groups * size // max(path.stat().st_size, 1))
         return [(first, min(first + per, groups)) for first in range(0, groups, per)] or [WHOLE]

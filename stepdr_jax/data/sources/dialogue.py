@@ -4,7 +4,6 @@ Only assistant messages are ever learned; "train": false or "weight": 0 takes on
 """
 
 import json
-import re
 from typing import Any
 
 from stepdr_jax.data.sources.fields import common, parsed
@@ -94,8 +93,3 @@ def _call(call: dict, number: int) -> str:
     if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise ValueError(f"turn {number}: expected a tool call with a name and arguments as an object")
     return tool_call_text(function["name"], arguments)
-
-
-def question_language(question: str) -> str:
-    """zh where a question has a Chinese character, else en."""
-    return "zh" if re.search(r"[\u4e00-\u9fff]", question) else "en"

@@ -1,10 +1,10 @@
-"""What all JSON rows have in common: an object, the fields that any may bring along, texts that are not empty."""
+"""Parsing shared by all formats of JSON rows: the object, its optional fields, and texts that must not be empty."""
 
 import json
 
 
 def parsed(line: bytes) -> dict:
-    """Returns a line as an object. Raises ValueError saying what it is instead."""
+    """Returns a line as an object. Raises ValueError for anything else."""
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
@@ -15,13 +15,13 @@ def parsed(line: bytes) -> dict:
 
 
 def common(row: dict) -> dict:
-    """The fields that any row may bring along, under their names here."""
+    """The optional fields of any row, under our names."""
     named = dict(
         id=row.get("id"),
         component=row.get("component"),
         capability=row.get("capability"),
         lang=row.get("lang") or row.get("language"),
-        licence=row.get("licence") or row.get("license"),
+        license=row.get("license") or row.get("licence"),
         provenance=row.get("provenance") or row.get("url"),
     )
     found = {name: str(value) for name, value in named.items() if value not in (None, "") and _plain(value)}
@@ -35,7 +35,7 @@ def _plain(value) -> bool:
 
 
 def text(value, field: str) -> str:
-    """Raises ValueError for what is no text or has none in it."""
+    """Returns `value`. Raises ValueError when it is no string or is blank."""
     if not isinstance(value, str):
         raise ValueError(f"field {field!r}: expected text, got {type(value).__name__}")
     if not value.strip():

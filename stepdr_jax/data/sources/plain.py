@@ -1,4 +1,4 @@
-"""Rows of one's own JSONL, of synthesis, of question sets with URLs, and plain text files."""
+"""Rows of your own JSONL, of synthesis, of question sets with URLs, and plain text files."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,14 @@ import pydantic
 from stepdr_jax.data.sources import dialogue
 from stepdr_jax.data.sources.fields import common, parsed, text
 from stepdr_jax.records import Trajectory
+from stepdr_jax.text.scripts import question_language
 
 
 def any_row(line: bytes) -> dict:
-    """A row of one's own: {"text"}, {"prompt", "completion"} or {"messages"}.
+    """A row of your own data: {"text"}, {"prompt", "completion"} or {"messages"}.
 
-    A prompt and its completion become one user and one assistant turn, and only the completion is learned, unless the row
-    says "chat": false or "loss": "all".
+    A prompt and its completion become one user and one assistant turn, and only the completion is learned, unless the
+    row says "chat": false or "loss": "all".
     """
     row = parsed(line)
     if "messages" in row or "conversations" in row:
@@ -36,8 +37,11 @@ def _pair(row: dict, **default) -> dict:
     return pair | {"loss": loss, "chat": chat}
 
 
-def synthesis_reading(line: bytes) -> dict:
-    """A row of corpus/reading.jsonl: {id, component, capability, lang, text} or {..., prompt, completion, loss, chat}."""
+def synthesis_documents(line: bytes) -> dict:
+    """Row of corpus/synthetic_documents.jsonl.
+
+    {id, component, capability, lang, text} or {id, component, capability, lang, prompt, completion, loss, chat}.
+    """
     row = parsed(line)
     if not isinstance(row.get("component"), str):
         raise ValueError("expected an object with a field 'component'")
@@ -53,7 +57,7 @@ def synthesis_reading(line: bytes) -> dict:
 
 
 def synthesis_trajectory(line: bytes) -> dict | None:
-    """A row of corpus/trajectories.jsonl; those that synthesis did not keep are left out."""
+    """A row of corpus/trajectories.jsonl; those that synthesis did not keep are skipped."""
     try:
         trajectory = Trajectory.model_validate_json(line)
     except pydantic.ValidationError as error:
@@ -68,13 +72,14 @@ def synthesis_trajectory(line: bytes) -> dict | None:
         id=trajectory.id,
         components=list(dict.fromkeys(trajectory.metadata.get("components", []))),
         capability=trajectory.capability,
-        lang=trajectory.metadata.get("lang") or dialogue.question_language(question),
+        lang=trajectory.metadata.get("lang") or question_language(question),
         trajectory=json.loads(line),
     )
 
 
 def url_qa(line: bytes) -> dict:
-    """A question, its answer and the pages that support it (WebShaper's {id, question, answer, urls}); the answer is learned.
+    """A question, its answer and the pages that support it (WebShaper's {id, question, answer, urls}); the answer is
+    learned.
 
     Answers may be a text or a list of accepted ones, of which the first is written.
     """
@@ -90,5 +95,5 @@ def url_qa(line: bytes) -> dict:
 
 
 def text_file(record: dict) -> dict:
-    """A plain text file as one document; its first line is not set apart."""
+    """A plain text file as one document."""
     return {"text": text(record["text"], "text"), "provenance": Path(record["path"]).name}

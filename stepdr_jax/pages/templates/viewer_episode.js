@@ -87,7 +87,7 @@ const rubricTable = (episode) => {
     const good = lost ? null : role === "negative" ? score === 0 : score === 1;
     if (lost) failed += 1;
     if (deadly && score) fatal = true;
-    const words = role === "negative" ? { satisfied: "flaw present", partial: "flaw in part", not: "flaw absent" } : { satisfied: "met", partial: "in part", not: "not met" };
+    const words = role === "negative" ? { satisfied: "flaw present", partial: "flaw in part", not_satisfied: "flaw absent" } : { satisfied: "met", partial: "in part", not_satisfied: "not met" };
     const adds = lost ? "not counted" : !score ? "0" : possible ? (weight > 0 ? "+" : "−") + Math.abs(weight * score / possible).toFixed(2) : "–";
     const text = el("td", "", criterion || rid, deadly ? el("span", "chip bad", "fatal") : null, reason ? el("div", "quiet", reason) : null);
     const chip = lost ? el("span", "chip failed", "judge failed") : el("span", "chip" + tone(good, good), words[verdict] || verdict);

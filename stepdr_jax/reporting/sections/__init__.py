@@ -1,1 +1,1 @@
-"""The sections of the run report as plain values for its template: sentences, tables and figures from collected data."""
+"""The sections of the run report: sentences, tables and figures from collected data, as values for its template."""

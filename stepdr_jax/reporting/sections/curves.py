@@ -9,7 +9,7 @@ from stepdr_jax.pages.plots import Line
 from stepdr_jax.reporting.collect import Curves, Run
 
 
-def several(
+def metric_chart(
     run: Run,
     stage: str,
     pick: Callable[[str], str | None],
@@ -57,7 +57,7 @@ def several(
     return plots.line_chart(lines, **settings), names
 
 
-def matching(pattern: str, label: str | None = None) -> Callable[[str], str | None]:
+def match_metrics(pattern: str, label: str | None = None) -> Callable[[str], str | None]:
     """Picks metrics by a regular expression; the label is its first group, or given."""
     compiled = re.compile(pattern)
 
@@ -75,7 +75,7 @@ LABELS = {"success": "correct"}
 HIDDEN = re.compile(r"(.*/)?(step|iteration|time|timestamp|wall_time|.*seconds.*|tokens|tokens_seen|.*_total)")
 
 
-def rest(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
+def remaining_charts(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
     """A small chart for every metric that no panel showed and that is not bookkeeping or constant."""
     names = dict.fromkeys(
         name for seed in run.seeds if stage in run.curves.get(seed, {}) for name in run.curves[seed][stage].values
@@ -88,8 +88,8 @@ def rest(run: Run, stage: str, used: set[str], x_label: str) -> list[str]:
             v for seed in run.seeds if stage in run.curves[seed] for v in run.curves[seed][stage].values.get(name, ())
         ]
         if len({v for v in values if math.isfinite(v)}) > 1:
-            figure, _ = several(
-                run, stage, matching(re.escape(name), name), title=name.replace("_", " "), x_label=x_label
+            figure, _ = metric_chart(
+                run, stage, match_metrics(re.escape(name), name), title=name.replace("_", " "), x_label=x_label
             )
             out.append(figure)
     return out

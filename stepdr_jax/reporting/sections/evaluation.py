@@ -1,5 +1,6 @@
 """Held-out evaluation: metrics by stage, paired differences, breakdowns."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -8,15 +9,16 @@ from stepdr_jax.evaluation import results, statistics
 from stepdr_jax.evaluation.statistics import Interval
 from stepdr_jax.pages import plots
 from stepdr_jax.pages.plots import Dot
-from stepdr_jax.reporting.collect import TITLES, Run
+from stepdr_jax.pages.wording import KIND_TITLES, LANG_TITLES, count_of, table
+from stepdr_jax.reporting.collect import Run
 from stepdr_jax.reporting.sections.headline import interval_note, stage_dots
-from stepdr_jax.reporting.sections.wording import KIND_TITLES, LANG_TITLES, Section, counted, ranged, table
+from stepdr_jax.reporting.sections.wording import Section, value_cell
+from stepdr_jax.runtime.stages import title_of
 
 
-def differences(run: Run) -> dict[tuple[str, str], dict[str, statistics.Paired]]:
-    """(before, after) -> metric -> paired difference, for neighbouring evaluated stages, and init to the last."""
-    stages = list(run.evaluated)
-    pairs = list(zip(stages, stages[1:], strict=False))
+def stage_differences(run: Run) -> dict[tuple[str, str], dict[str, statistics.Paired]]:
+    """(before, after) -> metric -> paired difference, for consecutive evaluated stages."""
+    pairs = itertools.pairwise(run.evaluated)
     return {
         (before, after): {
             name: statistics.paired(
@@ -29,7 +31,7 @@ def differences(run: Run) -> dict[tuple[str, str], dict[str, statistics.Paired]]
     }
 
 
-def section(
+def evaluation_section(
     run: Run,
     summaries: Mapping[str, Mapping[str, Interval]],
     paired: Mapping[tuple[str, str], Mapping[str, statistics.Paired]],
@@ -42,11 +44,11 @@ def section(
     several = len(seeds) > 1
     section: Section = {"present": True, "several_seeds": several, "notes": []}
     section["sentence"] = (
-        f"The same {counted(tasks, 'held-out task')} for every stage"
-        + (f" and each of {len(seeds)} seeds" if several else "")
-        + ", through the same episode loop, tools, budgets and judge. Correct: the answer states the known value (open report tasks "
-        "have none). Cited: the answer has citations and all of them resolve to a passage the episode observed. Recovered: of tool "
-        "errors and malformed turns, the share that a successful call or the answer followed."
+        f"Every stage{f' and each of {len(seeds)} seeds' if several else ''} is evaluated on the same "
+        f"{count_of(tasks, 'held-out task')}, with the same episode loop, tools, budgets and judge. Correct: the "
+        "answer states the known value (open report tasks have none). Cited: the answer has citations, and all of them "
+        "resolve to a passage that the episode observed. Recovered: share of tool errors and malformed turns after "
+        "which a call succeeded or the answer came."
     )
     head = ["Stage", *(metric.title for metric in results.METRICS), "Episodes"]
     rows = []
@@ -54,28 +56,26 @@ def section(
         measured = sum(row.missing is None for row in run.evaluated[stage])
         rows.append(
             [
-                TITLES[stage],
-                *(ranged(summary[metric.name], metric.unit) for metric in results.METRICS),
+                title_of(stage),
+                *(value_cell(summary[metric.name], metric.unit) for metric in results.METRICS),
                 {"value": f"{measured:,}", "range": _missing(len(run.evaluated[stage]) - measured)},
             ]
         )
-    section["table"] = table(head, rows) | {"dense": True}
+    section["table"] = table(head, rows, dense=True)
     section["notes"].append(
-        "Under each value its 95\u00a0% interval, by bootstrap over tasks"
-        + (" and seeds" if several else "")
-        + ". Cost of 1,000 "
-        "episodes: tokens times the configured price, in an arbitrary unit."
+        f"Below each value: its 95\u00a0% interval, by bootstrap over tasks{' and seeds' if several else ''}. "
+        "Cost of 1,000 episodes: tokens times the configured price, in an arbitrary unit."
     )
     for stage, evaluated in run.evaluated.items():
         causes = results.missing_causes(evaluated)
         if causes:
             told = "; ".join(f"{cause} ({count})" for cause, count in causes.items())
             section["notes"].append(
-                f"{TITLES[stage]}: episodes without a measurement, left out rather than counted as 0: {told}."
+                f"{title_of(stage)}: episodes without a measurement, excluded and not counted as 0: {told}."
             )
     section["figures"] = [
         plots.dot_chart(
-            [(TITLES[stage], stage_dots(run, stage, metric)) for stage in run.evaluated],
+            [(title_of(stage), stage_dots(run, stage, metric)) for stage in run.evaluated],
             title=metric.title,
             x_label={"share": "share of episodes", "ratio": "share of errors"}.get(metric.unit, metric.title.lower()),
             x_range=(0, 1) if metric.unit in ("share", "ratio") else None,
@@ -99,9 +99,9 @@ def _missing(count: int) -> str:
 def _difference_table(paired: Mapping[tuple[str, str], Mapping[str, statistics.Paired]]) -> Section:
     rows = []
     for (before, after), by_metric in paired.items():
-        row: list[Any] = [f"{TITLES[before]} → {TITLES[after]}"]
+        row: list[Any] = [f"{title_of(before)} → {title_of(after)}"]
         for name in ("reward", "correct", "cited"):
-            row.append(ranged(by_metric[name].crossed, "difference"))
+            row.append(value_cell(by_metric[name].crossed, "difference"))
         for name in ("turns", "tokens"):
             interval = by_metric[name].crossed
             row.append(
@@ -126,8 +126,8 @@ def _difference_figures(paired: Mapping[tuple[str, str], Mapping[str, statistics
         rows = [(f"seed {seed}", [Dot(i.mean, i.low, i.high)]) for seed, i in found.per_seed.items()]
         if several:
             fixed, crossed = found.fixed_seeds, found.crossed
-            rows.append(("all seeds, tasks drawn", [Dot(fixed.mean, fixed.low, fixed.high, colour=2)]))
-            rows.append(("all seeds, both drawn", [Dot(crossed.mean, crossed.low, crossed.high, colour=1)]))
+            rows.append(("all seeds, tasks resampled", [Dot(fixed.mean, fixed.low, fixed.high, colour=2)]))
+            rows.append(("all seeds, both resampled", [Dot(crossed.mean, crossed.low, crossed.high, colour=1)]))
         title = f"PPO minus SFT: {results.BY_NAME[name].title.lower()}"
         out.append(
             plots.dot_chart(
@@ -149,20 +149,22 @@ def _breakdown_table(breakdowns, field: str, titles: Mapping[str, str], head: st
             metric = results.BY_NAME[name]
             label = {
                 "value": f"{titles.get(key, key)}: {metric.title.lower()}",
-                "range": counted(max(cell.clusters for cell in cells), "task"),
+                "range": count_of(max(cell.clusters for cell in cells), "task"),
             }
-            rows.append([label, *(ranged(cell, metric.unit) for cell in cells)])
-    return table([head, *(TITLES[stage] for stage in stages)], rows)
+            rows.append([label, *(value_cell(cell, metric.unit) for cell in cells)])
+    return table([head, *(title_of(stage) for stage in stages)], rows)
 
 
 LIMITS = (
-    "The model is tiny and its world is small and templated: pages are written from a few sentence patterns over real facts. That it "
-    "learns to search and cite here says that the recipe's parts work together, not how well any of them works at scale.",
-    "The judge is a program that reads answers for known values and citations. It cannot weigh style, depth or reasoning, and a "
-    "high reward here means that its criteria are met, no more.",
-    "Held-out tasks ask about entities that no training task asks about, but in the same sentence patterns, relations and tools.",
-    "A few seeds and one world: the intervals carry the choice of tasks and, with several seeds, of trainings; they do not carry the "
-    "choice of world, templates or settings.",
+    "The model is tiny, and the offline web is small: its pages are written from a few sentence patterns over real "
+    "facts. That the model learns to search and cite here shows that the parts of the recipe work together, not how "
+    "well any of them works at scale.",
+    "The judge is a program that checks answers for known values and citations. It cannot judge style, depth or "
+    "reasoning; a high reward means that its criteria are met, no more.",
+    "Held-out tasks ask about entities that no training task asks about, but with the same sentence patterns, "
+    "relations and tools.",
+    "There are few seeds and one offline web. The intervals cover the choice of tasks and, with several seeds, of "
+    "training runs; they do not cover the choice of offline web, templates or settings.",
     "None of these numbers can be compared with published results of large models.",
-    "Cost and time are of this machine and this model size.",
+    "Cost and time are those of this machine and this model size.",
 )

@@ -6,9 +6,11 @@ from stepdr_jax.evaluation import results, statistics
 from stepdr_jax.evaluation.statistics import Interval
 from stepdr_jax.pages import plots
 from stepdr_jax.pages.plots import Dot
+from stepdr_jax.pages.wording import count_of, join_and
 from stepdr_jax.progress import clock
-from stepdr_jax.reporting.collect import TITLES, Run
-from stepdr_jax.reporting.sections.wording import Section, counted, listed, shown
+from stepdr_jax.reporting.collect import Run
+from stepdr_jax.reporting.sections.wording import Section, format_value
+from stepdr_jax.runtime.stages import title_of
 
 
 def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str, statistics.Paired]]) -> Section:
@@ -23,11 +25,11 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
         gain = step["reward"].crossed
         seeds = len(step["reward"].per_seed)
         span = (
-            f"{shown(gain.mean, 'difference')}, 95\u00a0% interval {shown(gain.low, 'difference')} to "
-            f"{shown(gain.high, 'difference')}, paired over {counted(gain.clusters, 'held-out task')}"
+            f"{format_value(gain.mean, 'difference')}, 95\u00a0% interval {format_value(gain.low, 'difference')} to "
+            f"{format_value(gain.high, 'difference')}, paired over {count_of(gain.clusters, 'held-out task')}"
             + (f" and {seeds} seeds" if seeds > 1 else "")
         )
-        levels = f"from {shown(before.mean)} after SFT to {shown(after.mean)} after PPO"
+        levels = f"from {format_value(before.mean)} after SFT to {format_value(after.mean)} after PPO"
         if gain.low > 0:
             tone = "good"
             sentences.append(f"PPO raised the mean held-out reward {levels} ({span}).")
@@ -37,16 +39,16 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
         else:
             tone = "flat"
             sentences.append(
-                f"PPO did not measurably improve over SFT: the mean held-out reward went {levels}, and the interval of the "
-                f"difference includes zero ({span})."
+                f"PPO did not measurably improve over SFT: the mean held-out reward went {levels}, and the interval of "
+                f"the difference includes zero ({span})."
             )
         fixed = step["reward"].fixed_seeds
         if seeds > 1 and fixed.excludes_zero != gain.excludes_zero:
             sentences.append(
-                f"For exactly these {seeds} trainings, resampling tasks only, the interval is "
-                f"{shown(fixed.low, 'difference')} to {shown(fixed.high, 'difference')}: "
+                f"For exactly these {seeds} training runs, resampling tasks only, the interval is "
+                f"{format_value(fixed.low, 'difference')} to {format_value(fixed.high, 'difference')}: "
                 + (
-                    "the seeds differ too much to expect the same of another training."
+                    "the seeds differ too much to expect the same of another training run."
                     if fixed.excludes_zero
                     else "less certain."
                 )
@@ -55,12 +57,12 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
         last = list(run.evaluated)[-1]
         reward = results.measure(run.evaluated[last], results.BY_NAME["reward"])
         sentences.append(
-            f"The last evaluated stage is {TITLES[last]}, with a mean held-out reward of {shown(reward.mean)} "
-            f"(95\u00a0% interval {shown(reward.low)} to {shown(reward.high)})."
+            f"The last evaluated stage is {title_of(last)}, with a mean held-out reward of {format_value(reward.mean)} "
+            f"(95\u00a0% interval {format_value(reward.low)} to {format_value(reward.high)})."
         )
-        missing = [TITLES[stage] for stage in ("sft", "ppo") if stage not in run.evaluated]
+        missing = [title_of(stage) for stage in ("sft", "ppo") if stage not in run.evaluated]
         if missing:
-            sentences.append(f"{listed(missing)} {'has' if len(missing) == 1 else 'have'} not been evaluated yet.")
+            sentences.append(f"{join_and(missing)} {'has' if len(missing) == 1 else 'have'} not been evaluated yet.")
     step = differences.get(("midtrain2", "sft"))
     if step:
         gain = step["correct"].crossed
@@ -69,9 +71,9 @@ def result_sentences(run: Run, differences: Mapping[tuple[str, str], Mapping[str
         if gain.n:
             verb = "raised" if gain.low > 0 else "lowered" if gain.high < 0 else "did not measurably change"
             sentences.append(
-                f"SFT {verb} the share of correct answers: {shown(before.mean, 'share')} after mid-training, "
-                f"{shown(after.mean, 'share')} after SFT (95\u00a0% interval of the difference "
-                f"{shown(gain.low, 'difference')} to {shown(gain.high, 'difference')})."
+                f"SFT {verb} the share of correct answers: {format_value(before.mean, 'share')} after mid-training, "
+                f"{format_value(after.mean, 'share')} after SFT (95\u00a0% interval of the difference "
+                f"{format_value(gain.low, 'difference')} to {format_value(gain.high, 'difference')})."
             )
     return {"tone": tone, "sentences": sentences}
 
@@ -80,11 +82,12 @@ def tiles(run: Run, summaries: Mapping[str, Mapping[str, Interval]], seconds: fl
     out = []
     if summaries:
         last = list(summaries)[-1]
-        out.append(
-            {"value": shown(summaries[last]["reward"].mean), "label": f"mean held-out reward after {TITLES[last]}"}
-        )
-        out.append({"value": shown(summaries[last]["correct"].mean, "share"), "label": f"correct after {TITLES[last]}"})
-        out.append({"value": shown(summaries[last]["cited"].mean, "share"), "label": "with citations that all resolve"})
+        reward, correct, cited = (summaries[last][name].mean for name in ("reward", "correct", "cited"))
+        out += [
+            {"value": format_value(reward), "label": f"mean held-out reward after {title_of(last)}"},
+            {"value": format_value(correct, "share"), "label": f"correct after {title_of(last)}"},
+            {"value": format_value(cited, "share"), "label": "with citations that all resolve"},
+        ]
     if seconds:
         out.append(
             {
@@ -94,7 +97,7 @@ def tiles(run: Run, summaries: Mapping[str, Mapping[str, Interval]], seconds: fl
         )
     prepared = run.data.get("prepared")
     if prepared:
-        out.append({"value": _compact(prepared["tokens"]), "label": "prepared training tokens"})
+        out.append({"value": _compact(prepared["tokens"]), "label": "packed training tokens"})
     trajectories = run.data.get("trajectories")
     if trajectories:
         out.append({"value": f"{trajectories['kept']:,}", "label": "teacher trajectories kept"})
@@ -111,7 +114,7 @@ def overview(run: Run, summaries: Mapping[str, Mapping[str, Interval]]) -> list[
     out = []
     for name in ("reward", "correct"):
         metric = results.BY_NAME[name]
-        rows = [(TITLES[stage], stage_dots(run, stage, metric)) for stage in summaries]
+        rows = [(title_of(stage), stage_dots(run, stage, metric)) for stage in summaries]
         out.append(
             plots.dot_chart(
                 rows,

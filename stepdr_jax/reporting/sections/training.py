@@ -1,18 +1,20 @@
-"""Mid-training and SFT: their curves, QA at milestones, and what interrupted them."""
+"""Mid-training and SFT: their curves, held-out questions on the way, and what interrupted them."""
 
 import collections
 import math
 from collections.abc import Callable
 
-from stepdr_jax.reporting.collect import TITLES, TRAINED, Run
-from stepdr_jax.reporting.sections.curves import matching, rest, several
-from stepdr_jax.reporting.sections.wording import Section, counted, listed, made
+from stepdr_jax.pages.wording import count_of, join_and
+from stepdr_jax.reporting.collect import Run
+from stepdr_jax.reporting.sections.curves import match_metrics, metric_chart, remaining_charts
+from stepdr_jax.reporting.sections.wording import Section, progress_text
+from stepdr_jax.runtime.stages import title_of, trained
 
 NATS = {"y_label": "nats per token"}
 PANELS = (  # title, pattern of metrics, label, settings of the chart
     ("Loss", r"(?:train/)?loss", "loss", NATS),
     ("Loss by mixture component", r"(?:train/)?(?:loss_by_source|source_loss|loss)/(.+)", None, NATS),
-    ("Loss on rows held out, by component", r"heldout_loss/(.+)", None, NATS | {"sparse": True}),
+    ("Held-out loss by component", r"heldout_loss/(.+)", None, NATS | {"sparse": True}),
     ("Loss by capability", r"capability_loss/(.+)", None, NATS),
     ("Loss by data family", r"family_loss/(.+)", None, NATS),
     ("Learning rate", r"(?:train/)?(?:learning_rate|lr)", "learning rate", {"y_label": "rate"}),
@@ -20,26 +22,26 @@ PANELS = (  # title, pattern of metrics, label, settings of the chart
     ("Model FLOPs over the devices' peak", r"mfu", "MFU", {"y_label": "share"}),
 )
 MORE = (
-    ("Seconds of a step", r"step_seconds/(.+)", None, {"y_label": "seconds"}),
+    ("Seconds per step", r"step_seconds/(.+)", None, {"y_label": "seconds"}),
     ("Tokens per second", r"tokens_per_second", "tokens per second", {}),
     ("Goodput: share of wall-clock time in steps that count", r"goodput", "goodput", {"y_label": "share"}),
 )
 QA = (
     ("Held-out tasks while training", r"(reward|correct|cited)", {"y_label": "mean"}),
     (
-        "Well-formed, of what was sampled",
+        "Share of sampled output that is well-formed",
         r"format/(tool_calls|turns|answer|citations)",
         {"y_label": "share", "y_range": (0, 1)},
     ),
 )
 
 
-def sections(run: Run, command: Callable[[str], str]) -> list[Section]:
+def training_sections(run: Run, command: Callable[[str], str]) -> list[Section]:
     """One section a stage, empty where it has not run."""
     out = []
-    for stage in TRAINED:
+    for stage in trained():
         section: Section = {
-            "title": TITLES[stage],
+            "title": title_of(stage),
             "command": command(stage),
             "figures": [],
             "more": [],
@@ -50,27 +52,27 @@ def sections(run: Run, command: Callable[[str], str]) -> list[Section]:
             continue
         section["figures"], used = _charts(run, stage, PANELS)
         for title, pattern, settings in QA:
-            figure, names = several(
-                run, stage, matching(pattern), kept=run.qa, title=title, x_label="training tokens", **settings
+            figure, names = metric_chart(
+                run, stage, match_metrics(pattern), kept=run.qa, title=title, x_label="training tokens", **settings
             )
             section["figures"] += [figure] if names else []
         section["more"], more_used = _charts(run, stage, MORE)
-        section["more"] += rest(run, stage, used | more_used, "step")
+        section["more"] += remaining_charts(run, stage, used | more_used, "step")
         section["sentence"] = " ".join(_sentence(run, stage, seed) for seed in run.seeds).strip()
     return out
 
 
 def _charts(run: Run, stage: str, panels) -> tuple[list[str], set[str]]:
-    """Charts of the panels that have values, the places marked from which training went back; and the metrics used."""
+    """Charts of the panels that have values, with marks at rollbacks; and the metrics used."""
     marks = [
-        (row["to"], f"went back here from step {row['step']}: {row['reason']}")
+        (row["to"], f"rolled back to here from step {row['step']}: {row['reason']}")
         for seed in run.seeds
-        for row in _rewinds(run, stage, seed)
+        for row in _rollbacks(run, stage, seed)
     ]
     figures, used = [], set()
     for title, pattern, label, settings in panels:
-        figure, names = several(
-            run, stage, matching(pattern, label), title=title, x_label="step", marks=marks, **settings
+        figure, names = metric_chart(
+            run, stage, match_metrics(pattern, label), title=title, x_label="step", marks=marks, **settings
         )
         used |= names
         values = (
@@ -85,8 +87,8 @@ def _charts(run: Run, stage: str, panels) -> tuple[list[str], set[str]]:
     return figures, used
 
 
-def _rewinds(run: Run, stage: str, seed: int) -> list[dict]:
-    """Each return once, though a run that was killed on its way back tells it twice."""
+def _rollbacks(run: Run, stage: str, seed: int) -> list[dict]:
+    """Each rollback once, although a run that was killed during one logs it twice."""
     events = run.events.get(seed, {}).get(stage, ())
     return list({(row["step"], row["to"]): row for row in events if row["event"] == "rewind"}.values())
 
@@ -100,23 +102,23 @@ def _sentence(run: Run, stage: str, seed: int) -> str:
         return ""
     tail = losses[-max(1, len(losses) // 20) :]
     who = f"Seed {seed}: " if len(run.seeds) > 1 else ""
-    said = [f"{who}{made(curves, 'step')}, loss {losses[0]:.2f} to {sum(tail) / len(tail):.3f}."]
+    said = [f"{who}{progress_text(curves, 'step')}, loss {losses[0]:.2f} to {sum(tail) / len(tail):.3f}."]
     skipped = {
         "not finite": sum(v for v in curves.values.get("skipped", ()) if math.isfinite(v)),
         "a spike": sum(v for v in curves.values.get("spikes", ()) if math.isfinite(v)),
     }
     if any(skipped.values()):
-        why = listed([f"{count:.0f} whose gradient was {what}" for what, count in skipped.items() if count])
+        why = join_and([f"{count:.0f} whose gradient was {what}" for what, count in skipped.items() if count])
         said.append(f"Of its steps, {why} were skipped.")
     said += [
-        f"At step {row['step']} it went back to step {row['to']} ({row['reason']}) and read on past the data between."
-        for row in _rewinds(run, stage, seed)
+        f"At step {row['step']} it rolled back to step {row['to']} ({row['reason']}) and skipped the data in between."
+        for row in _rollbacks(run, stage, seed)
     ]
     happened = collections.Counter(row["event"] for row in run.events.get(seed, {}).get(stage, ()))
     starts = happened["start"] - happened["rewind"]
     if starts > 1:
-        said.append(f"It was started {counted(starts, 'time')}.")
+        said.append(f"It was started {count_of(starts, 'time')}.")
     goodput = [v for v in curves.values.get("goodput", ()) if math.isfinite(v)]
     if goodput:
-        said.append(f"Goodput {100 * goodput[-1]:.0f}\u00a0%: the share of wall-clock time that went into its steps.")
+        said.append(f"Goodput {100 * goodput[-1]:.0f}\u00a0%: share of wall-clock time spent in steps that count.")
     return " ".join(said)

@@ -1,27 +1,19 @@
-"""Values, ranges, counts and tables in words, and what kinds of things are called."""
+"""How the report writes measured values, their intervals and the progress of a stage."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from stepdr_jax.evaluation.statistics import Interval
 from stepdr_jax.pages import plots
+from stepdr_jax.pages.wording import count_of
 from stepdr_jax.reporting.collect import Curves
 
 Section = dict[str, Any]
-KIND_TITLES = {
-    "fact": "single fact",
-    "deep_search": "deep search",
-    "doc_walk": "document walk",
-    "verification": "verification",
-    "report": "report",
-}
 PERCENT = "\u00a0%"
-LANG_TITLES = {"en": "English", "zh": "Chinese"}
 
 
-def shown(value: float | None, unit: str = "score") -> str:
-    """A value in the words of its unit."""
+def format_value(value: float | None, unit: str = "score") -> str:
+    """A value as text, by its unit."""
     if value is None or not math.isfinite(value):
         return "–"
     if unit in ("share", "ratio"):
@@ -37,29 +29,15 @@ def shown(value: float | None, unit: str = "score") -> str:
     return f"{value:.3f}".replace("-", "−")
 
 
-def ranged(interval: Interval, unit: str = "score") -> dict[str, str]:
+def value_cell(interval: Interval, unit: str = "score") -> dict[str, str]:
     """A table cell: the value and its interval."""
     if interval.n == 0:
         return {"value": "–", "range": ""}
-    low, high = shown(interval.low, unit), shown(interval.high, unit)
+    low, high = format_value(interval.low, unit), format_value(interval.high, unit)
     span = "" if math.isnan(interval.low) else f"{low.removesuffix(PERCENT)} to {high}"
-    return {"value": shown(interval.mean, unit), "range": span}
+    return {"value": format_value(interval.mean, unit), "range": span}
 
 
-def counted(n: int, singular: str, plural: str | None = None) -> str:
-    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
-
-
-def listed(words: Sequence[str]) -> str:
-    words = list(words)
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]], *, caption: str = "", numeric: bool = True):
-    cells = [{"cells": list(row)} for row in rows]
-    return {"head": list(head), "rows": cells, "caption": caption, "numeric": numeric, "dense": False}
-
-
-def made(curves: Curves, unit: str) -> str:
-    """How far a stage came: rows are numbered from 0 or 1, by what the first of them is."""
-    return counted(int(curves.x[-1]) + (curves.x[0] == 0), unit)
+def progress_text(curves: Curves, unit: str) -> str:
+    """How many steps or iterations a stage has made; its rows may be numbered from 0 or from 1."""
+    return count_of(int(curves.x[-1]) + (curves.x[0] == 0), unit)
