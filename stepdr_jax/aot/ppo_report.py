@@ -156,7 +156,8 @@ def _speed(plan: dict) -> list[str]:
         f"({sampler['tokens_per_second_hbm']:,.0f} by memory traffic alone), "
         f"{sampler['prefill_tokens_per_second']:,.0f} prefilled tokens/s",
         f"  an iteration of {iteration['episodes']:,} episodes, {iteration['sampled_tokens'] / 1e6:,.1f}M tokens "
-        f"sampled and {iteration['observed_tokens'] / 1e6:,.1f}M observed: at least {_clock(iteration['seconds_total'])}",
+        f"sampled and {iteration['observed_tokens'] / 1e6:,.1f}M observed: "
+        f"at least {_clock(iteration['seconds_total'])}",
         f"    sampling {_clock(iteration['seconds_sampling'])} (decode {_clock(seconds['decode'])}, prefill "
         f"{_clock(seconds['prefill'])}), learning {_clock(iteration['seconds_learning'])}, weights to the sampler "
         f"{seconds['weights']:.1f} s",

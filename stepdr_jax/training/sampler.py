@@ -1,6 +1,5 @@
 """The sampler with the weights of a finished stage."""
 
-
 from stepdr_jax.engine import factory
 from stepdr_jax.engine.engine import JaxEngine
 from stepdr_jax.engine.remote import RemoteEngine
