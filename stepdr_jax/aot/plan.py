@@ -28,7 +28,7 @@ class Settings:
 
 
 def model_of(config: ConfigDict) -> Qwen2Config:
-    """The model with as many words as the tokenizer has."""
+    """The model with the vocabulary of the tokenizer."""
     return Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
 
 

@@ -8,6 +8,10 @@ Invariant that all programs share: the K/V of every known token of a sequence is
 decode step writes that one and samples the next; prefill therefore never needs logits.
 
 With a mesh, heads and the vocabulary are split over its axis `tensor`; every device computes the same samples.
+
+Shape suffixes: B sequences of a decode call, R of a prefill call, T tokens, C tokens of a prefill chunk, H query heads,
+N key-value heads, K head dimension, D model width, V vocabulary, M pages of a sequence, k = K / 2, s decode steps,
+b blocks of the vocabulary, w tokens of a block.
 """
 
 import dataclasses

@@ -7,6 +7,9 @@ Parameters are a nested dict; every leaf under "layers" has a leading layer axis
     layers: attention_norm [L, D]    q_kernel [L, D, H*K]   q_bias [L, H*K]    k_*, v_* [L, D, N*K] [L, N*K]
             output_kernel [L, H*K, D]
             mlp_norm [L, D]          gate_kernel, up_kernel [L, D, F]          down_kernel [L, F, D]
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, K head dimension, D model width,
+V vocabulary, k = K / 2.
 """
 
 import dataclasses

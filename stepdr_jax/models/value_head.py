@@ -1,6 +1,8 @@
 """The critic: a Qwen2.5 decoder with one linear head that reads a value at every token.
 
 The tree is {"decoder": a qwen2 tree without an unembedding of its own, "value_kernel": [D], "value_bias": []}.
+
+Shape suffixes: B sequences, T tokens (of queries), D model width.
 """
 
 import jax

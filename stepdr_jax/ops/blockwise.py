@@ -1,6 +1,9 @@
 """The attention kernel for any device, in plain JAX: tiles of queries against tiles of keys, memory linear in length.
 
 Key tiles that come wholly after a query tile are not computed when the order is by rows.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, S tokens of keys, K head
+dimension, Q queries of a tile, X any leading dimensions, t, s tile sizes of queries and keys.
 """
 
 import functools

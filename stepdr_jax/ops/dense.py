@@ -1,4 +1,7 @@
-"""Matrix product with a kernel, whose gradient keeps the kernel's layout."""
+"""Matrix product with a kernel, whose gradient keeps the kernel's layout.
+
+Shape suffixes: X any leading dimensions, D model width, F width of the MLP.
+"""
 
 import jax
 import jax.numpy as jnp

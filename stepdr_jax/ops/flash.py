@@ -3,6 +3,9 @@
 A kernel computes attention between any queries and any keys and says how much probability it saw (the log-sum-exp of
 each query's scores), so that results over parts of the keys merge exactly. Arrays are heads-major here: q_BHTK, k_BNSK.
 Queries come scaled. Fully masked rows are legal: their log-sum-exp is so low that they vanish in any merge.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, K head
+dimension.
 """
 
 import functools

@@ -6,6 +6,9 @@ at offset s % page_size. Two backends keep pages differently:
 `reference`, pure jnp: {"k": [P, N, K, s], "v": [P, N, s, K]}. Scores run along the contiguous axis, which makes a
 decode step of many sequences fast on CPU. Where a page is as long as a sequence may be, nothing is gathered.
 `ragged`, the Pallas kernel of jax.experimental for TPUs: one array [P, s, 2N, K], keys in the even heads.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, G = H / N, K
+head dimension, M pages of a sequence, P pages, s tokens of a page.
 """
 
 from typing import Any

@@ -13,6 +13,8 @@ come home under a last tile of own keys that is kept back for that. Segment ids 
 4 bytes a token, because transfers too small to matter still cost their latency each hop. The last hop sends keys that
 nobody needs any more, hidden as all are: a hop without would be a third of all kernels to compile and to hold buffers
 for.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, K head dimension.
 """
 
 import functools

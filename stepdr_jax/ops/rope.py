@@ -1,6 +1,8 @@
 """Rotary position embedding, in the rotate-half convention of Qwen2.5.
 
 Dimension i of a head is rotated together with dimension i + K/2, at the angle position * theta^(-2i/K).
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, K head dimension, k = K / 2.
 """
 
 import math

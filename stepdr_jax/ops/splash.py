@@ -3,6 +3,9 @@
 The library's own gradient knows one call's log-sum-exp only, so its forward, dq and dkv passes are called by their
 private names (the version of jax is pinned, and the tests run them in interpret mode). Which blocks run is worked out
 here from the rows of the queries: cheap at any length, and per device where the device is known at run time only.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, S tokens of keys, K head
+dimension.
 """
 
 import functools
