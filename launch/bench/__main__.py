@@ -4,24 +4,25 @@ train: tokens per second of a midtrain1 training step (forward, backward, AdamW)
 the same model, batch and optimiser in transformers on PyTorch. Both run in this process on the same number of threads,
 in turns, so that a busy machine slows both; the medians are compared.
 
-sample: tokens sampled per second by `sampler.max_num_seqs` sequences of config.model at once, prompts included, ours against
-`generate` of transformers on the same weights.
+sample: tokens sampled per second by `sampler.max_num_seqs` sequences of config.model at once, prompts included, ours
+against `generate` of transformers on the same weights.
 
 convert: host memory and time of reading a random Hugging Face checkpoint of a published --size into our arrays, and of
 writing it back. Needs twice the checkpoint's size on disk, in TMPDIR.
 
-staggered: tokens sampled per second by 32 sequences at a time, while 128 requests with prompts and answers of many lengths wait,
-ours against Tunix's sampler and `generate` of transformers; and the same with all lengths equal.
+staggered: tokens sampled per second by 32 sequences at a time, while 128 requests with prompts and answers of many
+lengths wait, ours against Tunix's sampler and `generate` of transformers; and the same with all lengths equal.
 
 episode: eight episodes of twelve turns, our parked sessions against a new session each turn, and Tunix's sampler.
 
 ppo: one PPO iteration (log-probabilities, values, advantages, updates of critic and actor) against Tunix's PPO learner,
-with --episodes, --microbatch_sequences of them in one pass. These three need `pip install google-tunix==0.1.7` beside the project, in an environment of
-its own (docs/benchmarks.md).
+with --episodes, --microbatch_sequences of them in one pass. These three need `pip install google-tunix==0.1.7` beside
+the project, in an environment of its own (docs/benchmarks.md).
 
 ahead: PPO iterations on policy against one step off, in turns, from --config.run_dir's SFT policy and world.
 
-decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory roofline.
+decode: the sampler's decode step of a published --size on one accelerator: tokens per second, share of the memory
+roofline.
 
 attention: time and peak memory of attention backends by length, and of context strategies on eight simulated
 devices; sizes are its own, not the config's.
@@ -79,7 +80,8 @@ def main(config) -> None:
     }
     if len(words) != 1 or words[0] not in benches:
         raise UserError(
-            f"expected one of {', '.join(benches)}, got {' '.join(words) or 'nothing'}; for example python -m launch.bench train"
+            f"expected one of {', '.join(benches)}, got {' '.join(words) or 'nothing'}; for example "
+            "python -m launch.bench train"
         )
     if "GLIBC_TUNABLES" not in os.environ:  # read by the C library when a process starts; the quickstart sets it too
         os.execve(sys.executable, [*sys.orig_argv], os.environ | {"GLIBC_TUNABLES": process.MALLOC})
@@ -104,7 +106,8 @@ def train(config, rounds: int) -> dict:
 
 
 def sample(config, rounds: int) -> dict:
-    """Interleaved batches of `sampler.max_num_seqs` prompts of 96 random tokens, 128 sampled tokens each, the same weights on both sides."""
+    """Interleaved batches of `sampler.max_num_seqs` prompts of 96 random tokens, 128 sampled tokens each, the same
+    weights on both sides."""
     sequences, prompt, new = config.sampler.max_num_seqs, 96, 128
     prompts = _random_batch(sequences, prompt, config.tokenizer.vocab_size)["tokens"]
     sides = {"ours": _our_sampler(config, prompts, new), "transformers": _their_sampler(config, prompts, new)}

@@ -1,4 +1,5 @@
-"""Wall-clock time of PPO iterations on policy against one step off (`ppo.staleness`), on a run's own world and SFT policy.
+"""Wall-clock time of PPO iterations on policy against one step off (`ppo.staleness`), on a run's own world and SFT
+policy.
 
 Both sides go on in turns, SEGMENT iterations at a time, against the same tool host. The first and last iteration of a
 segment are left out: the first waits for its episodes, and beside the last nothing is sampled.

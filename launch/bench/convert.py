@@ -1,7 +1,7 @@
 """Host memory and time of loading and saving a Hugging Face checkpoint; `launch.bench convert` runs it.
 
-Each measurement is a process of its own, so that its peak is its own: python -m launch.bench.convert make|load|save SIZE
-DIRECTORY. On a CPU the arrays themselves are host memory, so what counts is the peak above them.
+Each measurement is a process of its own, so that its peak is its own: python -m launch.bench.convert make|load|save
+SIZE DIRECTORY. On a CPU the arrays themselves are host memory, so what counts is the peak above them.
 """
 
 import json

@@ -190,8 +190,8 @@ class TunixSampler:
 def episode(config, rounds: int) -> dict:
     """EPISODES episodes of TURNS turns at once: our parked sessions against engines that read the history again.
 
-    A turn samples TURN tokens and gets OBSERVATION more. Prefill is timed by itself, too: the same episodes, whose sampled
-    tokens come with the observation, one token sampled a turn.
+    A turn samples TURN tokens and gets OBSERVATION more. Prefill is timed by itself, too: the same episodes, whose
+    sampled tokens come with the observation, one token sampled a turn.
     """
     peers.require_tunix()
     params, model = _weights(config)
@@ -234,7 +234,8 @@ def _given(rng, vocabulary: int, sampled: int) -> list[list[int]]:
 
 
 class OurEpisodes:
-    """All episodes once; `park`: sessions stay open between turns, else each turn is a new session with the whole history."""
+    """All episodes once; `park`: sessions stay open between turns, else each turn is a new session with the whole
+    history."""
 
     def __init__(self, config, params, model, sampled: int, *, park: bool):
         self.sampled, self.park, self.prefilled = sampled, park, 0
@@ -264,7 +265,8 @@ class OurEpisodes:
 
 
 class TunixEpisodes:
-    """All episodes once, turn by turn together, the whole history each turn: its sampler keeps no cache between calls."""
+    """All episodes once, turn by turn together, the whole history each turn: its sampler keeps no cache between
+    calls."""
 
     def __init__(self, params, model, sampled: int):
         self.sampled, self.prefilled, self.padded = sampled, 0, 0
@@ -288,15 +290,9 @@ class TunixEpisodes:
 # ------------------------------------------------------------------------------------------------------------- decode
 
 
-BANDWIDTH = {  # bytes a second, from the makers' data sheets; TPUs are in ops.context_layout.SPEEDS
-    "NVIDIA A100-SXM4-80GB": 2039e9,
-    "NVIDIA H100 80GB HBM3": 3352e9,
-    "NVIDIA H200": 4800e9,
-}
-
-
 def decode(config, name: str, rounds: int, *, max_num_seqs: int, seq_len: int, bandwidth: float) -> dict:
-    """Decode steps of a published shape on one accelerator: sampled tokens a second and the share of the memory roofline.
+    """Decode steps of a published shape on one accelerator: sampled tokens a second and the share of the memory
+    roofline.
 
     Every step must read all weights once and the K/V of every sequence; the roofline is those bytes over the memory's
     bandwidth. Weights are random, pages are full up to `seq_len` tokens.
@@ -306,13 +302,13 @@ def decode(config, name: str, rounds: int, *, max_num_seqs: int, seq_len: int, b
     from stepdr_jax.engine import programs, weights
     from stepdr_jax.engine.engine import layout_of
     from stepdr_jax.models import qwen2, sizes
-    from stepdr_jax.ops.context_layout import SPEEDS
+    from stepdr_jax.sharding import hardware
 
     device, steps = jax.devices()[0], 32
     B = max_num_seqs
     model = dataclasses.replace(sizes.size(name), param_dtype="bfloat16") if name else _model(config)
     kind = device.device_kind
-    speed = bandwidth or (SPEEDS[kind].hbm if kind in SPEEDS else BANDWIDTH.get(kind, 0))
+    speed = bandwidth or hardware.memory_bandwidth(kind)
     if not speed:
         raise UserError(f"no memory bandwidth is known for {kind!r}; give it, in bytes a second, as --bandwidth=...")
     page = 128 if device.platform == "tpu" else 0

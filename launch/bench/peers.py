@@ -1,8 +1,8 @@
 """What the speed comparisons share: measuring in turns, and the same weights in transformers and in Tunix.
 
-Peers live in this process: ours and theirs have the same threads, allocator and moments of a busy machine. Tunix (the only
-JAX stack with a learned critic in its PPO) is not among the project's dependencies: `pip install google-tunix==0.1.7` in
-an environment of its own beside them, because it moves transformers to another version.
+Peers live in this process: ours and theirs have the same threads, allocator and moments of a busy machine. Tunix (the
+only JAX stack with a learned critic in its PPO) is not among the project's dependencies: `pip install
+google-tunix==0.1.7` in an environment of its own beside them, because it moves transformers to another version.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ def in_turns(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, T
 
 
 def ratios(times: dict[str, Times]) -> dict:
-    """How many times as long as "ours" each other side takes: by medians on the clock and of processor time, and least and
-    most of the rounds on the clock."""
+    """How many times as long as "ours" each other side takes: by medians on the clock and of processor time, and least
+    and most of the rounds on the clock."""
     ours = times["ours"]
     return {
         name: {

@@ -39,7 +39,8 @@ _PPO = (("agent", "sampler", "placement"), ("engine", "rl"))  # sections and sou
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile: a program of aot.programs, of one stage of a config, for a topology as `topology.parse` reads it.
+    """What to compile: a program of aot.programs, of one stage of a config, for a topology as `topology.parse` reads
+    it.
 
     save: file for the serialized executable; "" for none. quick: stop before code is generated.
     """
@@ -78,7 +79,7 @@ def run(request: Request, *, limit: float = 900.0, cache: Path | None = None, la
     Returns:
         status ("fits" or "does not fit"), memory (bytes by kind, with quick only total), shortage (needed and limit),
         buffers, collectives, lower_seconds, compile_seconds, rss_bytes, hlo_sha256, versions, saved; of PPO's programs
-        roles (bytes of each argument on a device).
+        buffers (bytes of each argument on a device).
 
     Raises:
         UserError: libtpu is missing, the config does not suit the topology, or the limit was reached.

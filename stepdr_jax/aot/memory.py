@@ -1,4 +1,5 @@
-"""What a compiled program holds on a device: by kind, its largest buffers, and what the compiler says when it is too much."""
+"""What a compiled program holds on a device: by kind, its largest buffers, and what the compiler says when it is too
+much."""
 
 import math
 import re
@@ -86,8 +87,8 @@ def estimate(
     model,
     mesh: dict[str, int],
     *,
-    context: int,
-    batch: int,
+    seq_len: int,
+    batch_size: int,
     microbatches: int,
     remat: str,
     loss_chunk: int,
@@ -98,7 +99,7 @@ def estimate(
     Args:
         model: Qwen2Config.
         mesh: sizes by axis.
-        context, batch, microbatches, loss_chunk: of the stage.
+        seq_len, batch_size, microbatches, loss_chunk: of the stage.
         remat, strategy: of config.parallel.
 
     Returns:
@@ -112,7 +113,7 @@ def estimate(
     tensor, shards = mesh["tensor"], mesh["fsdp"] * mesh["context"] * mesh["tensor"]
     layer = D * (2 * H * K + 2 * N * K) + 3 * D * F
     head = V * D * (1 if model.tie_embeddings else 2)
-    tokens = context * batch / microbatches / (mesh["data"] * mesh["fsdp"] * mesh["context"])
+    tokens = seq_len * batch_size / microbatches / (mesh["data"] * mesh["fsdp"] * mesh["context"])
     state = 4 * master * (L * layer + head) / shards
     inputs = width * tokens * D
     per_layer = {
@@ -123,7 +124,7 @@ def estimate(
     }[remat]
     saved = L * per_layer
     weights = 2 * width * layer / tensor + (width + 4) * V * D / tensor
-    gathered = 8 * context * batch / microbatches / mesh["data"] / mesh["fsdp"] * N * K / tensor
+    gathered = 8 * seq_len * batch_size / microbatches / mesh["data"] / mesh["fsdp"] * N * K / tensor
     work = tokens * (3 * width * F / tensor + 6 * 4 * H * K / tensor) + 8 * min(loss_chunk, tokens) * V / tensor
     work += gathered if strategy == "all_gather" and mesh["context"] > 1 else 0
     return {

@@ -28,7 +28,7 @@ class Settings:
 
 
 def model_of(config: ConfigDict) -> Qwen2Config:
-    """The model with as many words as the tokenizer has."""
+    """The model with the vocabulary of the tokenizer."""
     return Qwen2Config.from_config(config.model, config.tokenizer.vocab_size)
 
 
@@ -67,8 +67,8 @@ def plan(
         "devices": slices.devices,
         "limit_bytes": slices.generation.hbm,
         "mesh": {axis: config.mesh[axis] for axis in AXES},
-        "context": section.seq_len,
-        "batch": section.batch_size,
+        "seq_len": section.seq_len,
+        "batch_size": section.batch_size,
         "microbatches": section.microbatches,
         "parallel": config.parallel.to_dict(),
         "fits": all(program["status"] == "fits" for program in held.values()),
@@ -87,8 +87,8 @@ def _program(config, stage, slices, name, settings: Settings, advice: bool) -> d
         strategy = _strategy(config, result)
         work = roofline.work_of(
             model,
-            context=section.seq_len,
-            batch=section.batch_size,
+            seq_len=section.seq_len,
+            batch_size=section.batch_size,
             remat=config.parallel.remat,
             strategy=strategy,
             shards=mesh.context,
@@ -123,8 +123,8 @@ def formula(config: ConfigDict, stage: str) -> dict[str, float]:
     return memory.estimate(
         model_of(config),
         config.mesh,
-        context=section.seq_len,
-        batch=section.batch_size,
+        seq_len=section.seq_len,
+        batch_size=section.batch_size,
         microbatches=section.microbatches,
         remat=config.parallel.remat,
         loss_chunk=section.loss_chunk,
@@ -143,7 +143,7 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
         if size:
             said.append(f"{stage}.{field}={size} fits (compiled); {section[field]} does not")
     if not said:
-        said.append(f"neither a smaller batch nor a shorter context fits on {slices} with this mesh")
+        said.append(f"neither a smaller batch nor shorter sequences fit on {slices} with this mesh")
         if config.model.param_dtype == "float32":
             light = copy.deepcopy(config).unlock()
             light.model.param_dtype = "bfloat16"
@@ -172,7 +172,8 @@ def advise(config, stage, slices, name, shortage, settings: Settings) -> list[st
 
 
 def _largest(config, stage, slices, name, field, step, needed, limit, settings) -> int:
-    """A size of `field` that compiles, the largest by a formula fitted to what the compiler said, else by halving; or 0."""
+    """A size of `field` that compiles, the largest by a formula fitted to what the compiler said, else by halving; or
+    0."""
     section = config[stage]
     whole = formula(config, stage)
     scale = (needed - whole["state"]) / (whole["total"] - whole["state"])
@@ -200,7 +201,7 @@ def _largest(config, stage, slices, name, field, step, needed, limit, settings) 
 
 
 def tiles_of(config: ConfigDict) -> int:
-    """The fewest tiles, from 4 on, that divide the words of a device."""
+    """The fewest tiles, from 4 on, that divide the vocabulary of a device."""
     mesh = config.mesh
-    words = config.tokenizer.vocab_size // (mesh.fsdp * mesh.context * mesh.tensor)
-    return next((tiles for tiles in range(4, 33) if words % tiles == 0), 1)
+    own = config.tokenizer.vocab_size // (mesh.fsdp * mesh.context * mesh.tensor)
+    return next((tiles for tiles in range(4, 33) if own % tiles == 0), 1)

@@ -1,4 +1,5 @@
-"""PPO's programs with abstract arguments: the learner's on its mesh, the sampler's on one replica, the weights' way between.
+"""PPO's programs with abstract arguments: the learner's on its mesh, the sampler's on one replica, the weights' way
+between.
 
 They are the functions that `rl.learner` and `engine.scheduler` call, with the static arguments that these give them.
 """
@@ -20,7 +21,7 @@ from stepdr_jax.rl import learner, placement, ppo
 from stepdr_jax.sharding import topology
 from stepdr_jax.sharding.mesh import AXES, make_mesh
 
-# What each argument of a program is: the roles of memory that a plan adds up.
+# What each argument of a program is: the buffers that a plan adds up.
 ARGUMENTS = {
     "logprobs": ("actor weights", "rows"),
     "values": ("critic weights", "rows"),
@@ -32,38 +33,41 @@ ARGUMENTS = {
     "prefill": ("sampler weights", "pages", "table", "tokens", "start", "count"),
     "transfer": ("part of actor weights", "start"),
 }
-LEARNER = ("logprobs", "values", "actor", "critic", "update_actor", "update_critic")
 SAMPLER = ("decode", "prefill")
 _ACTIONS = ("weight", "share", "advantage", "old_logprob", "old_value", "return_", "reference_logprob", "importance")
 
 
 def places(slices: topology.Topology, config: ConfigDict) -> tuple[Mesh, list[jax.Device]]:
-    """(the learner's mesh, the devices of one replica of the sampler), on a slice as `rl.placement.DevicePlacement` has them there.
+    """(the learner's mesh, the devices of one replica of the sampler), on a slice as
+    `rl.placement.DevicePlacement` has them there.
 
-    The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler: its last ones.
+    The learner has all devices or, with placement.sampler=disaggregated, those that no host keeps for its own sampler:
+    its last ones.
 
     Raises:
         UserError: the sizes of config.mesh or config.sampler are not those of the slice.
     """
-    s, hosts, separate = config.sampler, _hosts(slices), config.placement.sampler == "disaggregated"
+    s, hosts, disaggregated = config.sampler, _hosts(slices), config.placement.sampler == "disaggregated"
     wanted, local = s.replicas * s.tensor, len(hosts[0])
-    if wanted + separate > local:
-        most = f"fewer than the {local} devices of a host of {slices}, as with placement.sampler=disaggregated the learner has the others"
-        most = (
-            most if separate else f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
-        )
+    if wanted + disaggregated > local:
+        most = f"at most the {local} devices of a host of {slices}, as a replica lies within a host"
+        if disaggregated:
+            most = (
+                f"fewer than the {local} devices of a host of {slices}, as with placement.sampler=disaggregated the "
+                "learner has the others"
+            )
         raise UserError(f"sampler.replicas * sampler.tensor: expected {most}, got {wanted}; change config.sampler")
-    taken = wanted if separate else 0
+    taken = wanted if disaggregated else 0
     left = [device for host in hosts for device in host[: local - taken]]
     sizes = {axis: config.mesh[axis] for axis in AXES}
     if math.prod(sizes.values()) != len(left):
         shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-        whose = f"; the samplers have {taken} of the {local} of each of {len(hosts)} hosts" if separate else ""
+        whose = f"; the samplers have {taken} of the {local} of each of {len(hosts)} hosts" if disaggregated else ""
         raise UserError(
             f"mesh: expected sizes whose product is the learner's {len(left)} devices of {slices}{whose}, got {shape} "
             f"({math.prod(sizes.values())}); change config.mesh"
         )
-    return make_mesh(**sizes, devices=left), hosts[0][local - taken if separate else 0 :][: s.tensor]
+    return make_mesh(**sizes, devices=left), hosts[0][local - taken if disaggregated else 0 :][: s.tensor]
 
 
 def _hosts(slices: topology.Topology) -> list[list]:
@@ -139,9 +143,9 @@ def _largest_cut(params, layout, limit: int):
     return program, arguments
 
 
-def bytes_by_role(name: str, arguments: tuple) -> dict[str, int]:
+def bytes_by_buffer(name: str, arguments: tuple) -> dict[str, int]:
     """Bytes on one device of each argument of a program, by what it is."""
-    return {role: _bytes(tree) for role, tree in zip(ARGUMENTS[name], arguments, strict=True)}
+    return {buffer: _bytes(tree) for buffer, tree in zip(ARGUMENTS[name], arguments, strict=True)}
 
 
 def _bytes(tree) -> int:

@@ -1,7 +1,8 @@
-"""The plan of PPO on a TPU slice: what each phase of an iteration holds on a chip, how many episodes run at once, how long.
+"""The plan of PPO on a TPU slice: what each phase of an iteration holds on a chip, how many episodes run at once, how
+long.
 
-Memory of programs is the compiler's; what lies beside them follows from `rl.placement`: shared, the sampler's weights and pages
-are there only while it works, and with offload idle the learner's state only while its network does.
+Memory of programs is the compiler's; what lies beside them follows from `rl.placement`: colocated, the sampler's
+weights and pages are there only while it works, and with offload idle the learner's state only while its network does.
 """
 
 import copy
@@ -32,14 +33,16 @@ OFFLOADS = ("none", "idle")
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What an episode is taken to be in the mean: tokens in all, and of these sampled ones; the others are prefilled."""
+    """What an episode is taken to be in the mean: tokens in all, and of these sampled ones; the others are
+    prefilled."""
 
     tokens: int
     sampled: int
 
     @classmethod
     def of(cls, config: ConfigDict, tokens: int = 0, sampled: int = 0) -> "Load":
-        """By default a quarter of the longest episode, and a quarter of it sampled. Raises UserError for more than there is."""
+        """By default a quarter of the longest episode, and a quarter of it sampled. Raises UserError for more than
+        there is."""
         longest = config.agent.max_episode_tokens
         tokens = tokens or longest // 4
         sampled = sampled or tokens // 4
@@ -54,7 +57,8 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
     """Compiles PPO's programs and returns the plan, plain data; docs/plans.md explains its fields.
 
     Raises:
-        UserError: the mesh or the sampler is not that of the slice, a size does not divide, libtpu is missing, time ran out.
+        UserError: the mesh or the sampler is not that of the slice, a size does not divide, libtpu is missing, time ran
+            out.
     """
     held = {name: _compiled(config, slices, name, settings) for name in PROGRAMS}
     hosts = slices.devices // held["decode"]["host_devices"]
@@ -68,10 +72,10 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
         "hosts": hosts,
         "limit_bytes": slices.generation.hbm,
         "mesh": {axis: config.mesh[axis] for axis in AXES},
-        "context": config.agent.max_episode_tokens,
+        "seq_len": config.agent.max_episode_tokens,
         "microbatch_sequences": config.ppo.microbatch_sequences,
         "parallel": config.parallel.to_dict() | {"remat": config.ppo.remat},
-        "roles": config.placement.to_dict(),
+        "placement": config.placement.to_dict(),
         "sampler": config.sampler.to_dict(),
         "load": dataclasses.asdict(load),
         "programs": held,
@@ -99,9 +103,11 @@ def _compiled(config, slices, name, settings: planning.Settings) -> dict:
 
 
 def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
-    """Bytes on one of the learner's devices of all that it keeps between iterations, by role."""
-    found = {role: size for program in held.values() for role, size in program["roles"].items() if role in STATE}
-    state = {role: found[role] for role in STATE}
+    """Bytes on one of the learner's devices of all that it keeps between iterations, by buffer."""
+    found = {
+        buffer: size for program in held.values() for buffer, size in program["buffers"].items() if buffer in STATE
+    }
+    state = {buffer: found[buffer] for buffer in STATE}
     if config.ppo.kl_coefficient:
         state["reference weights"] = state["actor weights"]
     if config.ppo.staleness:
@@ -110,29 +116,30 @@ def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
 
 
 def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
-    """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by role, "total"}."""
-    state, shared = state_bytes(config, held), config.placement.sampler == "colocated"
-    sampler = {role: held["decode"]["roles"][role] for role in ("sampler weights", "pages")}
+    """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by
+    buffer, "total"}."""
+    state, colocated = state_bytes(config, held), config.placement.sampler == "colocated"
+    sampler = {buffer: held["decode"]["buffers"][buffer] for buffer in ("sampler weights", "pages")}
 
     def kept(*working: str) -> dict[str, int]:
-        return {role: size for role, size in state.items() if offload == "none" or role in working}
+        return {buffer: size for buffer, size in state.items() if offload == "none" or buffer in working}
 
     def row(phase: str, device: str, there: dict[str, int], program: dict) -> dict:
-        given = {role: size for role, size in program["roles"].items() if role.endswith("gradient")}
+        given = {buffer: size for buffer, size in program["buffers"].items() if buffer.endswith("gradient")}
         counted = sum(
-            size for role, size in program["roles"].items() if role in there or role == "part of actor weights"
+            size for buffer, size in program["buffers"].items() if buffer in there or buffer == "part of actor weights"
         )
         rest = program["memory"]["total"] - counted - sum(given.values())
         parts = there | given | {"temporaries": rest}
         return {"phase": phase, "device": device, "bytes": parts, "total": sum(parts.values())}
 
-    learner = "any" if shared else "learner"
-    arrived = {"sampler weights": sampler["sampler weights"]} if shared else {}
+    learner = "any" if colocated else "learner"
+    arrived = {"sampler weights": sampler["sampler weights"]} if colocated else {}
     read = "behaviour weights" if "behaviour weights" in state else "actor weights"
     tighter = max(("decode", "prefill"), key=lambda name: held[name]["memory"]["total"])
     rows = [
         row("weights on their way", learner, kept(read) | arrived, held["transfer"]),
-        row("sampling", "any" if shared else "sampler", (kept() if shared else {}) | sampler, held[tighter]),
+        row("sampling", "any" if colocated else "sampler", (kept() if colocated else {}) | sampler, held[tighter]),
     ]
     return rows + [row(phase, learner, kept(*working), held[name]) for phase, (name, working) in LEARNING.items()]
 
@@ -140,7 +147,7 @@ def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
 def _placement(config, offload, held, hosts, slices, load: Load) -> dict:
     listed, limit = phases(config, offload, held), slices.generation.hbm
     sampling = next(row for row in listed if row["phase"] == "sampling")
-    s, pages = config.sampler, held["decode"]["roles"]["pages"]
+    s, pages = config.sampler, held["decode"]["buffers"]["pages"]
     replicas = s.replicas * s.pools
     count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
     page_bytes = pages / count
@@ -185,7 +192,7 @@ def _advise(config, slices, name, program, settings) -> list[str]:
     """What to change for a program that does not fit by itself; a number of pages named has been compiled."""
     over = program["shortage"]["needed"] - program["shortage"]["limit"]
     if name in ("decode", "prefill"):
-        s, pages = config.sampler, program["roles"]["pages"]
+        s, pages = config.sampler, program["buffers"]["pages"]
         replicas = s.replicas * s.pools
         count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
         fewer = (count - math.ceil(over * 1.02 / (pages / count))) * replicas
@@ -197,13 +204,13 @@ def _advise(config, slices, name, program, settings) -> list[str]:
                 said.append(f"sampler.num_pages={fewer} fits (compiled); {count * replicas} do not")
         if not said:
             said.append(
-                f"the weights take {program['roles']['sampler weights'] / 2**30:.1f} GiB of each device: no pages fit"
+                f"the weights take {program['buffers']['sampler weights'] / 2**30:.1f} GiB of each device: no pages fit"
             )
         return [*said, "sampler.tensor twice as large halves weights and pages on a device"]
-    rows = config.mesh.data * config.mesh.fsdp
+    sequences = config.mesh.data * config.mesh.fsdp
     said = [f"ppo.remat={r} keeps less for the backward pass" for r in _weaker(config)[:1] if "update" not in name]
-    if config.ppo.microbatch_sequences > rows:
-        said.append(f"ppo.microbatch_sequences={rows}, a row for each of data * fsdp, is the fewest")
+    if config.ppo.microbatch_sequences > sequences:
+        said.append(f"ppo.microbatch_sequences={sequences}, one for each of data * fsdp, is the fewest")
     if config.parallel.vocab_tiles < planning.tiles_of(config):
         said.append(f"parallel.vocab_tiles={planning.tiles_of(config)} never has the whole unembedding on a device")
     said.append("mesh.context twice as large, or a slice of twice the chips, halves the tokens of a device")

@@ -15,13 +15,16 @@ def text(plan: dict, width: int = 120) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, highlight=False)
     mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
-    s, roles, load = plan["sampler"], plan["roles"], plan["load"]
+    s, chosen, load = plan["sampler"], plan["placement"], plan["load"]
     console.print(
-        f"{plan['config']}  ppo  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, {plan['hosts']} hosts"
+        f"{plan['config']}  ppo  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices, "
+        f"{plan['hosts']} hosts"
     )
     console.print(
-        f"learner {mesh}, {plan['microbatch_sequences']} rows of {plan['context']:,} tokens a call, remat {plan['parallel']['remat']}; "
-        f"sampler {s['replicas']} x {s['tensor']} devices on each host, {roles['sampler']}, offload {roles['offload']}",
+        f"learner {mesh}, {plan['microbatch_sequences']} sequences of {plan['seq_len']:,} tokens a call, "
+        f"remat {plan['parallel']['remat']}; "
+        f"sampler {s['replicas']} x {s['tensor']} devices on each host, {chosen['sampler']}, "
+        f"offload {chosen['offload']}",
     )
     console.print()
     console.print(_programs(plan))
@@ -34,7 +37,7 @@ def text(plan: dict, width: int = 120) -> str:
             console.print(f"  - {sentence}", markup=False)
     for placement in plan.get("placements", ()):
         console.print()
-        own = placement["offload"] == roles["offload"]
+        own = placement["offload"] == chosen["offload"]
         console.print(_heading(placement, plan["limit_bytes"], own))
         console.print(_phases(placement))
         for sentence in _episodes(placement, plan, load):
@@ -97,8 +100,8 @@ def _heading(placement: dict, limit: float, own: bool) -> str:
 def by_column(held: dict[str, int]) -> dict[str, int]:
     """Bytes of a phase under COLUMNS; a copy of the actor that is a reference or lags behind counts as actor."""
     columns = dict.fromkeys(COLUMNS, 0)
-    for role, size in held.items():
-        name = "gradient" if role.endswith("gradient") else role if role in COLUMNS else role.split()[0]
+    for buffer, size in held.items():
+        name = "gradient" if buffer.endswith("gradient") else buffer if buffer in COLUMNS else buffer.split()[0]
         columns["actor" if name in ("reference", "behaviour") else name] += size
     return columns
 
@@ -115,11 +118,12 @@ def _phases(placement: dict) -> Table:
 
 def _episodes(placement: dict, plan: dict, load: dict) -> list[str]:
     now, most = placement["episodes"], placement["episodes_that_fit"]
-    page = plan["sampler"]["page_size"] or plan["context"]
+    page = plan["sampler"]["page_size"] or plan["seq_len"]
     said = [
-        f"pages of {page} tokens, {placement['page_bytes'] / 2**20:.1f} MiB a device: {placement['pages']:,} are asked for, "
-        f"{placement['pages_that_fit']:,} fit",
-        f"episodes at once: {now['full_length_per_host']} a host of {plan['context']:,} tokens, {now['full_length']:,} in all; "
+        f"pages of {page} tokens, {placement['page_bytes'] / 2**20:.1f} MiB a device: {placement['pages']:,} are "
+        f"asked for, {placement['pages_that_fit']:,} fit",
+        f"episodes at once: {now['full_length_per_host']} a host of {plan['seq_len']:,} tokens, "
+        f"{now['full_length']:,} in all; "
         f"{now['mean_length_per_host']} a host of {load['tokens']:,}, {now['mean_length']:,} in all",
         f"  with all pages that fit: {most['full_length_per_host']} and {most['full_length']:,}; "
         f"{most['mean_length_per_host']} and {most['mean_length']:,}",
@@ -138,7 +142,7 @@ def _speed(plan: dict) -> list[str]:
     for key, what in (("decode", "of mean length, half grown"), ("decode_full", "of full length")):
         d = sampler[key]
         lines.append(
-            f"  decode, {d['rows']} episodes {what}: {1000 * d['seconds']['step']:.1f} ms a step, "
+            f"  decode, {d['sequences']} episodes {what}: {1000 * d['seconds']['step']:.1f} ms a step, "
             f"{d['tokens_per_second']:,.0f} tokens/s a replica, bound by {d['bound']} "
             f"(weights {gib(d['bytes_weights'])} + K/V {gib(d['bytes_kv'])} GiB a device: "
             f"{1000 * d['seconds']['hbm']:.1f} ms; arithmetic {1000 * d['seconds']['arithmetic']:.1f}; "
@@ -151,8 +155,9 @@ def _speed(plan: dict) -> list[str]:
         f"  all {plan['hosts']} hosts: at most {sampler['tokens_per_second']:,.0f} sampled tokens/s "
         f"({sampler['tokens_per_second_hbm']:,.0f} by memory traffic alone), "
         f"{sampler['prefill_tokens_per_second']:,.0f} prefilled tokens/s",
-        f"  an iteration of {iteration['episodes']:,} episodes, {iteration['sampled_tokens'] / 1e6:,.1f}M tokens sampled and "
-        f"{iteration['observed_tokens'] / 1e6:,.1f}M given: at least {_clock(iteration['seconds_total'])}",
+        f"  an iteration of {iteration['episodes']:,} episodes, {iteration['sampled_tokens'] / 1e6:,.1f}M tokens "
+        f"sampled and {iteration['observed_tokens'] / 1e6:,.1f}M observed: "
+        f"at least {_clock(iteration['seconds_total'])}",
         f"    sampling {_clock(iteration['seconds_sampling'])} (decode {_clock(seconds['decode'])}, prefill "
         f"{_clock(seconds['prefill'])}), learning {_clock(iteration['seconds_learning'])}, weights to the sampler "
         f"{seconds['weights']:.1f} s",
@@ -186,7 +191,7 @@ def markdown_rows(plan: dict) -> list[str]:
     mesh = ",".join(str(size) for size in plan["mesh"].values())
     if "placements" not in plan:
         said = "; ".join(sentence for advice in plan["advice"].values() for sentence in advice)
-        return [f"| {plan['topology']}, {mesh} | {plan['roles']['sampler']} | | | | | | does not fit: {said} |"]
+        return [f"| {plan['topology']}, {mesh} | {plan['placement']['sampler']} | | | | | | does not fit: {said} |"]
     rows = []
     for placement in plan["placements"]:
         learning = max(placement["phases"][2:], key=lambda row: row["total"])
@@ -197,7 +202,8 @@ def markdown_rows(plan: dict) -> list[str]:
             f"| {plan['topology']}, {mesh} | {placement['sampler']}, {placement['offload']} | "
             f"{gib(a['actor'])} + {gib(a['critic'])} + {gib(a['gradient'])} + {gib(a['temporaries'])} = "
             f"**{gib(learning['total'])}** | "
-            f"{gib(b['actor'] + b['critic'])} + {gib(b['sampler weights'])} + {gib(b['pages'])} + {gib(b['temporaries'])} = "
+            f"{gib(b['actor'] + b['critic'])} + {gib(b['sampler weights'])} + {gib(b['pages'])} + "
+            f"{gib(b['temporaries'])} = "
             f"**{gib(sampling['total'])}** | {placement['pages_that_fit']:,} | "
             f"{most['full_length_per_host']}, {most['full_length']:,} | {most['mean_length_per_host']}, "
             f"{most['mean_length']:,} | {'fits' if placement['fits'] else 'does not fit'} |"

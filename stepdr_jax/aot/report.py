@@ -24,7 +24,8 @@ def text(plan: dict, width: int = 120) -> str:
         f"{plan['config']}  {plan['stage']}  on {plan['topology']}: {plan['chips']} chips, {plan['devices']} devices"
     )
     console.print(
-        f"mesh {mesh}; {plan['batch']} rows of {plan['context']:,} tokens a step; remat {plan['parallel']['remat']}"
+        f"mesh {mesh}; {plan['batch_size']} sequences of {plan['seq_len']:,} tokens a step; "
+        f"remat {plan['parallel']['remat']}"
     )
     for name, program in plan["programs"].items():
         console.print()
@@ -53,7 +54,8 @@ def _fitting(console: Console, name: str, program: dict, plan: dict) -> None:
     seconds = {cause: s for cause, s in estimate["seconds"].items() if cause != "step"}
     listed = ", ".join(f"{cause.replace('_', ' ')} {s:.3g}" for cause, s in seconds.items())
     console.print(
-        f"  ESTIMATE, not measured: {estimate['seconds']['step']:.3g} s a step, bound by {estimate['bound']} (s: {listed})"
+        f"  ESTIMATE, not measured: {estimate['seconds']['step']:.3g} s a step, bound by {estimate['bound']} "
+        f"(s: {listed})"
     )
     line = (
         f"  {estimate['tokens_per_second']:,.0f} tokens/s, {estimate['tokens_per_second_per_chip']:,.0f} a chip, "
@@ -129,7 +131,7 @@ def _clip(line: str, width: int) -> str:
 def markdown_header() -> str:
     """Head of the table of markdown_row."""
     return (
-        "| slice | mesh d,f,c,t | tokens x rows | strategy, remat | arguments | temporaries | total GiB | limit | "
+        "| slice | mesh d,f,c,t | tokens x sequences | strategy, remat | arguments | temporaries | total GiB | limit | "
         "step s* | tokens/s/chip* | MFU* | result |\n|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---|"
     )
 
@@ -142,7 +144,7 @@ def markdown_row(plan: dict) -> str:
     cells = [
         plan["topology"],
         mesh,
-        f"{plan['context'] // 1024}K x {plan['batch']}",
+        f"{plan['seq_len'] // 1024}K x {plan['batch_size']}",
         f"{strategy}, {plan['parallel']['remat']}",
     ]
     if program["status"] == "fits":

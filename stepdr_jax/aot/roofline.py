@@ -1,7 +1,7 @@
 """How long a step would take: an estimate from formulas and the compiled schedule, never a measurement.
 
 XLA's own cost analysis is not used: it counts the body of a loop once and a Pallas kernel as nothing. FLOPs come from
-the model's shape, transfers from the HLO (bytes x executions), speeds from `ops.context_layout.SPEEDS`.
+the model's shape, transfers from the HLO (bytes x executions), speeds from `sharding.hardware`.
 """
 
 import dataclasses
@@ -16,7 +16,8 @@ KERNEL = 0.5  # share that the attention kernel is taken to reach
 ASSUMPTIONS = (
     f"matrix products run at {PRODUCTS:.0%} and attention at {KERNEL:.0%} of peak bfloat16 FLOP/s",
     "an axis is one ring of links used both ways (half as fast where the slice does not wrap); links do not share load",
-    "synchronous transfers and those with no kernel or product beside them add to the step; the others are hidden up to "
+    "synchronous transfers and those with no kernel or product beside them add to the step; the others are hidden "
+    "up to "
     "the time of the arithmetic",
     "HBM traffic is a formula: optimizer state, gathered weights, inputs and outputs of each product",
     "with remat=offload, traffic to the host's memory is hidden",
@@ -42,8 +43,8 @@ class Work:
 def work_of(
     model: Qwen2Config,
     *,
-    context: int,
-    batch: int,
+    seq_len: int,
+    batch_size: int,
     remat: str,
     strategy: str,
     shards: int,
@@ -55,20 +56,20 @@ def work_of(
 
     Args:
         model: shape.
-        context, batch: tokens in a row, rows in a step; a row is counted as one segment.
+        seq_len, batch_size: tokens of a sequence, sequences of a step; a sequence is counted as one segment.
         remat, strategy, zigzag: of config.parallel; shards: mesh.context.
         backward: False for programs without gradients.
         vocabulary: False for the critic, which has no unembedding.
     """
-    tokens, L = context * batch, model.num_layers
+    tokens, L = seq_len * batch_size, model.num_layers
     layers = 2 * L * layer_parameters(model) * tokens
     head = 2 * model.hidden_size * model.vocab_size * tokens if vocabulary else 0
-    pair = 4 * model.num_heads * model.head_dim * L * batch
-    attention = pair * context * (context + 1) / 2
+    pair = 4 * model.num_heads * model.head_dim * L * batch_size
+    attention = pair * seq_len * (seq_len + 1) / 2
     imbalance = 1.0
     if shards > 1 and strategy != "ulysses":
-        pairs = hop_pairs(context, strategy=strategy, axis_size=shards, zigzag=zigzag)
-        imbalance = sum(pairs) * shards / (context * (context + 1) / 2)
+        pairs = hop_pairs(seq_len, strategy=strategy, axis_size=shards, zigzag=zigzag)
+        imbalance = sum(pairs) * shards / (seq_len * (seq_len + 1) / 2)
     if not backward:
         return Work(layers + head, attention, layers + head, attention * imbalance)
     again = remat != "none"

@@ -53,7 +53,8 @@ def layout_of(config: ConfigDict, model: qwen2.Qwen2Config, devices: Sequence[ja
 
 
 def decode(layout: programs.Layout, device: jax.Device, *, max_num_seqs: int, decode_steps: int, stop_ids: int = 2):
-    """(what has .lower, arguments) of `decode_steps` decode steps of `max_num_seqs` sequences, as `engine.scheduler.Pool` calls it.
+    """(what has .lower, arguments) of `decode_steps` decode steps of `max_num_seqs` sequences, as
+    `engine.scheduler.Pool` calls it.
 
     `device` is where everything is when the layout has no mesh.
     """

@@ -1,4 +1,5 @@
-"""Which mesh, recomputation, strategy and batch to take: formulas leave out what cannot win, the compiler judges the rest.
+"""Which mesh, recomputation, strategy and batch to take: formulas leave out what cannot win, the compiler judges the
+rest.
 
 Finished results are kept (`plan.Settings.cache`), so that an interrupted search continues where it stopped.
 """
@@ -73,8 +74,8 @@ def _seconds(config, stage, slices, model) -> float:
     local = tokens / (mesh.data * mesh.fsdp * mesh.context)
     work = roofline.work_of(
         model,
-        context=section.seq_len,
-        batch=section.batch_size,
+        seq_len=section.seq_len,
+        batch_size=section.batch_size,
         remat=parallel.remat,
         strategy=parallel.context_strategy,
         shards=mesh.context,
@@ -169,14 +170,14 @@ def text(plans: list[dict]) -> str:
     """A table of a search for a terminal; the Pareto front is starred."""
     best = front(plans)
     table = Table(box=None, padding=(0, 2, 0, 0), title=None)
-    for title in ("", "mesh d,f,c,t", "rows", "strategy", "remat", "GiB", "step s*", "tokens/s/chip*", "MFU*"):
+    for title in ("", "mesh d,f,c,t", "sequences", "strategy", "remat", "GiB", "step s*", "tokens/s/chip*", "MFU*"):
         table.add_column(title)
     for p in plans:
         mesh, program = ",".join(map(str, p["mesh"].values())), p["programs"]["train"]
         row = [
             "★" if p in best else "",
             mesh,
-            str(p["batch"]),
+            str(p["batch_size"]),
             p["parallel"]["context_strategy"],
             p["parallel"]["remat"],
         ]

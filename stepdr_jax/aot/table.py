@@ -10,7 +10,7 @@ from stepdr_jax.progress import Progress
 from stepdr_jax.sharding import topology
 
 CONTEXT = 131072
-# slice, (data, fsdp, context, tensor), context, rows
+# slice, (data, fsdp, context, tensor), seq_len, batch_size
 ROWS = (
     ("v5p:2x2x2", (1, 1, 8, 1), CONTEXT, 1),
     ("v5p:4x4x8", (1, 8, 16, 1), CONTEXT, 8),
@@ -28,9 +28,9 @@ ROWS = (
 )
 
 
-def config_of(name: str, mesh: tuple[int, ...], context: int, rows: int) -> ConfigDict:
-    """configs/midtrain_128k.py for another slice: its mesh, rows and vocabulary tiles, and all_gather on v5e, where
-    permutes are synchronous."""
+def config_of(name: str, mesh: tuple[int, ...], seq_len: int, batch_size: int) -> ConfigDict:
+    """configs/midtrain_128k.py for another slice: its mesh, batch size and vocabulary tiles, and all_gather on v5e,
+    where permutes are synchronous."""
     from configs import midtrain_128k
 
     data, fsdp, shards, tensor = mesh
@@ -38,8 +38,8 @@ def config_of(name: str, mesh: tuple[int, ...], context: int, rows: int) -> Conf
         midtrain_128k.get_config(),
         "midtrain2",
         mesh=dict(data=data, fsdp=fsdp, context=shards, tensor=tensor),
-        context=context,
-        batch=rows,
+        seq_len=seq_len,
+        batch_size=batch_size,
     )
     strategy = "all_gather" if name.startswith("v5e") else "ring"
     tiles = planning.tiles_of(config)
@@ -50,15 +50,16 @@ def make(settings: planning.Settings) -> list[dict]:
     """A plan of the train step for each row, code left out (see compile.run)."""
     progress, plans = Progress("table of plans", len(ROWS), "rows"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache and Path(settings.cache))
-    for name, mesh, context, rows in ROWS:
-        config = config_of(name, mesh, context, rows)
+    for name, mesh, seq_len, batch_size in ROWS:
+        config = config_of(name, mesh, seq_len, batch_size)
         plans.append(planning.plan(config, "midtrain2", topology.parse(name), ["train"], quick))
         progress.update(slice=name)
     return plans
 
 
 def make_ppo(settings: planning.Settings, tokens: int = 0, sampled: int = 0) -> list[dict]:
-    """Plans of PPO, code left out: on 128 and on 256 chips of v5p, the sampler shared and separate, each with both offloads.
+    """Plans of PPO, code left out: on 128 and on 256 chips of v5p, the sampler colocated and disaggregated, each with
+    both offloads.
 
     Args:
         settings: limit and cache.

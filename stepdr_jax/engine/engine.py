@@ -1,9 +1,10 @@
-"""The sampler that episodes talk to: sessions that are extended, generated from and closed, by any number of coroutines.
+"""The sampler that episodes talk to: sessions that are extended, generated from and closed, by any number of
+coroutines.
 
     generation = await engine.generate("episode 7", new_ids, SampleParams(max_tokens=96, seed=11))
 
-A session keeps its K/V between turns, so a turn prefills only what is new. Sampled ids are a function of the weights, the
-session's ids and (seed, token index) alone: not of the order or the company in which requests arrive.
+A session keeps its K/V between turns, so a turn prefills only what is new. Sampled ids are a function of the weights,
+the session's ids and (seed, token index) alone: not of the order or the company in which requests arrive.
 """
 
 import asyncio
@@ -78,20 +79,20 @@ class JaxEngine:
         max_num_seqs: sequences decoded together; more sessions may be open.
         max_len: tokens of a sequence, prompt and observations included.
         page_size: tokens of a page of K/V; 0 for pages of max_len, which needs the most memory and the least work.
-        num_pages: on the device, of all pools; 0 for enough to hold `max_num_seqs` sequences of max_len. When they run out the least
-            recently used sessions without a request are moved out, then the least advanced with one.
+        num_pages: on the device, of all pools; 0 for enough to hold `max_num_seqs` sequences of max_len. When they run
+            out the least recently used sessions without a request are moved out, then the least advanced with one.
         stop_ids: ids that end a generation.
         version: of the weights, recorded with every generation.
-        pools: independent pools for max_num_seqs / pools sequences, each driven by its own thread; results do not depend on
-            it. On CPU one per core: a pool that fits a core's share of the last-level cache is faster, too.
+        pools: independent pools for max_num_seqs / pools sequences, each driven by its own thread; results do not
+            depend on it. On CPU one per core: a pool that fits a core's share of the last-level cache is faster, too.
         prefill_batch, prefill_chunk: sequences and tokens of one prefill call.
         decode_steps: tokens of one decode call.
         prefill_calls: at most so many before each decode call; 0 for all that is pending.
         host_bytes: host memory for the K/V of sessions that lost their pages.
         attention: "auto" or one of `ops.paged_attention.BACKENDS`.
         weight_sync_bytes: most bytes of new weights in transit at once, on one device.
-        mesh: axes data and tensor: a replica of the engine on each position of data (pools then counts per replica), its
-            heads and vocabulary split over tensor. Default the first device.
+        mesh: axes data and tensor: a replica of the engine on each position of data (pools then counts per replica),
+            its heads and vocabulary split over tensor. Default the first device.
 
     Raises ValueError for sizes that do not fit each other.
     """
@@ -294,7 +295,7 @@ class JaxEngine:
             load = dict.fromkeys(range(len(self._pools)), 0)
             for _, pool in self._sessions.values():
                 load[self._pools.index(pool)] += 1
-            lightest = min(load, key=load.get)
+            lightest = min(load, key=lambda number: load[number])
             self._sessions[name] = (Session(name), self._pools[lightest])
         return self._sessions[name]
 
@@ -327,7 +328,7 @@ class JaxEngine:
         self._sweep(pool)
 
     def _finish(self, session: Session, pool: Pool) -> None:
-        request, session.request, session.busy = session.request, None, False
+        request, session.request, session.busy = session.active, None, False
         if request.future.done():  # the caller was cancelled
             return
         if not all(map(math.isfinite, request.logprobs)):
@@ -345,7 +346,7 @@ class JaxEngine:
             pool.drop(session)
         self._closing = [found for found in self._closing if found[1] is not pool]
         for session in [*pool.running, *pool.waiting]:
-            if session.request.future.cancelled():
+            if session.active.future.cancelled():
                 session.request, session.busy = None, False
         pool.waiting = [session for session in pool.waiting if session.request is not None]
         pool.running = [session for session in pool.running if session.request is not None]
@@ -355,7 +356,7 @@ class JaxEngine:
         pool.forget()
         pool.allocate()
         for session in [*pool.running, *pool.waiting]:
-            request, session.request, session.busy = session.request, None, False
+            request, session.request, session.busy = session.active, None, False
             if not request.future.done():
                 request.future.set_exception(EngineError(f"{type(error).__name__}: {error}"))
         pool.waiting.clear()

@@ -9,8 +9,8 @@ class FakeEngine:
     """Answers every request from a script.
 
     Args:
-        script: called with (session, all ids of the session so far, SampleParams); returns the ids to "sample", or raises
-            what `generate` shall raise.
+        script: called with (session, all ids of the session so far, SampleParams); returns the ids to "sample", or
+            raises what `generate` shall raise.
         logprob: reported for every sampled id.
         stop_ids: a turn that ends with one has finish "stop", any other "length".
     """

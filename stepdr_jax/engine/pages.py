@@ -45,6 +45,12 @@ class Session:
     used: int = 0  # scheduler tick of the last use
 
     @property
+    def active(self) -> Request:
+        """The request of a session that has one."""
+        assert self.request is not None
+        return self.request
+
+    @property
     def unwritten(self) -> int:
         """Tokens that prefill must write before decoding can start: all known ones but the last."""
         return len(self.ids) - 1 - self.written

@@ -1,13 +1,17 @@
 """The sampler's compiled programs: prefill a chunk, decode some steps, move pages out of the pool and back.
 
-Shapes are fixed by a `Layout` and the sizes of a call, so each program compiles once. Every row of a program is computed
-independently of the others and always over as many tokens: what a sequence samples does not depend on what else is in
-flight, nor on where its pages lie. The pool of pages is donated and updated in place.
+Shapes are fixed by a `Layout` and the sizes of a call, so each program compiles once. Every row of a program is
+computed independently of the others and always over as many tokens: what a sequence samples does not depend on what
+else is in flight, nor on where its pages lie. The pool of pages is donated and updated in place.
 
 Invariant that all programs share: the K/V of every known token of a sequence is in its pages, except the last one's. A
 decode step writes that one and samples the next; prefill therefore never needs logits.
 
 With a mesh, heads and the vocabulary are split over its axis `tensor`; every device computes the same samples.
+
+Shape suffixes: B sequences of a decode call, R of a prefill call, T tokens, C tokens of a prefill chunk, H query heads,
+N key-value heads, K head dimension, D model width, V vocabulary, M pages of a sequence, k = K / 2, s decode steps,
+b blocks of the vocabulary, w tokens of a block.
 """
 
 import dataclasses
@@ -32,9 +36,9 @@ RULES = rules.ShardingRules()
 class Layout:
     """What a pool of pages looks like; a static argument of every program.
 
-    page_size: tokens of a page. num_pages: in the pool. columns: pages of the longest sequence; 1 means that a page holds a whole
-    sequence, and row b of a decode step is then the sequence in page b. attention: of `ops.paged_attention.BACKENDS`.
-    mesh: of one axis, `tensor`; None is one device.
+    page_size: tokens of a page. num_pages: in the pool. columns: pages of the longest sequence; 1 means that a page
+    holds a whole sequence, and row b of a decode step is then the sequence in page b. attention: of
+    `ops.paged_attention.BACKENDS`. mesh: of one axis, `tensor`; None is one device.
     """
 
     config: Qwen2Config
@@ -149,7 +153,8 @@ def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, 
     Args:
         weights: of `weights.transfer`.
         pool: donated.
-        table_BM: int32 pages of each row, enough for `decode_steps` more tokens; not read where a page holds a sequence.
+        table_BM: int32 pages of each row, enough for `decode_steps` more tokens; not read where a page holds a
+            sequence.
         state: per row: token int32 (last known id), position int32 (its index in the sequence), remaining int32 (tokens
             it may still sample, 0 = row not in use), seed uint32, temperature float32 (0 = the most probable token).
         stop_ids_I: int32 ids that end a generation when sampled.
@@ -157,8 +162,8 @@ def decode(weights, pool, table_BM, state: dict, stop_ids_I, *, layout: Layout, 
         decode_steps: tokens per call.
 
     Returns:
-        pool; ids_Bs int32[B, decode_steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's temperature
-        (at temperature 1 for greedy requests).
+        pool; ids_Bs int32[B, decode_steps], -1 where nothing was sampled; logprobs_Bs float32 at the request's
+        temperature (at temperature 1 for greedy requests).
     """
 
     def work(weights, pool, table_BM, state, stop_ids_I):
@@ -212,12 +217,14 @@ def _decode(weights, pool, table_BM, state, stop_ids_I, layout, decode_steps):
 def sample(logits_BV, keys_B, index_B, temperature_B):
     """Draws one token a row and its log-probability: log_softmax(logits / T), as `ops.vocab_loss.token_stats` has it.
 
-    The draw inverts the cumulative distribution in two stages, a block of tokens and then a token in it, with one uniform
-    number each: two random numbers a row instead of V, and float32 sums stay short enough not to lose rare tokens.
+    The draw inverts the cumulative distribution in two stages, a block of tokens and then a token in it, with one
+    uniform number each: two random numbers a row instead of V, and float32 sums stay short enough not to lose rare
+    tokens.
 
-    Every row of the unembedding takes part, also those that pad Qwen2.5's 151,665 ids to 151,936 or 152,064: the trainer's
-    log-probabilities count them too, as pretraining did, which made them improbable. Leaving them out here alone would make
-    sampler and trainer disagree. One that is drawn all the same reads as U+FFFD and is trained like any other id.
+    Every row of the unembedding takes part, also those that pad Qwen2.5's 151,665 ids to 151,936 or 152,064: the
+    trainer's log-probabilities count them too, as pretraining did, which made them improbable. Leaving them out here
+    alone would make sampler and trainer disagree. One that is drawn all the same reads as U+FFFD and is trained like
+    any other id.
 
     Args:
         logits_BV: float32.

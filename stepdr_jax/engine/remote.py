@@ -1,19 +1,20 @@
 """Sampling on vLLM or SGLang servers: token ids out, token ids and log-probabilities back, as `Engine` has it.
 
-A server holds no session: each turn sends all of the session's ids and relies on the server's prefix cache. All turns of a
-session go to one server, and a header keeps them on one replica behind a router. `cache_salt` (vLLM) keeps K/V of one version
-of the weights from those of the next; SGLang empties its cache when its weights change.
+A server holds no session: each turn sends all of the session's ids and relies on the server's prefix cache. All turns
+of a session go to one server, and a header keeps them on one replica behind a router. `cache_salt` (vLLM) keeps K/V of
+one version of the weights from those of the next; SGLang empties its cache when its weights change.
 
 Weights are published as Hugging Face folders (`publish.WeightsFolder`); then each server is told to read one:
 
     SGLang  POST /update_weights_from_disk; every reply of /generate states the version that sampled it
-    vLLM    POST /collective_rpc (reload_weights), POST /update_weight_version; GET /weight_info before and after every turn
+    vLLM    POST /collective_rpc (reload_weights), POST /update_weight_version; GET /weight_info before and after every
+    turn
             states the version. These exist in its development mode only (VLLM_SERVER_DEV_MODE=1)
 
-A server that states another version, as after a restart, is sent the current weights, and what it sampled before that is not
-used. So a server that is killed loses nothing but time, as far as the endpoint's retries go. Both servers count their seed
-anew in every request, so a turn's seed is derived from the session's seed and its length: equal requests ask for equal
-samples, as far as the server's numerics go.
+A server that states another version, as after a restart, is sent the current weights, and what it sampled before that
+is not used. So a server that is killed loses nothing but time, as far as the endpoint's retries go. Both servers count
+their seed anew in every request, so a turn's seed is derived from the session's seed and its length: equal requests ask
+for equal samples, as far as the server's numerics go.
 """
 
 import asyncio
@@ -50,7 +51,8 @@ class _Server:
 
 
 class RemoteEngine:
-    """An engine on servers that have equal weights; each may be a router in front of replicas that take weights together.
+    """An engine on servers that have equal weights; each may be a router in front of replicas that take weights
+    together.
 
     Args:
         endpoints: of the servers, without a path.
@@ -237,12 +239,14 @@ class RemoteEngine:
             if left:
                 await self._send_again(server, loads)
         raise EndpointError(
-            f"{server.endpoint.base_url} sampled with weights of version {stated}, expected {self._stated_version}; check "
-            "that nobody else sends it weights, that every replica behind it takes new ones, and that it states its version"
+            f"{server.endpoint.base_url} sampled with weights of version {stated}, expected {self._stated_version}; "
+            "check that nobody else sends it weights, that every replica behind it takes them, and that it states "
+            "its version"
         )
 
     async def _stated(self, server: _Server, reply: dict) -> str | None:
-        """The version of the server's weights: of those that sampled the reply (SGLang), or of those it has now (vLLM)."""
+        """The version of the server's weights: of those that sampled the reply (SGLang), or of those it has now
+        (vLLM)."""
         if self.dialect == "vllm":
             return (await server.endpoint.get("/weight_info")).get("weight_version")
         meta = reply.get("meta_info")
@@ -266,7 +270,8 @@ def _nonsense(endpoint: Endpoint, reply: dict, wanted: str) -> EndpointError:
 
 
 def _stopped(reason: str) -> bool:
-    """Whether a turn ended by a stop id, not by its length. Raises KeyError for any other end, as of an aborted request."""
+    """Whether a turn ended by a stop id, not by its length. Raises KeyError for any other end, as of an aborted
+    request."""
     return {"stop": True, "length": False}[reason]
 
 

@@ -1,11 +1,12 @@
-"""One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results back.
+"""One pool of pages and what runs on it next: admit waiting sessions, prefill their new tokens, decode, hand results
+back.
 
 `Pool.step` is a plain synchronous function that runs in the pool's own thread; requests reach it (`collect`), and
 results leave it, on the event loop's thread between steps. So there is no lock, and tool calls proceed meanwhile.
 
 What a sequence samples does not depend on when or beside whom it runs: chunks are cut from the session's own token
-count, rows are independent, and a session that loses its pages gets their content back bit for bit from the host. One that
-is prefilled again, for want of host memory, gets it back up to rounding.
+count, rows are independent, and a session that loses its pages gets their content back bit for bit from the host. One
+that is prefilled again, for want of host memory, gets it back up to rounding.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ class Pool:
         max_len: tokens of a sequence.
         prefill_batch, prefill_chunk: sequences and tokens of one prefill call.
         decode_steps: tokens of one decode call; a finished sequence waits for at most so many.
-        prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others; 0
-            prefills all there is.
+        prefill_calls: before each decode call at most so many, so that a long observation does not hold up the others;
+            0 prefills all there is.
         stop_ids: ids that end a generation.
         host_bytes: K/V of evicted sessions kept on the host; beyond it they are prefilled again.
         device: where the pool lives when the layout has no mesh.
@@ -82,7 +83,7 @@ class Pool:
 
     def allocate(self) -> None:
         """Starts with empty pages."""
-        self.kv_pages = programs.init_pool(self.layout, self.device)
+        self.kv_pages: list | None = programs.init_pool(self.layout, self.device)
 
     def sleep(self) -> None:
         """Gives the pages' memory back and forgets all K/V. Only while nothing runs."""
@@ -163,7 +164,7 @@ class Pool:
 
     def _tokens_after(self, session: Session) -> int:
         """Tokens of the session after the next decode call."""
-        request = session.request
+        request = session.active
         return len(session.ids) + min(self.decode_steps, request.limit - len(request.ids))
 
     def _make_room(self, session: Session, tokens: int) -> bool:
@@ -182,7 +183,7 @@ class Pool:
         for session in list(ready):
             while session in ready and not self._make_room(session, self._tokens_after(session)):
                 # The others' pages, prefilling ones included: one sequence alone has room by construction.
-                victim = min((s for s in self.running if s is not session), key=lambda s: len(s.request.ids))
+                victim = min((s for s in self.running if s is not session), key=lambda s: len(s.active.ids))
                 self._evict(victim)
                 self.counts.preemptions += 1
                 self.running.remove(victim)
@@ -254,7 +255,7 @@ class Pool:
         rows = {}
         for place, session in enumerate(sessions):
             row = session.pages[0] if self.layout.columns == 1 else place
-            request, rows[session] = session.request, row
+            request, rows[session] = session.active, row
             table_BM[row] = self._row(session)
             state["token"][row] = session.ids[-1]
             state["position"][row] = len(session.ids) - 1
@@ -268,7 +269,7 @@ class Pool:
         self.counts.decode_calls += 1
         ended = []
         for session, row in rows.items():
-            request = session.request
+            request = session.active
             count = int(np.sum(ids_Bs[row] >= 0))
             ids = ids_Bs[row, :count].tolist()
             if not request.ids:

@@ -1,9 +1,11 @@
-"""Weight synchronization from the trainer's layout and mesh to the sampler's: in buckets, so that no second copy is ever whole.
+"""Weight synchronization from the trainer's layout and mesh to the sampler's: in buckets, so that no second copy is
+ever whole.
 
-A bucket is made where the parameters are, by one program over all their devices: layers unstacked, matrices in the compute
-dtype, every array whole or, where the devices allow it, in as many parts as a replica of the sampler has devices. The
-sampler's devices take their parts from there (`sharding.memory.land`): nothing moves where a part was made on the device
-that wants it. With several processes each lands its own replicas; the buckets are programs of all, in the same order.
+A bucket is made where the parameters are, by one program over all their devices: layers unstacked, matrices in the
+compute dtype, every array whole or, where the devices allow it, in as many parts as a replica of the sampler has
+devices. The sampler's devices take their parts from there (`sharding.memory.land`): nothing moves where a part was made
+on the device that wants it. With several processes each lands its own replicas; the buckets are programs of all, in the
+same order.
 """
 
 import dataclasses
@@ -53,7 +55,7 @@ def transfer(params: dict, targets: Sequence[tuple[Layout, jax.Device]], *, limi
         ValueError: one array alone is larger than the limit.
     """
     config = targets[0][0].config
-    placed = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
+    placed: list[dict] = [{"layers": [{} for _ in range(config.num_layers)]} for _ in targets]
     for bucket, program, arguments in buckets(params, targets[0][0], limit):
         arrived = land(program(*arguments), targets)
         for weights, pieces in zip(placed, jax.block_until_ready(arrived), strict=True):
@@ -177,8 +179,8 @@ def _packed(sizes: dict[str, int], limit: int) -> list[tuple[str, ...]]:
 
 
 def _source_mesh(params: dict, tensor: int) -> Mesh | None:
-    """The devices of the parameters, in their order, with an axis `part` as long as `tensor` if every process then holds
-    every part, else of 1; None when they are on one device."""
+    """The devices of the parameters, in their order, with an axis `part` as long as `tensor` if every process then
+    holds every part, else of 1; None when they are on one device."""
     mesh = getattr(params["embedding"].sharding, "mesh", None)
     if mesh is None or mesh.size == 1:
         return None

@@ -3,15 +3,7 @@
 import jax
 
 from stepdr_jax.models.qwen2 import Qwen2Config
-from stepdr_jax.ops.context_layout import SPEEDS
-
-# Peak dense bfloat16 FLOP/s of GPUs by jax's device_kind, from NVIDIA's data sheets. TPUs are in SPEEDS.
-GPUS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
+from stepdr_jax.sharding import hardware
 
 
 def layer_parameters(model: Qwen2Config) -> int:
@@ -36,6 +28,5 @@ def training_flops(model: Qwen2Config, *, tokens: float, pairs: float) -> float:
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
     """Peak bfloat16 FLOP/s of all devices together; None where the kind of device is not known (CPUs)."""
-    kind = devices[0].device_kind
-    peak = SPEEDS[kind].flops if kind in SPEEDS else GPUS.get(kind)
+    peak = hardware.peak_flops(devices[0].device_kind)
     return None if peak is None else peak * len(devices)

@@ -1,8 +1,8 @@
 """Hugging Face Qwen2 checkpoints in and out: one map of names, streamed to sharded arrays and from them.
 
 A kernel is stored [out, in] there and [in, out] here; layers are separate tensors there and one stacked array here.
-Neither direction holds the model in host memory: reading holds what this host's devices need of about CHUNK bytes of one
-parameter (at least of one layer of it), writing one tensor.
+Neither direction holds the model in host memory: reading holds what this host's devices need of about CHUNK bytes of
+one parameter (at least of one layer of it), writing one tensor.
 """
 
 import collections
@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -117,17 +117,18 @@ def load(
     if not directory.is_dir():
         raise UserError(f"checkpoint folder {directory} does not exist; give the folder that has its {hf_config.FILE}")
     config, problems = hf_config.read(directory)
-    stored, wrong = safetensors.find(directory)
+    found, wrong = safetensors.find(directory)
     problems += wrong
-    if config is not None and stored:
-        problems += _differences(config, stored)
-    if problems:
+    if config is not None and found:
+        problems += _differences(config, found)
+    if problems or config is None:
         shown = "; ".join(problems[:SHOWN])
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
             f"{directory} is not a Qwen2 checkpoint that can be loaded: {shown}{more}. "
             "Correct its config.json or fetch its files again"
         )
+    stored = {name: tensor for name, tensor in found.items() if tensor is not None}
     kept = functools.reduce(jnp.promote_types, (safetensors.DTYPES[tensor.dtype] for tensor in stored.values()))
     config = dataclasses.replace(
         config,
@@ -157,7 +158,7 @@ def load(
     return config, jax.tree_util.tree_map_with_path(read, shapes, shardings)
 
 
-def _differences(config: Qwen2Config, stored: dict[str, safetensors.Stored | None]) -> list[str]:
+def _differences(config: Qwen2Config, stored: Mapping[str, safetensors.Stored | None]) -> list[str]:
     """What the tensors lack or have beyond those of `config`; None stands for one whose file is damaged."""
     expected = {place.name: place.shape for place in places(config)}
     problems = [f"tensor {name} is missing" for name in expected if name not in stored]
@@ -183,8 +184,8 @@ def _differences(config: Qwen2Config, stored: dict[str, safetensors.Stored | Non
 def _equal(a: safetensors.Stored, b: safetensors.Stored) -> bool:
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.dtype not in safetensors.DTYPES or not a.shape:
         return False
-    a, b = a.map(), b.map()
-    return all(np.array_equal(a[i : i + 1024], b[i : i + 1024]) for i in range(0, len(a), 1024))
+    x, y = a.map(), b.map()
+    return all(np.array_equal(x[i : i + 1024], y[i : i + 1024]) for i in range(0, len(x), 1024))
 
 
 def _place(source: list, shape: jax.ShapeDtypeStruct, sharding, advance: Callable[[int], None]) -> jax.Array:
@@ -279,8 +280,8 @@ def save(
 ) -> None:
     """Writes a directory that `transformers` loads: config.json and safetensors, more than one with an index if large.
 
-    A checkpoint that is already there is replaced; other files stay. A killed writer leaves either the old checkpoint or
-    one without config.json, which nothing loads. Every process must call this; the first one writes.
+    A checkpoint that is already there is replaced; other files stay. A killed writer leaves either the old checkpoint
+    or one without config.json, which nothing loads. Every process must call this; the first one writes.
 
     Args:
         config: model shape.
@@ -305,7 +306,9 @@ def save(
     names = [safetensors.SINGLE]
     if len(shards) > 1:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    arrays = (array.astype(types[place.leaf], copy=False) for place, array in _fetched(params, config))
+    arrays: Iterator[np.ndarray] = (
+        array.astype(types[place.leaf], copy=False) for place, array in _fetched(params, config)
+    )
     if report is not None:
         arrays = _reported(arrays, sum(sizes), report)
     if jax.process_index():  # the first process writes, all take part in fetching
@@ -388,7 +391,8 @@ def _reported(arrays: Iterator[np.ndarray], total: int, report: Report) -> Itera
 
 @contextlib.contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """A hidden folder whose files replace the checkpoint in `directory` at the end; config.json goes first and comes last."""
+    """A hidden folder whose files replace the checkpoint in `directory` at the end; config.json goes first and comes
+    last."""
     hidden = directory / ".writing"
     try:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -35,7 +35,7 @@ def read(directory: Path) -> tuple[Qwen2Config | None, list[str]]:
         return None, [f"{FILE} is not a JSON object"]
     if their.get("model_type") != "qwen2":
         return None, [f"{FILE}: expected model_type qwen2 (Qwen2 and Qwen2.5), got {their.get('model_type')!r}"]
-    problems = []
+    problems: list[str] = []
     shape = {ours: _positive(their, name, problems) for ours, name in _SHAPE.items()}
     kv_heads = _positive(their, "num_key_value_heads", problems, default=shape["num_heads"])
     head_dim = _positive(their, "head_dim", problems, default=_head_dim(shape, their, problems))

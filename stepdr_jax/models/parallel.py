@@ -11,7 +11,8 @@ from stepdr_jax.sharding.placement import Placement
 
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved; `reason` says why so."""
+    """How a step is split over a mesh; the default is one device. Fields as in `config.parallel`, "auto" resolved;
+    `reason` says why so."""
 
     mesh: Mesh | None = None
     strategy: str = "none"

@@ -1,4 +1,4 @@
-"""The Qwen2.5 decoder as pure functions on a parameter tree, shared by trainer and sampler, and its NNX face.
+"""The Qwen2.5 decoder as pure functions on a parameter tree, shared by trainer and sampler, and its NNX wrapper.
 
 Parameters are a nested dict; every leaf under "layers" has a leading layer axis from initialisation to disk:
 
@@ -7,6 +7,9 @@ Parameters are a nested dict; every leaf under "layers" has a leading layer axis
     layers: attention_norm [L, D]    q_kernel [L, D, H*K]   q_bias [L, H*K]    k_*, v_* [L, D, N*K] [L, N*K]
             output_kernel [L, H*K, D]
             mlp_norm [L, D]          gate_kernel, up_kernel [L, D, F]          down_kernel [L, F, D]
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, K head dimension, D model width,
+V vocabulary, k = K / 2.
 """
 
 import dataclasses
@@ -227,11 +230,13 @@ def rms_norm(x, scale, eps):
 
 
 class Qwen2(nnx.Module):
-    """NNX face of the functions above: holds the same tree as nnx.Param leaves."""
+    """NNX wrapper of the functions above: holds the same tree as nnx.Param leaves."""
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs | None = None, params: dict | None = None):
-        """Takes `params` as given, or initialises from rngs.params()."""
+        """Takes `params` as given, or initializes them from rngs.params()."""
         if params is None:
+            if rngs is None:
+                raise ValueError("expected rngs or params, got neither")
             params = init_params(config, rngs.params())
         self.config = config
         self.params = nnx.data(jax.tree.map(nnx.Param, params))

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -38,8 +38,10 @@ class Stored:
         return np.memmap(self.path, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
 
 
-def find(directory: Path) -> tuple[dict[str, Stored], list[str]]:
+def find(directory: Path) -> tuple[Mapping[str, Stored | None], list[str]]:
     """(tensors of the checkpoint in a directory by name, what is wrong with its files); reads headers only.
+
+    None stands for a tensor whose file is missing or damaged.
 
     A single file goes before an index, as in transformers.
     """
@@ -52,7 +54,8 @@ def find(directory: Path) -> tuple[dict[str, Stored], list[str]]:
         listed = {name: Path(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, [f"{INDEX} has no readable weight_map ({type(error).__name__})"]
-    found, problems = {}, []
+    found: dict[str, Stored | None] = {}
+    problems: list[str] = []
     for file in sorted(set(listed.values())):
         if file.name != str(file):
             problems.append(f"{INDEX} points to {file}, which is not in the same folder")
@@ -100,8 +103,10 @@ def header(path: Path) -> tuple[dict[str, Stored], list[str]]:
 def write(
     path: Path, tensors: Sequence[tuple[str, np.dtype, tuple[int, ...]]], arrays: Iterable[np.ndarray | None]
 ) -> None:
-    """Writes a file whose `tensors` (name, dtype, shape) come from `arrays` in the same order, one in memory at a time."""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    """Writes a file whose `tensors` (name, dtype, shape) come from `arrays` in the same order, one in memory at a
+    time."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, dtype, shape in tensors:
         first, end = end, end + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [first, end]}
@@ -110,8 +115,8 @@ def write(
     with open(path, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for (_, dtype, shape), array in zip(tensors, arrays, strict=True):
-            assert array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
-            out.write(array.reshape(-1).view(np.uint8))
+            assert array is not None and array.dtype == dtype and array.shape == shape and array.flags.c_contiguous
+            out.write(array.reshape(-1).view(np.uint8).data)
         out.flush()
         os.fsync(out.fileno())
 

@@ -1,4 +1,5 @@
-"""The published shapes of Qwen2.5, from 0.5B to 72B (arXiv 2412.15115, table 1, and the config.json of each base model).
+"""The published shapes of Qwen2.5, from 0.5B to 72B (arXiv 2412.15115, table 1, and the config.json of each base
+model).
 
 Activations are bfloat16 and parameters float32, as in training; `dataclasses.replace` changes that, or stretches the
 context by YaRN. The vocabulary is the padded one of the embedding: 151,665 ids are in use.

@@ -1,6 +1,8 @@
 """The critic: a Qwen2.5 decoder with one linear head that reads a value at every token.
 
 The tree is {"decoder": a qwen2 tree without an unembedding of its own, "value_kernel": [D], "value_bias": []}.
+
+Shape suffixes: B sequences, T tokens (of queries), D model width.
 """
 
 import jax
@@ -37,7 +39,8 @@ def values(
     placement: Placement = WHOLE,
     remat: str = "none",
 ) -> jax.Array:
-    """v_BT float32: the value after reading tokens 0..t of the segment; `placement` and `remat` as in `hidden_states`."""
+    """v_BT float32: the value after reading tokens 0..t of the segment; `placement` and `remat` as in
+    `hidden_states`."""
     x_BTD = qwen2.hidden_states(
         params["decoder"], tokens_BT, positions_BT, segment_ids_BT, config, placement=placement, remat=remat
     )

@@ -3,6 +3,9 @@
 Who may look at whom is never a mask argument: a query sees the keys of its own segment at positions not after its own.
 Positions and segment ids travel with queries and keys, so packing, padding and reordered sequences are one code path.
 Segment 0 is padding; padding sees only padding, which keeps every softmax row non-empty.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, G = H / N, K
+head dimension, X any leading dimensions.
 """
 
 import jax

@@ -1,6 +1,9 @@
 """The attention kernel for any device, in plain JAX: tiles of queries against tiles of keys, memory linear in length.
 
 Key tiles that come wholly after a query tile are not computed when the order is by rows.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, S tokens of keys, K head
+dimension, Q queries of a tile, X any leading dimensions, t, s tile sizes of queries and keys.
 """
 
 import functools
@@ -50,7 +53,7 @@ def _cut(block, q_BHTK, k_BNSK, v_BNSK, query_segments_BT, key_segments_BS, orde
 
     key_tiles = -(-S // s)
     if isinstance(order, Rows):
-        rows = jnp.asarray(order.table)[order.index][None]
+        rows = jnp.asarray(order.table)[order.device][None]
         query_order, key_order = _tiles(rows, t, 1), _tiles(jnp.arange(S, dtype=jnp.int32)[None], s, 1)
         needed = jnp.max(query_order, axis=(1, 2)) // s + 1
     elif order is None:

@@ -97,13 +97,6 @@ class Speeds(NamedTuple):
     overlaps: bool
 
 
-# By jax's device_kind. Figures: Google Cloud's TPU pages and "How to Scale Your Model" (links); overlap: compiled here.
-SPEEDS = {
-    "TPU v5": Speeds(459e12, 2765e9, 90e9, True),
-    "TPU v5 lite": Speeds(197e12, 819e9, 45e9, False),
-    "TPU v6 lite": Speeds(918e12, 1640e9, 90e9, True),
-    "TPU7x": Speeds(1153e12, 3690e9, 90e9, True),
-}
 _EVEN = 1.1  # costs this near are taken as equal: the estimate is no better
 _KERNEL_SHARE = 0.5  # of peak FLOP/s that an attention kernel is taken to reach
 
@@ -142,32 +135,32 @@ def choose(
     *,
     axis_size: int,
     zigzag: bool = True,
-    device_kind: str = "TPU v5",
+    speeds: Speeds | None = None,
+    device_kind: str = "",
     rows: int = 1,
     free_bytes: float | None = None,
 ) -> tuple[str, str]:
     """The cheapest strategy that fits, and why, for `auto`.
 
     heads, kv_heads: those of one device. rows: sequences of one device's microbatch. free_bytes: memory that attention
-    may use; None for no limit. Estimates, not measurements: see layer_seconds. Raises UserError if no strategy can
-    serve the shape.
+    may use; None for no limit. speeds: of a device, from `sharding.hardware`; None where they are not known.
+    device_kind: its name, for the reason. Estimates, not measurements: see layer_seconds. Raises UserError if no
+    strategy can serve the shape.
     """
     if axis_size == 1:
         return "none", "mesh.context is 1"
-    shape = dict(axis_size=axis_size, zigzag=zigzag)
-    possible, refusal = [], None
+    possible, refusals = [], []
     for strategy in STRATEGIES[:3]:
         try:
-            check_layout(length, heads, kv_heads, strategy=strategy, **shape)
+            check_layout(length, heads, kv_heads, strategy=strategy, axis_size=axis_size, zigzag=zigzag)
             possible.append(strategy)
         except UserError as error:
-            refusal = refusal or error
+            refusals.append(error)
     if not possible:
-        raise refusal
+        raise refusals[0]
     held = rows * gathered_bytes(length, kv_heads, head_dim)
     if free_bytes is not None and held > free_bytes and "ring" in possible:
         return "ring", f"all gathered keys would take {held / 2**30:.2f} GiB of {free_bytes / 2**30:.2f} free"
-    speeds = SPEEDS.get(device_kind)
     if speeds is None or not zigzag:
         best = "all_gather" if "all_gather" in possible else possible[0]
         why = "the ring needs zigzag to be balanced" if speeds else f"no link speeds of {device_kind} are known"
@@ -180,7 +173,7 @@ def choose(
     why = f"estimated cost per layer and row on {device_kind}: {listed}"
     if not speeds.overlaps:
         why += "; permutes are synchronous here"
-    best = min(costs, key=costs.get)
+    best = min(costs, key=lambda strategy: costs[strategy])
     if best != "ring" and costs.get("ring", float("inf")) <= _EVEN * costs[best]:
         return "ring", f"{why}; so near, the ring for its memory: gathered keys would take {held / 2**30:.2f} GiB"
     return best, why

@@ -2,6 +2,9 @@
 
 Either way a device's tokens lie in row order and positions restart and rise with each segment, so row order within a
 segment is causality, and no positions need to travel. What each strategy costs: docs/long_context.md.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, K head
+dimension.
 """
 
 import functools

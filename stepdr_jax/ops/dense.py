@@ -1,4 +1,7 @@
-"""Matrix product with a kernel, whose gradient keeps the kernel's layout."""
+"""Matrix product with a kernel, whose gradient keeps the kernel's layout.
+
+Shape suffixes: X any leading dimensions, D model width, F width of the MLP.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +12,8 @@ def dense(x: jax.Array, kernel_DF: jax.Array) -> jax.Array:
     """x[..., D] @ kernel_DF in x's dtype.
 
     The gradient of the kernel is accumulated in float32 and computed as [D, F]. The derived rule computes it
-    as [F, D] and transposes, for which XLA on a CPU lays out every cotangent a second time: a quarter of a small model's
-    step.
+    as [F, D] and transposes, for which XLA on a CPU lays out every cotangent a second time: a quarter of a small
+    model's step.
     """
     return x @ kernel_DF.astype(x.dtype)
 

@@ -3,11 +3,14 @@
 A kernel computes attention between any queries and any keys and says how much probability it saw (the log-sum-exp of
 each query's scores), so that results over parts of the keys merge exactly. Arrays are heads-major here: q_BHTK, k_BNSK.
 Queries come scaled. Fully masked rows are legal: their log-sum-exp is so low that they vanish in any merge.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, K head
+dimension.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +21,18 @@ MASKED = -1e30  # finite: a row that is wholly masked in one part of the keys mu
 
 
 class Rows(NamedTuple):
-    """Causal order where the keys lie in row order: query t of device `index` sees keys 0 to table[index, t].
+    """Causal order where the keys lie in row order: query t of `device` sees keys 0 to table[device, t].
 
-    table: numpy int32[devices, T], rising along T. index: which device this is; an int or a traced int32.
+    table: numpy int32[devices, T], rising along T. device: which one this is; an int or a traced int32.
     """
 
     table: np.ndarray
-    index: jax.Array | int = 0
+    device: jax.Array | int = 0
 
 
 class Positions(NamedTuple):
-    """Causal order of tokens that lie anyhow: a query sees keys whose position is not after its own; int32[B, T or S]."""
+    """Causal order of tokens that lie anyhow: a query sees keys whose position is not after its own; int32[B, T or
+    S]."""
 
     queries: jax.Array
     keys: jax.Array
@@ -62,7 +66,7 @@ def merge(*parts: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     weights = [jnp.exp(lse - largest) for _, lse in parts]
     total = sum(weights)
     o = sum((w / total)[..., None] * o.astype(jnp.float32) for w, (o, _) in zip(weights, parts, strict=True))
-    return o, largest + jnp.log(total)
+    return cast(jax.Array, o), largest + jnp.log(total)
 
 
 def tag(o: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,11 +1,14 @@
 """Attention of new tokens over K/V that are kept in pages of a fixed number of tokens.
 
-A sequence's tokens are in the pages that its row of a table names, in order: token s is in page table[s // page_size] at
-offset s % page_size. Two backends keep pages differently:
+A sequence's tokens are in the pages that its row of a table names, in order: token s is in page table[s // page_size]
+at offset s % page_size. Two backends keep pages differently:
 
 `reference`, pure jnp: {"k": [P, N, K, s], "v": [P, N, s, K]}. Scores run along the contiguous axis, which makes a
 decode step of many sequences fast on CPU. Where a page is as long as a sequence may be, nothing is gathered.
 `ragged`, the Pallas kernel of jax.experimental for TPUs: one array [P, s, 2N, K], keys in the even heads.
+
+Shape suffixes: B sequences, T tokens (of queries), S tokens of keys, H query heads, N key-value heads, G = H / N, K
+head dimension, M pages of a sequence, P pages, s tokens of a page.
 """
 
 from typing import Any
@@ -16,8 +19,8 @@ import jax.numpy as jnp
 MASKED = -1e30  # score of a token that is not written yet
 BACKENDS = ("reference", "ragged")
 RAGGED_HEAD_DIM = 128  # the kernel takes heads of a multiple of this
-# What the kernel holds in VMEM at a time. It has a table of tuned sizes, but looks them up for the device at hand, which is
-# the wrong one when programs are compiled ahead of time.
+# What the kernel holds in VMEM at a time. It has a table of tuned sizes, but looks them up for the device at hand,
+# which is the wrong one when programs are compiled ahead of time.
 BLOCK_BYTES, BLOCK_QUERIES = 1 << 20, 32
 
 

@@ -11,7 +11,10 @@ A hop's transfer must run under its kernel. XLA would rather place it beside; an
 results and what arrives pins it. Gradients of keys set out with the own ones, travel with the keys in float32, and
 come home under a last tile of own keys that is kept back for that. Segment ids do not travel: they are gathered once,
 4 bytes a token, because transfers too small to matter still cost their latency each hop. The last hop sends keys that
-nobody needs any more, hidden as all are: a hop without would be a third of all kernels to compile and to hold buffers for.
+nobody needs any more, hidden as all are: a hop without would be a third of all kernels to compile and to hold buffers
+for.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, K head dimension.
 """
 
 import functools

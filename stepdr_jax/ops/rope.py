@@ -1,6 +1,8 @@
 """Rotary position embedding, in the rotate-half convention of Qwen2.5.
 
 Dimension i of a head is rotated together with dimension i + K/2, at the angle position * theta^(-2i/K).
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, K head dimension, k = K / 2.
 """
 
 import math
@@ -39,8 +41,8 @@ def _rates(head_dim: int, theta: float, yarn_factor: float, original_context: in
     """(radians per token float32[K/2], factor of cos and sin).
 
     YaRN (arXiv 2309.00071, section 3.4, with the rounding of transformers): a pair that turns more than FAST times in
-    the original context keeps its rate, one that turns less than SLOW times is slowed by the whole factor, a linear ramp
-    over the index of the pair lies between.
+    the original context keeps its rate, one that turns less than SLOW times is slowed by the whole factor, a linear
+    ramp over the index of the pair lies between.
     """
     half = head_dim // 2
     rate_k = theta ** -(np.arange(half) / half)

@@ -3,6 +3,9 @@
 The library's own gradient knows one call's log-sum-exp only, so its forward, dq and dkv passes are called by their
 private names (the version of jax is pinned, and the tests run them in interpret mode). Which blocks run is worked out
 here from the rows of the queries: cheap at any length, and per device where the device is known at run time only.
+
+Shape suffixes: B sequences, T tokens (of queries), H query heads, N key-value heads, S tokens of keys, K head
+dimension.
 """
 
 import functools
@@ -38,7 +41,7 @@ def _sees(query_row, key_row):
 
 
 def _causal(order: Rows, keys: int, block_q: int, block_k: int, *, for_keys: bool) -> MaskInfo:
-    """Which blocks run, for all devices of order.table, and those of order.index taken.
+    """Which blocks run, for all devices of order.table, and those of order.device taken.
 
     data_next says which block to have in VMEM at a grid step that runs nothing: the next one that will run.
     for_keys: the grid of the dkv pass, which walks over the queries of each key block.
@@ -53,7 +56,7 @@ def _causal(order: Rows, keys: int, block_q: int, block_k: int, *, for_keys: boo
     small = np.int8 if following.max() < 128 else np.int16
 
     def mine(x):
-        return jnp.asarray(x)[order.index]
+        return jnp.asarray(x)[order.device]
 
     return MaskInfo(
         data_next=mine(following.astype(small))[None],

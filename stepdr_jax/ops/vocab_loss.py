@@ -1,10 +1,12 @@
-"""Per-token statistics of a vocabulary distribution, without ever holding the whole [N, V] array of logits.
+"""Per-token statistics of a vocabulary distribution, without ever holding the whole [T, V] array of logits.
 
 Mid-training, SFT, the PPO actor and its reference all take log-probability, entropy and log-partition from here. The
 vocabulary is walked in tiles and the tokens in chunks, with a running log-sum-exp; the backward pass recomputes each
 piece's logits from x and w_VD. Memory is O(chunk * V / tiles) in both directions: float32 logits of one 128K-token
-sequence over 152K words would be 74 GiB. Under shard_map the unembedding may be split: a tile is gathered when its turn
-comes and its gradient is scattered before the next one, so neither is ever whole on a device.
+sequence over 152K vocabulary entries would be 74 GiB. Under shard_map the unembedding may be split: a tile is gathered
+when its turn comes and its gradient is scattered before the next one, so neither is ever whole on a device.
+
+Shape suffixes: T tokens, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ class Head:
     """How the unembedding w_VD given to `token_stats` is split.
 
     v_axes, d_axes: mesh axes that V and D are split over and that a tile is gathered from.
-    tensor: (axis, size) that V is split over and stays split over: each device sees its own words, and statistics are
+    tensor: (axis, size) that V is split over and stays split over: each device sees its own part, and statistics are
         summed. ("", 1) when there is none.
     tiles: slices of V, each computed in its turn.
     """
@@ -31,9 +33,9 @@ class Head:
 
 
 def token_stats(
-    x_ND: jax.Array,
+    x_TD: jax.Array,
     w_VD: jax.Array,
-    targets_N: jax.Array,
+    targets_T: jax.Array,
     *,
     chunk: int,
     temperature: float = 1.0,
@@ -45,28 +47,30 @@ def token_stats(
     else is float32.
 
     Args:
-        x_ND: final hidden states.
+        x_TD: final hidden states.
         w_VD: unembedding.
-        targets_N: int32 target ids in [0, V).
-        chunk: tokens whose logits exist at a time; N need not be a multiple.
+        targets_T: int32 target ids in [0, V).
+        chunk: tokens whose logits exist at a time; T need not be a multiple.
         temperature: divides the logits.
         head: layout of w; inside shard_map, its mesh axes.
 
     Returns:
-        (logprob_N, entropy_N in nats, logz_N), float32.
+        (logprob_T, entropy_T in nats, logz_T), float32.
     """
     if chunk < 1:
         raise ValueError(f"expected chunk of at least 1 token, got {chunk}")
     if w_VD.shape[0] % head.tiles:
-        raise ValueError(f"expected a number of tiles that divides {w_VD.shape[0]} words, got {head.tiles}")
-    N = x_ND.shape[0]
-    chunk = min(chunk, N)
-    pad = -N % chunk
+        raise ValueError(
+            f"expected a number of tiles that divides {w_VD.shape[0]} vocabulary entries, got {head.tiles}"
+        )
+    T = x_TD.shape[0]
+    chunk = min(chunk, T)
+    pad = -T % chunk
     if pad:  # zero rows give finite statistics, and get zero cotangents when sliced off
-        x_ND = jnp.pad(x_ND, ((0, pad), (0, 0)))
-        targets_N = jnp.pad(targets_N, (0, pad))
-    stats = _stats(x_ND, w_VD, targets_N, chunk, float(temperature), head)
-    return tuple(s_N[:N] for s_N in stats)
+        x_TD = jnp.pad(x_TD, ((0, pad), (0, 0)))
+        targets_T = jnp.pad(targets_T, (0, pad))
+    stats = _stats(x_TD, w_VD, targets_T, chunk, float(temperature), head)
+    return tuple(s_T[:T] for s_T in stats)
 
 
 def _gathered(tile_VD, head: Head):
@@ -87,14 +91,14 @@ def _scattered(g_tile, head: Head):
 
 
 def _tile(w_VD, index, dtype, head: Head):
-    """(tile of the unembedding in dtype, int32 ids of its words)."""
-    words = w_VD.shape[0] // head.tiles
-    piece = jax.lax.dynamic_slice_in_dim(w_VD, index * words, words, axis=0) if head.tiles > 1 else w_VD
+    """(tile of the unembedding in dtype, int32 ids of its tokens)."""
+    width = w_VD.shape[0] // head.tiles
+    piece = jax.lax.dynamic_slice_in_dim(w_VD, index * width, width, axis=0) if head.tiles > 1 else w_VD
     tile_VD = _gathered(piece.astype(dtype), head)
-    blocks = tile_VD.shape[0] // words
+    blocks = tile_VD.shape[0] // width
     first = jax.lax.axis_index(head.tensor[0]) * (w_VD.shape[0] * blocks) if head.tensor[1] > 1 else 0
-    block_starts = first + jnp.arange(blocks, dtype=jnp.int32) * w_VD.shape[0] + index * words
-    return tile_VD, (block_starts[:, None] + jnp.arange(words, dtype=jnp.int32)).reshape(-1)
+    block_starts = first + jnp.arange(blocks, dtype=jnp.int32) * w_VD.shape[0] + index * width
+    return tile_VD, (block_starts[:, None] + jnp.arange(width, dtype=jnp.int32)).reshape(-1)
 
 
 def _logits(x_cD, tile_VD, temperature):
@@ -118,41 +122,41 @@ def _merged(a, b):
 
 
 def _in_chunks(body, arrays, chunk):
-    """body over pieces of `chunk` tokens of each [N, ...] array; results joined again."""
-    N = arrays[0].shape[0]
-    if N == chunk:
+    """body over pieces of `chunk` tokens of each [T, ...] array; results joined again."""
+    T = arrays[0].shape[0]
+    if T == chunk:
         return body(arrays)
     split = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), arrays)
     _, out = jax.lax.scan(lambda _, piece: (None, body(piece)), None, split)
-    return jax.tree.map(lambda a: a.reshape(N, *a.shape[2:]), out)
+    return jax.tree.map(lambda a: a.reshape(T, *a.shape[2:]), out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _stats(x_ND, w_VD, targets_N, chunk, temperature, head):
+def _stats(x_TD, w_VD, targets_T, chunk, temperature, head):
     def tile_sums(index):
-        tile_VD, ids_V = _tile(w_VD, index, x_ND.dtype, head)
-        return _in_chunks(lambda xt: _sums(*xt, tile_VD, ids_V, temperature), (x_ND, targets_N), chunk)
+        tile_VD, ids_V = _tile(w_VD, index, x_TD.dtype, head)
+        return _in_chunks(lambda xt: _sums(*xt, tile_VD, ids_V, temperature), (x_TD, targets_T), chunk)
 
     if head.tiles == 1:
         sums = tile_sums(0)
     else:
-        zero_N = jnp.zeros(x_ND.shape[:1], jnp.float32)
-        nothing = (zero_N - 1e30, zero_N, zero_N, zero_N)
+        zero_T = jnp.zeros(x_TD.shape[:1], jnp.float32)
+        nothing = (zero_T - 1e30, zero_T, zero_T, zero_T)
         sums, _ = jax.lax.scan(lambda s, index: (_merged(s, tile_sums(index)), None), nothing, jnp.arange(head.tiles))
-    largest_N, total_N, weighted_N, target_N = sums
+    largest_T, total_T, weighted_T, target_T = sums
     if head.tensor[1] > 1:
         axis = head.tensor[0]
-        over_all = jax.lax.pmax(largest_N, axis)
-        scale_N = jnp.exp(largest_N - over_all)
-        largest_N = over_all
-        total_N, weighted_N, target_N = jax.lax.psum((total_N * scale_N, weighted_N * scale_N, target_N), axis)
-    logz_N = jnp.log(total_N) + largest_N
-    return target_N - logz_N, logz_N - weighted_N / total_N, logz_N
+        over_all = jax.lax.pmax(largest_T, axis)
+        scale_T = jnp.exp(largest_T - over_all)
+        largest_T = over_all
+        total_T, weighted_T, target_T = jax.lax.psum((total_T * scale_T, weighted_T * scale_T, target_T), axis)
+    logz_T = jnp.log(total_T) + largest_T
+    return target_T - logz_T, logz_T - weighted_T / total_T, logz_T
 
 
-def _forward(x_ND, w_VD, targets_N, chunk, temperature, head):
-    logprob_N, entropy_N, logz_N = _stats(x_ND, w_VD, targets_N, chunk, temperature, head)
-    return (logprob_N, entropy_N, logz_N), (x_ND, w_VD, targets_N, entropy_N, logz_N)
+def _forward(x_TD, w_VD, targets_T, chunk, temperature, head):
+    logprob_T, entropy_T, logz_T = _stats(x_TD, w_VD, targets_T, chunk, temperature, head)
+    return (logprob_T, entropy_T, logz_T), (x_TD, w_VD, targets_T, entropy_T, logz_T)
 
 
 def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile_VD, ids_V, temperature):
@@ -171,12 +175,12 @@ def _g_logits(x_cD, targets_c, entropy_c, logz_c, cotangents, tile_VD, ids_V, te
 
 
 def _backward(chunk, temperature, head, saved, cotangents):
-    x_ND, w_VD, targets_N, entropy_N, logz_N = saved
-    per_token = (x_ND, targets_N, entropy_N, logz_N, tuple(cotangents))
+    x_TD, w_VD, targets_T, entropy_T, logz_T = saved
+    per_token = (x_TD, targets_T, entropy_T, logz_T, tuple(cotangents))
 
     def tile_gradients(index):
-        """(gradient of x through this tile, float32[N, D]; gradient of this device's part of the tile)."""
-        tile_VD, ids_V = _tile(w_VD, index, x_ND.dtype, head)
+        """(gradient of x through this tile, float32[T, D]; gradient of this device's part of the tile)."""
+        tile_VD, ids_V = _tile(w_VD, index, x_TD.dtype, head)
 
         def chunk_gradients(piece):
             g_cV = _g_logits(*piece, tile_VD, ids_V, temperature)
@@ -185,8 +189,8 @@ def _backward(chunk, temperature, head, saved, cotangents):
                 jnp.einsum("cV,cD->VD", g_cV, piece[0], preferred_element_type=jnp.float32),
             )
 
-        if x_ND.shape[0] == chunk:
-            g_x_ND, g_tile = chunk_gradients(per_token)
+        if x_TD.shape[0] == chunk:
+            g_x_TD, g_tile = chunk_gradients(per_token)
         else:
             split = jax.tree.map(lambda a: a.reshape(-1, chunk, *a.shape[1:]), per_token)
 
@@ -195,24 +199,24 @@ def _backward(chunk, temperature, head, saved, cotangents):
                 return g_tile + more, g_x_cD
 
             g_tile, g_x = jax.lax.scan(add, jnp.zeros(tile_VD.shape, jnp.float32), split)
-            g_x_ND = g_x.reshape(x_ND.shape)
-        return g_x_ND, _scattered(g_tile, head)
+            g_x_TD = g_x.reshape(x_TD.shape)
+        return g_x_TD, _scattered(g_tile, head)
 
     if head.tiles == 1:
-        g_x_ND, g_w = tile_gradients(0)
+        g_x_TD, g_w = tile_gradients(0)
     else:
-        words = w_VD.shape[0] // head.tiles
+        width = w_VD.shape[0] // head.tiles
 
         def add_tile(carry, index):
-            g_x_ND, g_w = carry
+            g_x_TD, g_w = carry
             more, g_tile = tile_gradients(index)
-            return (g_x_ND + more, jax.lax.dynamic_update_slice_in_dim(g_w, g_tile, index * words, 0)), None
+            return (g_x_TD + more, jax.lax.dynamic_update_slice_in_dim(g_w, g_tile, index * width, 0)), None
 
-        start = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros(w_VD.shape, jnp.float32))
-        (g_x_ND, g_w), _ = jax.lax.scan(add_tile, start, jnp.arange(head.tiles))
+        start = (jnp.zeros(x_TD.shape, jnp.float32), jnp.zeros(w_VD.shape, jnp.float32))
+        (g_x_TD, g_w), _ = jax.lax.scan(add_tile, start, jnp.arange(head.tiles))
     if head.tensor[1] > 1:
-        g_x_ND = jax.lax.psum(g_x_ND, head.tensor[0])
-    return g_x_ND.astype(x_ND.dtype), g_w.astype(w_VD.dtype), None
+        g_x_TD = jax.lax.psum(g_x_TD, head.tensor[0])
+    return g_x_TD.astype(x_TD.dtype), g_w.astype(w_VD.dtype), None
 
 
 _stats.defvjp(_forward, _backward)

@@ -16,11 +16,6 @@ def has_host_memory(device: jax.Device) -> bool:
     return any(memory.kind == HOST for memory in device.addressable_memories())
 
 
-def kind_of(tree: Any) -> str:
-    """The memory that the arrays of a tree are in, that of the first."""
-    return jax.tree.leaves(tree)[0].sharding.memory_kind
-
-
 def copied(tree: Any, kind: str) -> Any:
     """The tree in memory of `kind`, one array after the other; arrays that are there already are the same objects."""
     return jax.tree.map(lambda a: _in(a, kind), tree)
@@ -51,12 +46,13 @@ def _in(array: jax.Array, kind: str) -> jax.Array:
 def land(array: jax.Array, sharding: Sharding) -> jax.Array:
     """`array` placed by `sharding`, all of whose devices are of this process.
 
-    Each device takes its part from itself if it holds it (nothing is copied then: the result shares memory with `array`),
-    else from a device of this process that does. Raises ValueError when none holds all of a part.
+    Each device takes its part from itself if it holds it (nothing is copied then: the result shares memory with
+    `array`), else from a device of this process that does. Raises ValueError when none holds all of a part.
     """
     held = [(part.device, _bounds(part.index, array.shape), part.data) for part in array.addressable_shards]
     parts = []
     for place, (device, index) in enumerate(sharding.addressable_devices_indices_map(array.shape).items()):
+        assert index is not None  # of an array with a shape
         wanted = _bounds(index, array.shape)
         turned = held[place % len(held) :] + held[: place % len(held)]  # not all from one device
         own_first = sorted(turned, key=lambda found: found[0] != device)

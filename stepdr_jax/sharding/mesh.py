@@ -16,8 +16,9 @@ def make_mesh(
 ) -> jax.sharding.Mesh:
     """A mesh over axes data (batch), fsdp (batch and parameters), context (sequence), tensor (heads, ffn, vocabulary).
 
-    On TPUs axes lie on rings of links where they can, and only data crosses slices. Elsewhere, and where the devices are
-    no cuboid, neighbours on the last axis are neighbours in the device list: the chattiest axis (tensor) stays closest.
+    On TPUs axes lie on rings of links where they can, and only data crosses slices. Elsewhere, and where the devices
+    are no cuboid, neighbours on the last axis are neighbours in the device list: the chattiest axis (tensor) stays
+    closest.
 
     Args:
         data, fsdp, context, tensor: sizes of the axes.
@@ -32,7 +33,8 @@ def make_mesh(
     if min(sizes) < 1 or (need != len(devices) and need != 1):
         shape = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"expected config.mesh sizes whose product is the {len(devices)} devices here, got {shape}; change --config.mesh.*"
+            f"expected config.mesh sizes whose product is the {len(devices)} devices here, got {shape}; change "
+            "--config.mesh.*"
         )
     return jax.sharding.Mesh(_arranged(devices[:need], sizes), AXES)
 
@@ -44,8 +46,8 @@ def _arranged(devices: list[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes[0] % slices:
         raise UserError(
-            f"config.mesh.data: expected a multiple of the {slices} slices, because only data crosses the slower network "
-            f"between them, got {sizes[0]}; change --config.mesh.*"
+            f"config.mesh.data: expected a multiple of the {slices} slices, because only data crosses the slower "
+            f"network between them, got {sizes[0]}; change --config.mesh.*"
         )
 
     def placed(**options) -> np.ndarray:

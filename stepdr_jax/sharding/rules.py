@@ -51,7 +51,7 @@ def fit(spec: tuple[Axis, ...], shape: tuple[int, ...], mesh: Mesh) -> tuple[tup
     """Mesh axes of each dimension of an array of `shape`: those of the rule, up to the first that does not divide."""
 
     def axes_of(axis: Axis, dim: int) -> tuple[str, ...]:
-        taken = ()
+        taken: tuple[str, ...] = ()
         for name in (axis,) if isinstance(axis, str) else axis or ():
             if dim % mesh.shape[name]:
                 break

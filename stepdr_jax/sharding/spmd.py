@@ -16,9 +16,9 @@ def on_every_device(local, params, batch: dict, mesh: Mesh, *, gives: str = SUMS
         params: parameter tree.
         batch: name -> array[B, T] or [B].
         mesh: of the axes data, fsdp, context and tensor.
-        gives: what local returns. SUMS: any tree of sums, which are added over all rows. GRADIENT: (gradient, sums); parts of
-            gradients are added over the axes that hold copies of a parameter, the transposes of gathers have added them
-            over the others. ROWS: a tree of arrays[B, T] of its own rows.
+        gives: what local returns. SUMS: any tree of sums, which are added over all rows. GRADIENT: (gradient, sums);
+            parts of gradients are added over the axes that hold copies of a parameter, the transposes of gathers have
+            added them over the others. ROWS: a tree of arrays[B, T] of its own rows.
     """
     specs = rules.param_specs(params, mesh)
     copies = tuple(axis for axis in ("data", "fsdp", "context") if mesh.shape[axis] > 1)

@@ -18,7 +18,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.models.parallel import Parallel
 from stepdr_jax.ops import context_layout
-from stepdr_jax.sharding import rules
+from stepdr_jax.sharding import hardware, rules
 from stepdr_jax.training import guards, state
 from stepdr_jax.training.optimizer import make_optimizer
 from stepdr_jax.training.step import eval_step, train_step
@@ -71,6 +71,7 @@ def resolve_parallel(config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, mo
                 seq_len,
                 *heads,
                 model.head_dim,
+                speeds=hardware.SPEEDS.get(device.device_kind),
                 device_kind=device.device_kind,
                 rows=batch_size // shards,
                 **layout,

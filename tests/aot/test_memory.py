@@ -64,7 +64,7 @@ def test_the_largest_buffers_are_those_of_the_devices_memory(tmp_path):
 
 def formula(**changes):
     mesh = dict(data=1, fsdp=8, context=16, tensor=1)
-    sizes = dict(context=131072, batch=8, microbatches=1, remat="layer", loss_chunk=512) | changes
+    sizes = dict(seq_len=131072, batch_size=8, microbatches=1, remat="layer", loss_chunk=512) | changes
     return memory.estimate(SIZES["32B"], mesh, **sizes)
 
 

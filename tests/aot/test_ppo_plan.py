@@ -1,4 +1,5 @@
-"""The plan of PPO: what each phase holds, how many episodes fit, bounds of the sampler, what a person gets wrong, the presets."""
+"""The plan of PPO: what each phase holds, how many episodes fit, bounds of the sampler, what a person gets wrong, the
+presets."""
 
 import copy
 import importlib.util
@@ -35,15 +36,15 @@ def changed(config, **fields):
 def made_up(name):
     """A compiled program with sizes in whole GiB: actor and critic 1 and their moments 2, the sampler's weights 15."""
     sizes = {"moments": 2, "weights": 1, "gradient": 1}
-    roles = {role: sizes.get(role.split()[-1], 0) * GIB for role in ppo.ARGUMENTS[name]}
+    buffers = {buffer: sizes.get(buffer.split()[-1], 0) * GIB for buffer in ppo.ARGUMENTS[name]}
     if name in ppo.SAMPLER:
-        roles |= {"sampler weights": 15 * GIB, "pages": 64 * GIB}
+        buffers |= {"sampler weights": 15 * GIB, "pages": 64 * GIB}
     temporaries = {"actor": 10, "critic": 9, "decode": 1}.get(name, 0) * GIB
-    arguments = sum(roles.values())
+    arguments = sum(buffers.values())
     memory = dict(arguments=arguments, outputs=0, aliased=0, temporaries=temporaries, total=arguments + temporaries)
     return dict(
         status="fits",
-        roles=roles,
+        buffers=buffers,
         memory=memory,
         collectives=[],
         host_devices=4,
@@ -59,7 +60,7 @@ def totals(config, offload):
     return {row["phase"]: row["total"] / GIB for row in ppo_plan.phases(config, offload, HELD)}
 
 
-def test_a_shared_sampler_and_the_learner_hold_their_memory_by_turns():
+def test_a_colocated_sampler_and_the_learner_hold_their_memory_by_turns():
     config = ppo_128k.get_config()
     none, idle = totals(config, "none"), totals(config, "idle")
     assert none["sampling"] == 6 + 15 + 64 + 1 and idle["sampling"] == 15 + 64 + 1
@@ -69,7 +70,7 @@ def test_a_shared_sampler_and_the_learner_hold_their_memory_by_turns():
     assert none["weights on their way"] == 6 + 15 and idle["weights on their way"] == 1 + 15
 
 
-def test_a_separate_sampler_shares_no_chip_with_the_learner():
+def test_a_disaggregated_sampler_shares_no_chip_with_the_learner():
     found = ppo_plan.phases(ppo_128k_disaggregated.get_config(), "none", HELD)
     where = {row["phase"]: row["device"] for row in found}
     assert where.pop("sampling") == "sampler" and set(where.values()) == {"learner"}
@@ -105,7 +106,7 @@ def test_as_many_pages_as_are_said_to_fit_do_and_no_more(compiled):
 def test_parts_that_fit_alone_but_not_together_say_what_to_change(compiled, monkeypatch):
     big = copy.deepcopy(HELD)
     for name in ppo.SAMPLER:
-        big[name]["roles"]["pages"] = 78 * GIB
+        big[name]["buffers"]["pages"] = 78 * GIB
         big[name]["memory"]["arguments"] = big[name]["memory"]["total"] = 93 * GIB
     monkeypatch.setattr(ppo_plan, "_compiled", lambda config, slices, name, settings: big[name])
     found = compiled(ppo_128k.get_config())
@@ -127,12 +128,12 @@ def test_a_decode_step_is_bound_by_reading_weights_and_kv_once():
     config = ppo_128k.get_config()
     model = plan.model_of(config)
     assert ppo_speed.kv_bytes(model) == 64 * 2 * 8 * 128 * 2
-    d = ppo_speed.decode(model, rows=8, length=131072, tensor=4, slices=SLICES)
+    d = ppo_speed.decode(model, sequences=8, length=131072, tensor=4, slices=SLICES)
     assert d["bytes_kv"] == 8 * 131072 * 2**18 / 4
     assert 14.5 * GIB < d["bytes_weights"] < 15.3 * GIB and d["bound"] == "hbm"
     assert d["seconds"]["step"] == (d["bytes_weights"] + d["bytes_kv"]) / SLICES.generation.speeds.hbm
     assert d["tokens_per_second"] == 8 / d["seconds"]["step"]
-    longer = ppo_speed.decode(model, rows=1, length=131072, tensor=4, slices=SLICES)
+    longer = ppo_speed.decode(model, sequences=1, length=131072, tensor=4, slices=SLICES)
     assert longer["tokens_per_second"] < d["tokens_per_second"]
 
 
@@ -254,8 +255,8 @@ def test_a_program_of_ppo_compiles_for_a_tpu_and_updates_in_place(name):
     result = ppo_plan._compiled(tiny(), topology.parse("v5p:2x2x1"), name, plan.Settings(limit=400))
     assert result["status"] == "fits" and result["host_devices"] == 4
     kept = "pages" if name == "decode" else "actor gradient"
-    assert result["memory"]["aliased"] == pytest.approx(result["roles"][kept], rel=0.1)  # donated: never there twice
-    assert sum(result["roles"].values()) == pytest.approx(result["memory"]["arguments"], rel=0.1)
+    assert result["memory"]["aliased"] == pytest.approx(result["buffers"][kept], rel=0.1)  # donated: never there twice
+    assert sum(result["buffers"].values()) == pytest.approx(result["memory"]["arguments"], rel=0.1)
 
 
 def test_presets_say_where_every_value_is_from_and_suit_any_size():
@@ -300,10 +301,10 @@ def test_ppo_of_32b_at_128k_fits_on_128_chips():
     assert none["episodes"]["full_length"] == 256 and none["pages_that_fit"] > 9000
     held = found["programs"]
     for name, donated in (("actor", "actor gradient"), ("critic", "critic gradient"), ("decode", "pages")):
-        assert held[name]["memory"]["aliased"] == pytest.approx(held[name]["roles"][donated], rel=0.01)
+        assert held[name]["memory"]["aliased"] == pytest.approx(held[name]["buffers"][donated], rel=0.01)
     for name in ("update_actor", "update_critic"):  # weights and moments in place, nothing beside them
         network = name.removeprefix("update_")
-        kept = held[name]["roles"][f"{network} weights"] + held[name]["roles"][f"{network} moments"]
+        kept = held[name]["buffers"][f"{network} weights"] + held[name]["buffers"][f"{network} moments"]
         assert held[name]["memory"]["aliased"] == pytest.approx(kept, rel=0.01)
         assert held[name]["memory"]["temporaries"] < 2**28
     assert held["transfer"]["memory"]["temporaries"] < 4 * GIB  # cuts, not whole stacks

@@ -8,7 +8,7 @@ from stepdr_jax.sharding import topology
 
 MODEL = SIZES["32B"]
 TOKENS = 131072
-STEP = dict(context=TOKENS, batch=8, remat="layer", strategy="ring", shards=16, zigzag=True)
+STEP = dict(seq_len=TOKENS, batch_size=8, remat="layer", strategy="ring", shards=16, zigzag=True)
 V5P = topology.parse("v5p:4x4x8")
 FREE = roofline.Work(0.0, 0.0, 0.0, 0.0)
 

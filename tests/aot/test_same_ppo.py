@@ -1,4 +1,5 @@
-"""What the planner compiles for PPO is what the learner and the sampler run: the same text, from real arrays and abstract ones."""
+"""What the planner compiles for PPO is what the learner and the sampler run: the same text, from real arrays and
+abstract ones."""
 
 import asyncio
 

@@ -1,10 +1,11 @@
-"""Names of TPU slices, their shapes and meshes. Counts and shapes: docs.cloud.google.com/tpu/docs, one page for each TPU."""
+"""Names of TPU slices, their shapes and meshes. Counts and shapes: docs.cloud.google.com/tpu/docs, one page for each
+TPU."""
 
 import pytest
 
 from stepdr_jax.errors import UserError
-from stepdr_jax.ops.context_layout import SPEEDS
 from stepdr_jax.sharding import topology
+from stepdr_jax.sharding.hardware import SPEEDS
 
 ONES = dict(data=1, fsdp=1, context=1, tensor=1)
 

@@ -3,7 +3,8 @@
 python -m tests.engine.serve_checkpoint --port=8123 --model=FOLDER --log=FILE --dies_in=00000001
 
 Its own weights are those of FOLDER until it is told to read others; one that is started again has FOLDER's again. Every
-request is a new session that samples with the request's seed, so an engine that is asked for the same tokens gives them.
+request is a new session that samples with the request's seed, so an engine that is asked for the same tokens gives
+them.
 """
 
 import argparse

@@ -341,7 +341,8 @@ def test_a_weight_update_waits_for_running_requests_and_holds_back_new_ones():
 
 @pytest.mark.parametrize("mode", ["keep", "recompute"])
 def test_weights_may_change_in_the_middle_of_a_turn(mode):
-    """What comes after the change: over the old K/V, or as a session that always had the new weights would sample it."""
+    """What comes after the change: over the old K/V, or as a session that always had the new weights would sample
+    it."""
     engine = make_engine(stop_ids=(-5,), **PAGED)
 
     async def run():

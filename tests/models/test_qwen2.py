@@ -1,4 +1,5 @@
-"""Remat, attention backends, the NNX face and the critic change nothing about the decoder; see also test_transformers."""
+"""Remat, attention backends, the NNX face and the critic change nothing about the decoder; see also
+test_transformers."""
 
 import functools
 

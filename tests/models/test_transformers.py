@@ -1,4 +1,5 @@
-"""Logits and gradients equal those of transformers' Qwen2 over the family, and weights survive a visit there bit for bit."""
+"""Logits and gradients equal those of transformers' Qwen2 over the family, and weights survive a visit there bit for
+bit."""
 
 import jax
 import jax.numpy as jnp

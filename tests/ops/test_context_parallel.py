@@ -1,4 +1,5 @@
-"""Every context strategy equals dense attention on simulated devices, does equal work, and refuses what it cannot do."""
+"""Every context strategy equals dense attention on simulated devices, does equal work, and refuses what it cannot
+do."""
 
 import json
 import os
@@ -17,6 +18,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.ops import context_parallel
 from stepdr_jax.ops.context_parallel import check_layout, choose, context_attention, hop_pairs, zigzag_order
 from stepdr_jax.ops.flash import Kernel
+from stepdr_jax.sharding.hardware import SPEEDS
 
 HERE = Path(__file__).parent
 
@@ -130,16 +132,20 @@ def test_zigzag_wastes_no_causal_work(strategy, n):
     assert plain > 1.8
 
 
+def of(device_kind):
+    return dict(speeds=SPEEDS.get(device_kind), device_kind=device_kind)
+
+
 def test_choice_follows_links_memory_and_heads():
     shape = dict(length=131072, heads=40, kv_heads=8, head_dim=128)
     assert choose(**shape, axis_size=1)[0] == "none"
-    assert choose(**shape, axis_size=16, device_kind="TPU v5")[0] == "ring"
-    strategy, reason = choose(**shape, axis_size=16, device_kind="TPU v5 lite")
+    assert choose(**shape, axis_size=16, **of("TPU v5"))[0] == "ring"
+    strategy, reason = choose(**shape, axis_size=16, **of("TPU v5 lite"))
     assert strategy == "all_gather" and "synchronous" in reason
-    strategy, reason = choose(**shape, axis_size=16, device_kind="TPU v5 lite", free_bytes=2**28)
+    strategy, reason = choose(**shape, axis_size=16, **of("TPU v5 lite"), free_bytes=2**28)
     assert strategy == "ring" and "1.00 GiB of 0.25 free" in reason
-    assert choose(**shape, axis_size=16, device_kind="cpu")[0] == "all_gather"
+    assert choose(**shape, axis_size=16, **of("cpu"))[0] == "all_gather"
     few_groups = dict(length=131072, heads=8, kv_heads=8, head_dim=128)
-    assert choose(**few_groups, axis_size=4, device_kind="TPU v5 lite")[0] == "ulysses"
+    assert choose(**few_groups, axis_size=4, **of("TPU v5 lite"))[0] == "ulysses"
     with pytest.raises(UserError, match="context: expected a multiple of 32"):
         choose(131080, 40, 8, 128, axis_size=16)
