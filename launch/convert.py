@@ -68,7 +68,7 @@ def to_checkpoint(config, source: Path, target: str | Path, dtype: str) -> None:
     _say(f"writing {target}")
     metadata = {"stage": "hf", "model": dataclasses.asdict(model), "source": str(source.resolve())}
     copied = _copy_tokenizer(source, target / "tokenizer")  # first: the checkpoint is what makes the folder count
-    checkpoint.save(target, 0, {"params": params}, metadata, keep=1)
+    checkpoint.save_checkpoint(target, 0, {"params": params}, metadata, keep=1)
     _say(f"done: {target}  {_billions(params)}  {dtype}  {copied} tokenizer and settings files copied")
 
 
@@ -93,7 +93,7 @@ def to_hf(
         return {"params": jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)}
 
     _say(f"reading {directory}")
-    restored = checkpoint.restore(directory, abstract, step=step)
+    restored = checkpoint.restore_checkpoint(directory, abstract, step=step)
     model, params = Qwen2Config(**restored.metadata["model"]), restored.tree["params"]
     # A stage shares the tokenizer of its run: RUN_DIR/tokenizer beside RUN_DIR/seed0/sft/checkpoints.
     beside = storage.location(source)
@@ -120,7 +120,7 @@ def _find(source: str | Path):
     source = storage.location(source)
     elsewhere = [StageLayout(source).recorded().checkpoint_dir] if isinstance(source, Path) else []
     for folder in (source, source / "checkpoints", *elsewhere):
-        if checkpoint.steps(folder):
+        if checkpoint.saved_steps(folder):
             return folder
     raise UserError(
         f"{source} has no checkpoint; give a stage's folder such as RUN_DIR/seed0/sft, "

@@ -71,7 +71,7 @@ def among_others(parse_line: Callable[[], ConfigDict], main: Callable[[ConfigDic
         traceback.print_exc()
         status = 1
     if status and "stepdr_jax.runtime.distributed" in sys.modules:
-        sys.modules["stepdr_jax.runtime.distributed"].leave(status)
+        sys.modules["stepdr_jax.runtime.distributed"].exit_if_failed(status)
     return status
 
 

@@ -24,15 +24,15 @@ flags.DEFINE_integer("slots", 16, "replies sampled together", lower_bound=1)
 
 def main(config) -> None:
     from stepdr_jax.agent import server
-    from stepdr_jax.orchestration import ask
     from stepdr_jax.engine import factory
+    from stepdr_jax.orchestration import ask
     from stepdr_jax.training import sampler, state
 
     token = os.environ.get("STEPDR_MODEL_TOKEN", "")
     if not token and FLAGS.host not in ("127.0.0.1", "::1", "localhost"):
         raise UserError(f"--host={FLAGS.host} is open to others; set STEPDR_MODEL_TOKEN, or listen on 127.0.0.1")
     stage = ask.choose_stage(config, FLAGS.stage)
-    engine, tokenizer = sampler.engine_of_stage(factory.with_max_num_seqs(config, FLAGS.slots), stage)
+    engine, tokenizer = sampler.load_stage_engine(factory.with_max_num_seqs(config, FLAGS.slots), stage)
     most, rows = config.agent.max_episode_tokens, state.vocab_size(config)
     app = server.make_app(engine, tokenizer, model=stage, max_len=most, token=token, vocab_size=rows)
     server.serve_app(app, FLAGS.host, FLAGS.port)

@@ -17,10 +17,10 @@ def train_stage(config, stage: str) -> None:
     from stepdr_jax.evaluation import checkpoints
     from stepdr_jax.training import loop  # after the flags: a mistyped one should not wait for jax
 
-    on_milestone = checkpoints.inline_evaluation(
+    on_eval_checkpoint = checkpoints.inline_evaluation(
         config, stage, lambda: tool_host.start_if_needed(config, f"seed{config.seed}.{stage}")
     )
-    done = loop.train(config, stage, on_milestone=on_milestone)
+    done = loop.train(config, stage, on_eval_checkpoint=on_eval_checkpoint)
     print(f"{stage}  {done['steps']} steps  loss {done['final_loss']:.3f}", file=sys.stderr, flush=True)
 
 

@@ -142,14 +142,14 @@ def _our_step(config, batch: dict):
     from stepdr_jax.models.qwen2 import Qwen2Config
     from stepdr_jax.sharding.mesh import make_mesh
     from stepdr_jax.training import state
-    from stepdr_jax.training.optimizer import optimizer_of
+    from stepdr_jax.training.optimizer import make_optimizer
     from stepdr_jax.training.program import train_program
     from stepdr_jax.training.step import arrange
 
     vocabulary = config.tokenizer.vocab_size
     program, abstract, _ = train_program(config, "midtrain1", make_mesh(), vocab_size=vocabulary)
     model = Qwen2Config.from_config(config.model, vocabulary)
-    fresh = state.new_state(state.initial_params(model, config.seed), optimizer_of(config.midtrain1), 1)
+    fresh = state.new_state(state.initial_params(model, config.seed), make_optimizer(config.midtrain1), 1)
     now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
     batch = arrange(batch)
 

@@ -84,7 +84,7 @@ def watch_stages(
         layouts = {stage: run.stage(stage).for_reading() for stage in stages}
         done = all(layout.done.exists() for layout in layouts.values())  # before the scan, so that none is missed
         new = [
-            (stage, step, checkpoint.mark(layout.eval_checkpoint(step), step))
+            (stage, step, checkpoint.fingerprint(layout.eval_checkpoint(step), step))
             for stage, layout in layouts.items()
             for step in layout.eval_steps()
         ]

@@ -270,7 +270,7 @@ async def _evaluate(config, stage, tasks, rubric_sets, fingerprint, host, kept, 
     from stepdr_jax.engine.remote import RemoteEngine  # here, so that selecting and reading work without jax
     from stepdr_jax.training import sampler
 
-    engine, tokenizer = sampler.engine_of_stage(config, stage)
+    engine, tokenizer = sampler.load_stage_engine(config, stage)
     policy = EnginePolicy(engine, tokenizer, config.eval.temperature, name=stage)
     tools, judge = (
         Tools.from_config(config, host),

@@ -87,7 +87,7 @@ def trained_policy(
         raise UserError(
             f"the question takes {used} tokens, this model's context has room for {room}; ask it in fewer words"
         )
-    engine, tokenizer = sampler.engine_of_stage(factory.with_max_num_seqs(config, 1), stage)
+    engine, tokenizer = sampler.load_stage_engine(factory.with_max_num_seqs(config, 1), stage)
     return policy.EnginePolicy(engine, tokenizer, temperature, name=stage)
 
 

@@ -17,7 +17,7 @@ BLOCKS, PLAIN = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 LABELS, VALUE, NORMAL = (20, 30), 9, 12  # columns; the wider labels from WIDE on
 WIDE = 120
 SHORTEST, LONGEST = 5, 40  # of a sparkline
-NOT_NEWS = ("start", "end", "milestone")
+NOT_NEWS = ("start", "end", "eval_checkpoint")
 
 
 def render_dashboard(

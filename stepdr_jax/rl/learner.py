@@ -28,7 +28,7 @@ from stepdr_jax.rl.rollout_metrics import evenly_spaced
 from stepdr_jax.rl.rollouts import EpisodeArrays
 from stepdr_jax.runtime import distributed
 from stepdr_jax.sharding import memory
-from stepdr_jax.training.program import order_of, parallel_of
+from stepdr_jax.training.program import resolve_parallel, token_order
 
 Params = dict[str, Any]  # a tree of arrays, as of `qwen2.param_shapes`
 LearnerState = dict[str, Params]  # of `init_state`
@@ -65,8 +65,8 @@ class PPOConfig:
         seq_len = config.agent.max_episode_tokens
         parallel, order = Parallel(remat=c.remat), None
         if mesh is not None and mesh.size > 1:
-            parallel = parallel_of(config, "ppo", mesh, model)
-            order = order_of(parallel, seq_len)
+            parallel = resolve_parallel(config, "ppo", mesh, model)
+            order = token_order(parallel, seq_len)
             order = np.arange(seq_len) if order is None else order
         return cls(
             settings=ppo.ProgramSettings(
@@ -263,11 +263,11 @@ def _old_logprobs(
     old_ET, entropy_ET, reference_ET = (np.zeros(episodes.tokens_ET.shape, np.float32) for _ in range(3))
     for micro in config.pack(episodes, range(len(old_ET))):
         logprob_A, entropy_A = ppo.logprobs(actor, micro.rows, settings=config.settings)
-        micro.scatter(distributed.whole(logprob_A), old_ET)
-        micro.scatter(distributed.whole(entropy_A), entropy_ET)
+        micro.scatter(distributed.fetch_global(logprob_A), old_ET)
+        micro.scatter(distributed.fetch_global(entropy_A), entropy_ET)
         if config.settings.kl_coefficient:
             expected_A = ppo.logprobs(reference, micro.rows, settings=config.settings)[0]
-            micro.scatter(distributed.whole(expected_A), reference_ET)
+            micro.scatter(distributed.fetch_global(expected_A), reference_ET)
     return old_ET, entropy_ET, reference_ET
 
 
@@ -277,7 +277,7 @@ def _kl_after(actor: Params, old_ET: np.ndarray, episodes: EpisodeArrays, config
     members = kept[evenly_spaced(len(kept), KL_EPISODES)]
     now_ET, read_ET = np.zeros_like(old_ET), np.zeros(old_ET.shape, bool)
     for micro in config.pack(episodes, members):
-        micro.scatter(distributed.whole(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
+        micro.scatter(distributed.fetch_global(ppo.logprobs(actor, micro.rows, settings=config.settings)[0]), now_ET)
     read_ET[members] = episodes.action_mask_ET[members]
     change_A = (now_ET - old_ET)[read_ET].astype(np.float64)
     return float(np.mean(np.exp(change_A) - 1 - change_A))
@@ -286,7 +286,7 @@ def _kl_after(actor: Params, old_ET: np.ndarray, episodes: EpisodeArrays, config
 def _old_values(critic: Params, episodes: EpisodeArrays, config: PPOConfig) -> np.ndarray:
     values_ET = np.zeros(episodes.tokens_ET.shape, np.float32)
     for micro in config.pack(episodes, range(len(values_ET)), tight=False):
-        micro.scatter(distributed.whole(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
+        micro.scatter(distributed.fetch_global(ppo.values(critic, micro.rows, settings=config.settings)), values_ET)
     return values_ET
 
 

@@ -33,11 +33,11 @@ from stepdr_jax.rl.rollout_metrics import rollout_metrics
 from stepdr_jax.rl.rollouts import Rollout
 from stepdr_jax.rl.sampling import OnlineRollouts, PPOInputs, ReplayedRollouts, RolloutSource
 from stepdr_jax.runtime import checkpoint, distributed, provenance, stages
-from stepdr_jax.runtime.compilation import keep_compiled
+from stepdr_jax.runtime.compilation import enable_compilation_cache
 from stepdr_jax.runtime.layout import RunLayout, StageLayout
 from stepdr_jax.runtime.profiling import Profiler
 from stepdr_jax.runtime.watchdog import Watchdog
-from stepdr_jax.runtime.writers import Journal
+from stepdr_jax.runtime.writers import StageWriters
 from stepdr_jax.sharding import memory
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from stepdr_jax.training import state
@@ -153,10 +153,10 @@ class _Run:
     start: int  # iterations done before this process
     seconds: float  # taken by them
     began: float
-    journal: Journal
+    writers: StageWriters
     profiler: Profiler
     watchdog: Watchdog
-    preemption: distributed.Notice
+    preemption: distributed.Preemption
     saver: checkpoint.Saver
     progress: Progress | None
     saved: int  # iterations in the latest checkpoint
@@ -172,7 +172,7 @@ async def _train(
     """done.json; None when the process is preempted before the end. Without a `source` rollouts are sampled online."""
     run = _start(config, inputs, layout, iterations, source)
     if run.start < iterations:
-        distributed.say("ppo  compiling")
+        distributed.print_once("ppo  compiling")
     iteration = run.start
     with run.saver, run.preemption, run.watchdog:
         try:
@@ -197,20 +197,20 @@ async def _train(
                         "seconds": round(time.monotonic() - began, 3),
                     }
                     _report(run, iteration, episodes, batch, details, row)
-                    run.watchdog.step(time.monotonic() - began)
+                    run.watchdog.record_step(time.monotonic() - began)
                     run.profiler.after(iteration + 1)
                     if (iteration + 1) % config.ppo.checkpoint_every == 0 or iteration + 1 == iterations:
                         await _save(run, iteration + 1)  # after its row: a restored run must find all rows before it
                     run.saver.check()
-            run.journal.event("end", step=max(run.start, iterations))
+            run.writers.write_event("end", step=max(run.start, iterations))
         except guards.GuardStop as stop:
-            run.journal.event("guard", step=iteration + 1, reason=str(stop))
+            run.writers.write_event("guard", step=iteration + 1, reason=str(stop))
             raise UserError(guards.advice(str(stop), layout.directory, iteration, run.saved)) from None
         finally:
             if run.pending is not None:
                 await sampling.cancel_sampling(run.pending)
             run.profiler.close(max(run.start, iterations))
-            run.journal.close()
+            run.writers.close()
             await run.source.close()
     return _write_done(run)
 
@@ -225,7 +225,7 @@ def _start(
             f"ppo.prompts_per_iteration: expected at most the {len(inputs.tasks)} training tasks there are, got "
             f"{config.ppo.prompts_per_iteration}; lower it in the config"
         )
-    keep_compiled(RunLayout.from_config(config).compilation_cache)
+    enable_compilation_cache(RunLayout.from_config(config).compilation_cache)
     settings = _check_settings(config, inputs, layout)
     devices = DevicePlacement.from_config(config)
     learning = PPOConfig.from_config(config, inputs.model, devices.mesh)
@@ -237,7 +237,7 @@ def _start(
         reference = placement.on_mesh(inputs.read_actor(), devices.param_shardings(inputs.model))
     start = 0 if restored is None else restored.step
     if restored is not None:
-        distributed.say(f"ppo  continuing from iteration {start}")
+        distributed.print_once(f"ppo  continuing from iteration {start}")
     if source is None:
         # Iteration i is sampled with the weights of version i - staleness, whatever the timing.
         version, behavior = max(start - config.ppo.staleness, 0), params.get("behaviour", params["params"])
@@ -246,7 +246,7 @@ def _start(
         source = OnlineRollouts(
             config, inputs, engine, directory=layout.iterations, fingerprint=fingerprint, placement=devices
         )
-    journal = Journal(layout.directory, config, "ppo", start - 1, key="iteration")
+    writers = StageWriters(layout, config, start - 1, key="iteration")
     return _Run(
         config=config,
         inputs=inputs,
@@ -260,10 +260,10 @@ def _start(
         start=start,
         seconds=0.0 if restored is None else restored.metadata["seconds"],
         began=began,
-        journal=journal,
-        profiler=Profiler(layout.directory, config.profile, journal.event),
+        writers=writers,
+        profiler=Profiler(layout, config.profile, writers.write_event),
         watchdog=Watchdog(layout.hangs, config.watchdog),
-        preemption=distributed.Notice(),
+        preemption=distributed.Preemption(),
         saver=checkpoint.Saver(layout.checkpoint_dir, background=config.checkpointing.background),
         progress=Progress("ppo", iterations, "iterations", start=start) if distributed.is_lead() else None,
         saved=start,
@@ -274,7 +274,7 @@ def _check_settings(config: ConfigDict, inputs: PPOInputs, layout: StageLayout) 
     """The stage's settings, written beside it. Raises UserError when its checkpoints were made with others."""
     settings = provenance.ppo_settings(config, inputs.model, judge_settings(config), inputs.origin)
     provenance.require_same_location(layout)
-    if checkpoint.steps(layout.checkpoint_dir):
+    if checkpoint.saved_steps(layout.checkpoint_dir):
         provenance.require_same_settings(layout, settings)
     distributed.lead_first("ppo settings", lambda: provenance.record_stage(config, layout, settings), lambda: None)
     return settings
@@ -307,14 +307,14 @@ async def _learn(run: _Run, iteration: int, batch: rollouts.EpisodeArrays, row: 
         learner.update, run.state, batch, run.learning, iteration, run.reference, row
     )
     if metrics["skipped_updates"]:
-        run.journal.event("skipped", step=iteration + 1, updates=metrics["skipped_updates"])
-        distributed.say(
+        run.writers.write_event("skipped", step=iteration + 1, updates=metrics["skipped_updates"])
+        distributed.print_once(
             f"ppo  iteration {iteration}: skipped {metrics['skipped_updates']:.0f} updates, gradient not finite"
         )
     if metrics["guarded_updates"]:
         reason = run.learning.guard.problem(row | metrics)
-        run.journal.event("guard", step=iteration + 1, reason=reason)
-        distributed.say(f"ppo  iteration {iteration}: {reason}; the actor is unchanged")
+        run.writers.write_event("guard", step=iteration + 1, reason=reason)
+        distributed.print_once(f"ppo  iteration {iteration}: {reason}; the actor is unchanged")
     row |= metrics | run.source.stats()
     return details
 
@@ -335,7 +335,7 @@ def _report(
             **{name: row[name] for name in ("reward", "success") if row.get(name) is not None},
             masked=sum(episode.masked is not None for episode in episodes),
         )
-    run.journal.row(row)
+    run.writers.write_row(row)
 
 
 async def _save(run: _Run, done: int, *, emergency: bool = False) -> None:
@@ -360,9 +360,9 @@ async def _save_preempted(run: _Run, iteration: int) -> None:
     if iteration > run.saved:
         await _save(run, iteration, emergency=True)
     await asyncio.to_thread(run.saver.wait)
-    run.journal.event("preempted", step=iteration)
+    run.writers.write_event("preempted", step=iteration)
     distributed.barrier(f"ppo saved {iteration}")
-    distributed.say(f"ppo  preempted: iteration {iteration} is saved; run the same command to continue")
+    distributed.print_once(f"ppo  preempted: iteration {iteration} is saved; run the same command to continue")
 
 
 def _write_done(run: _Run) -> dict[str, Any]:

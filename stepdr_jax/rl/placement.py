@@ -124,7 +124,7 @@ def restore_or_init_state(
     process must call it.
     """
     kind = memory.HOST if placement.offload else memory.DEVICE
-    restored = checkpoint.restore(directory, abstract_state(model, learning, placement.mesh, kind=kind))
+    restored = checkpoint.restore_checkpoint(directory, abstract_state(model, learning, placement.mesh, kind=kind))
     if restored is not None:
         return restored.tree, restored
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(model, learning, placement.mesh))
@@ -142,4 +142,4 @@ def restore_or_init_state(
 def on_mesh(params: Params, shardings: Params) -> Params:
     """Puts parameters on the mesh, unless they are there. Otherwise every process must have the whole tree."""
     placed = all(a.sharding == s for a, s in zip(*map(jax.tree.leaves, (params, shardings)), strict=True))
-    return params if placed else distributed.place(params, shardings)
+    return params if placed else distributed.place_global(params, shardings)

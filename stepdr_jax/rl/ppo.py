@@ -130,7 +130,7 @@ def pack(
     microbatch is its number of actions rounded up to half of its tokens, so that the vocabulary loss wastes little and
     few shapes are compiled; without `tight` it is all tokens and one shape (for the critic, whose head costs nothing).
 
-    With `order`, a permutation of each row's tokens (`training.program.order_of`), actions are not gathered.
+    With `order`, a permutation of each row's tokens (`training.program.token_order`), actions are not gathered.
     """
     lengths = episodes.lengths_E
     longest_first = sorted((e for e in members if episodes.kept_E[e]), key=lambda e: (-int(lengths[e]), e))

@@ -88,7 +88,7 @@ def start_sampling(source: RolloutSource, iteration: int) -> asyncio.Task[Timed]
     return asyncio.create_task(timed())
 
 
-async def wait_unless_preempted(sampling: asyncio.Task[Timed], preemption: distributed.Notice) -> Timed | None:
+async def wait_unless_preempted(sampling: asyncio.Task[Timed], preemption: distributed.Preemption) -> Timed | None:
     """The result of `sampling`; None when the process is preempted: a single process then abandons the iteration.
 
     Several processes look only when all have their rollouts: they must stop at the same iteration.
@@ -223,7 +223,7 @@ class OnlineRollouts:
             share += f", mostly by {causes[0][0]}"
             if tried == ROUNDS:
                 break
-            distributed.say(f"ppo  {share}; sampling them again")
+            distributed.print_once(f"ppo  {share}; sampling them again")
             try:
                 await (await self.tools.client()).wait_ready(READY_SECONDS)
             except ToolInfraError as error:

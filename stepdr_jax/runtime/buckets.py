@@ -1,13 +1,13 @@
-"""Objects in a bucket, gs:// or s3://, under the few methods of a path that checkpoints need; by tensorstore alone.
+"""Objects in a bucket, gs:// or s3://, with the methods of a path that checkpoints need; through tensorstore.
 
-A bucket has no directories and no rename: a name is there as a whole or not at all. What stands for the bucket, and who
-asks, is taken from the usual environment variables:
+A bucket has no directories and no rename; writing an object is atomic. Server and credentials come from the usual
+environment variables:
 
     s3://   AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, else AWS's chain of credentials; AWS_REGION or
             AWS_DEFAULT_REGION; AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL for a store that is not Amazon's
     gs://   GOOGLE_APPLICATION_CREDENTIALS, else the machine's own account; STORAGE_EMULATOR_HOST for another store
 
-Requests that fail for now (5xx, throttled, no connection) are made again by tensorstore, and then by `patiently`.
+tensorstore retries requests that fail temporarily (5xx, throttled, no connection); after that `with_retries` does.
 """
 
 import contextlib
@@ -26,19 +26,15 @@ import tensorstore as ts
 from stepdr_jax.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = 600.0  # seconds that a store may fail before the run gives up
-RETRIES = {
-    "max_retries": 4,
-    "initial_delay": "500ms",
-    "max_delay": "8s",
-}  # of each request; then `patiently` speaks up
-# What tensorstore calls an error that may pass. All others (no such bucket, not allowed) stay.
-PASSING = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL")
+RETRY_SECONDS = 600.0  # for how long a store may fail before the run gives up
+TENSORSTORE_RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "8s"}  # of each request
+# Prefixes of tensorstore's temporary errors. All others (no such bucket, permission denied) are final.
+TEMPORARY = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL")
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketPath:
-    """An object, or what would be its folder: `key` has no slash at either end and is "" for the bucket itself."""
+    """An object, or a prefix of objects. `key` has no slash at either end and is "" for the bucket itself."""
 
     scheme: str
     bucket: str
@@ -67,16 +63,16 @@ class BucketPath:
         return dataclasses.replace(self, key=self.key.rpartition("/")[0])
 
     def names(self) -> list[str]:
-        """Of all objects below, relative to this path, sorted. One request for every thousand."""
+        """Names of all objects below, relative to this path, sorted. One request per thousand objects."""
         prefix = f"{self.key}/" if self.key else ""
         last = prefix[:-1] + chr(ord("/") + 1) if prefix else ""
         span = ts.KvStore.KeyRange(prefix, last)
-        found = patiently(self, lambda: self._store().list(span).result())
+        found = with_retries(self, lambda: self._store().list(span).result())
         return sorted(k.decode()[len(prefix) :] for k in found if k.decode().startswith(prefix))
 
     def read_bytes(self) -> bytes:
         """Raises FileNotFoundError."""
-        result = patiently(self, lambda: self._store().read(self.key).result())
+        result = with_retries(self, lambda: self._store().read(self.key).result())
         if result.state != "value":
             raise FileNotFoundError(f"{self} does not exist")
         return result.value
@@ -85,16 +81,16 @@ class BucketPath:
         return self.read_bytes().decode()
 
     def write_bytes(self, data: bytes) -> None:
-        """Returns when the store has the object as a whole."""
-        patiently(self, lambda: self._store().write(self.key, data).result())
+        """Writes the object atomically."""
+        with_retries(self, lambda: self._store().write(self.key, data).result())
 
     def remove(self) -> None:
         """Removes the object, if there is one."""
         with contextlib.suppress(FileNotFoundError):
-            patiently(self, lambda: self._store().write(self.key, None).result())
+            with_retries(self, lambda: self._store().write(self.key, None).result())
 
     def kvstore(self) -> dict[str, Any]:
-        """tensorstore's description of all that lies below."""
+        """tensorstore's specification of everything below this path."""
         return _spec(self.scheme, self.bucket) | {"path": f"{self.key}/"}
 
     def _store(self) -> ts.KvStore:
@@ -111,42 +107,47 @@ def _spec(scheme: str, bucket: str) -> dict[str, Any]:
     if scheme == "gs":
         if host := environ.get("STORAGE_EMULATOR_HOST"):
             environ["TENSORSTORE_GCS_HTTP_URL"] = host if "://" in host else f"http://{host}"
-        return {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": RETRIES}}
-    spec = {"driver": "s3", "bucket": bucket, "context": {"s3_request_retries": RETRIES}}
+        return {"driver": "gcs", "bucket": bucket, "context": {"gcs_request_retries": TENSORSTORE_RETRIES}}
+    spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "context": {"s3_request_retries": TENSORSTORE_RETRIES}}
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
     if endpoint:
         spec |= {"endpoint": endpoint.rstrip("/"), "aws_region": region or "us-east-1"}
     elif region:
         spec["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in environ:  # asked for by name, the chain does not complain of what else it did not find
+    if "AWS_ACCESS_KEY_ID" in environ:  # the default chain warns of every other source that it did not find
         spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
-def patiently(
-    what,
+def with_retries(
+    where: object,
     request: Callable[[], T],
     refused: str = "the store refuses ({}); check the bucket's name, region and credentials",
 ) -> T:
-    """`request()`, again and again for PATIENCE seconds when the store fails for now.
+    """Returns `request()`, repeated for up to RETRY_SECONDS while the store fails temporarily.
 
-    Raises UserError in one line when it goes on failing, or, with the words of `refused`, when waiting cannot help.
+    Args:
+        where: names the object in messages.
+        refused: message for a final error, which takes the place of {}.
+
+    Raises:
+        UserError: a final error, or temporary errors for too long.
     """
-    deadline, pause = time.monotonic() + PATIENCE, 1.0
+    deadline, pause = time.monotonic() + RETRY_SECONDS, 1.0
     while True:
         try:
             return request()
-        except (ValueError, RuntimeError, OSError) as error:  # tensorstore has no type of its own
+        except (ValueError, RuntimeError, OSError) as error:  # tensorstore has no error type of its own
             line = (str(error) or type(error).__name__).splitlines()[0][:300]
-            if not line.startswith(PASSING):
-                raise UserError(f"{what}: {refused.format(line)}") from error
+            if not line.startswith(TEMPORARY):
+                raise UserError(f"{where}: {refused.format(line)}") from error
             left = deadline - time.monotonic()
             if left <= 0:
                 raise UserError(
-                    f"{what}: the store has failed for {PATIENCE:.0f} seconds ({line}); when it is back, run the same "
-                    "command: it continues from the last whole checkpoint"
+                    f"{where}: the store has failed for {RETRY_SECONDS:.0f} seconds ({line}); when it is back, run the "
+                    "same command: it continues from the last whole checkpoint"
                 ) from error
-            print(f"{what}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
+            print(f"{where}: {line}; trying again for {left:.0f} more seconds", file=sys.stderr, flush=True)
             time.sleep(min(pause, left))
             pause = min(2 * pause, 30.0)

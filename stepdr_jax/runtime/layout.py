@@ -78,7 +78,21 @@ class StageLayout:
 
     @property
     def rollbacks(self) -> Path:
-        return self.directory / "rewinds.json"
+        return self.directory / "rollbacks.json"
+
+    @property
+    def traces(self) -> Path:
+        """Folder of profiler traces, one folder a trace."""
+        return self.directory / "profiles"
+
+    @property
+    def trace_request(self) -> Path:
+        """A file whose presence requests a trace."""
+        return self.directory / "profile"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.directory / "tensorboard"
 
     @property
     def hangs(self) -> Path:
@@ -121,8 +135,8 @@ class StageLayout:
     def eval_steps(self) -> list[int]:
         """Steps that have an evaluation checkpoint, in increasing order."""
         storage = _storage()
-        found = storage.below(self.stored / "eval_checkpoints")
-        return [step for step in found if storage.steps(self.eval_checkpoint(step))]
+        found = storage.numbered_entries(self.stored / "eval_checkpoints")
+        return [step for step in found if storage.saved_steps(self.eval_checkpoint(step))]
 
     def recorded_root(self) -> str | None:
         """`checkpoint_root` when the stage last began; None when it has not begun."""

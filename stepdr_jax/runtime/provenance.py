@@ -170,9 +170,9 @@ def require_same_location(stage: StageLayout) -> None:
     They may have been moved: a location that has checkpoints is accepted.
     """
     before = stage.recorded_root()
-    if before in (None, stage.checkpoint_root) or storage.steps(stage.checkpoint_dir):
+    if before in (None, stage.checkpoint_root) or storage.saved_steps(stage.checkpoint_dir):
         return
-    if storage.steps(stage.recorded().checkpoint_dir):
+    if storage.saved_steps(stage.recorded().checkpoint_dir):
         raise UserError(
             f"the checkpoints of {stage.directory} lie in {stage.recorded().checkpoint_dir}, there are none in "
             f"{stage.stored}; give --config.checkpointing.directory={before!r} to continue it"

@@ -1,8 +1,8 @@
-"""Where checkpoints lie: a folder, or a prefix of a bucket (gs://, s3://); what both can do, under one name.
+"""Storage of checkpoints: a folder or a prefix of a bucket (gs://, s3://), under one interface.
 
-A bucket has no directories and no rename: what is there is what was written. There a checkpoint exists when its
-manifest, which is written last, does. In a folder it exists when its directory has its final name. A mounted bucket is a
-folder; it must rename directories in one operation (on Google Cloud: hierarchical namespace).
+A bucket has neither directories nor rename. There a checkpoint exists when its manifest, which is written last, exists;
+in a folder it exists when its directory has its final name. A bucket mounted as a folder must rename directories
+atomically (on Google Cloud: hierarchical namespace).
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from stepdr_jax import files
 from stepdr_jax.runtime.buckets import BucketPath
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 MANIFEST = "manifest.json"
 
 
@@ -36,22 +37,22 @@ def is_remote(directory: Path | BucketPath) -> bool:
 
 
 def kvstore(path: Path | BucketPath) -> dict[str, Any]:
-    """tensorstore's description of what lies below."""
+    """tensorstore's specification of everything below a path."""
     return path.kvstore() if isinstance(path, BucketPath) else {"driver": "file", "path": f"{path}/"}
 
 
-def steps(directory: str | os.PathLike | BucketPath) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, in increasing order."""
+def saved_steps(directory: str | os.PathLike | BucketPath) -> list[int]:
+    """Steps that have a checkpoint, damaged or not, in increasing order."""
     directory = location(directory)
     if not isinstance(directory, BucketPath):
         found = directory.iterdir() if directory.is_dir() else ()
         return sorted(int(path.name) for path in found if path.name.isdigit() and path.is_dir())
-    parts = (name.split("/") for name in directory.names())
-    return sorted(int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [MANIFEST])
+    names = (name.split("/") for name in directory.names())
+    return sorted(int(parts[0]) for parts in names if parts[0].isdigit() and parts[1:] == [MANIFEST])
 
 
-def below(directory: Path | BucketPath) -> list[int]:
-    """Numbers that name something in `directory`, in increasing order: of a bucket also what is no checkpoint."""
+def numbered_entries(directory: Path | BucketPath) -> list[int]:
+    """Numeric names in `directory`, in increasing order; in a bucket also those that are no checkpoint."""
     if isinstance(directory, BucketPath):
         found = {name.partition("/")[0] for name in directory.names()}
     else:
@@ -68,7 +69,7 @@ def files_below(root: Path) -> Iterator[tuple[str, Path]]:
             yield path.name, path
 
 
-def digest(path: Path | BucketPath) -> list:
+def digest(path: Path | BucketPath) -> list[int | str]:
     """[bytes, sha256] of a file."""
     if isinstance(path, BucketPath):
         data = path.read_bytes()
@@ -79,7 +80,7 @@ def digest(path: Path | BucketPath) -> list:
 
 
 def in_parallel(work: Callable[[A], B], items: Iterable[A], threads: int = 8) -> Iterator[B]:
-    """Results in the order of `items`; what has not begun when the caller stops reading is left out."""
+    """Results in the order of `items`; when the caller stops iterating, calls that have not begun are canceled."""
     with ThreadPoolExecutor(threads) as pool:
         try:
             yield from pool.map(work, items)
@@ -96,7 +97,7 @@ def read_json(path: Path | BucketPath) -> Any | None:
 
 
 def write_json(path: Path | BucketPath, value: Any) -> None:
-    """Whole or absent: by rename in a folder, by nature in a bucket."""
+    """Writes atomically: by rename in a folder; an object in a bucket is always atomic."""
     if isinstance(path, BucketPath):
         path.write_bytes(json.dumps(value, ensure_ascii=False, sort_keys=True).encode())
     else:
@@ -104,7 +105,7 @@ def write_json(path: Path | BucketPath, value: Any) -> None:
 
 
 def remove(path: Path | BucketPath, *, quietly: bool = False) -> None:
-    """Removes a folder and all in it; of a checkpoint the manifest first: what an interrupted removal leaves is none."""
+    """Removes a folder recursively; in a bucket manifests first, so that an interruption leaves no checkpoint."""
     if isinstance(path, BucketPath):
         names = path.names()
         first = [name for name in names if name.rpartition("/")[2] == MANIFEST]
@@ -113,7 +114,7 @@ def remove(path: Path | BucketPath, *, quietly: bool = False) -> None:
         return
     try:
         shutil.rmtree(path, ignore_errors=quietly)
-    except FileNotFoundError:  # a cache of names was late
+    except FileNotFoundError:  # network file systems may list names that are gone
         pass
 
 

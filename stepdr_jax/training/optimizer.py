@@ -1,9 +1,12 @@
-"""AdamW under one of three schedules: warm-up, stable, decay; cosine; constant."""
+"""AdamW, and learning rate schedules: WSD (warm-up, stable, decay), cosine, constant."""
+
+from typing import Any
 
 import jax
 import optax
+from ml_collections import ConfigDict
 
-# Qwen2.5 and most decoders decay matrices only
+# Suffixes of parameters without weight decay, as in Qwen2.5 and most decoders
 _NOT_DECAYED = ("norm", "bias")
 
 
@@ -12,8 +15,8 @@ def wsd_schedule(
 ) -> optax.Schedule:
     """Rises linearly over `warmup_steps`, holds `learning_rate`, and falls linearly over the last `decay_share`.
 
-    Warm-up and decay are cut to the training's length when they do not fit. The rate at step 0 is not 0, so that no
-    step is wasted.
+    Warm-up and decay are shortened when they do not fit into `steps`. The rate at step 0 is above 0, so that no step is
+    wasted.
     """
     warmup = min(warmup_steps, steps)
     decay = min(int(round(decay_share * steps)), steps - warmup)
@@ -37,8 +40,8 @@ def cosine_schedule(
     return optax.join_schedules(pieces, [warmup])
 
 
-def schedule_of(stage) -> optax.Schedule:
-    """The schedule of a training stage's config (config.midtrain1 and its like), by its field `schedule`."""
+def make_schedule(stage: ConfigDict) -> optax.Schedule:
+    """The schedule that a training stage's section of the config describes (config.midtrain1)."""
     common = dict(
         steps=stage.steps,
         warmup_steps=stage.warmup_steps,
@@ -51,17 +54,17 @@ def schedule_of(stage) -> optax.Schedule:
     return wsd_schedule(**common, decay_share=decay_share)
 
 
-def optimizer_of(stage) -> optax.GradientTransformation:
-    """The optimizer of a training stage's config."""
-    return adamw(schedule_of(stage), weight_decay=stage.weight_decay, beta2=stage.beta2)
+def make_optimizer(stage: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer that a training stage's section of the config describes."""
+    return adamw(make_schedule(stage), weight_decay=stage.weight_decay, beta2=stage.beta2)
 
 
 def adamw(
     schedule: optax.Schedule | float, *, weight_decay: float = 0.0, beta2: float = 0.95
 ) -> optax.GradientTransformation:
-    """AdamW with float32 moments; norms and biases are not decayed. Clipping is the step's business, not this one's."""
+    """AdamW; norms and biases are not decayed. Gradients are clipped before it (`step.apply_gradient`)."""
 
-    def decayed(params):
+    def decayed(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(_NOT_DECAYED), params)
 
     return optax.adamw(schedule, b1=0.9, b2=beta2, eps=1e-8, weight_decay=weight_decay, mask=decayed)

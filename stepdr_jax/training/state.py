@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
 
 from stepdr_jax.errors import UserError
@@ -84,7 +84,7 @@ def load_params(config, seed: int, stage: str, shardings: dict | None = None) ->
     return params
 
 
-def start_of(config, stage: str, model: qwen2.Qwen2Config, shardings: dict | None = None) -> dict:
+def starting_params(config, stage: str, model: qwen2.Qwen2Config, shardings: dict | None = None) -> dict:
     """Parameters that a training stage starts from."""
     parent = stages.parent_of(config, stage)
     if parent == stages.INIT:
@@ -95,8 +95,10 @@ def start_of(config, stage: str, model: qwen2.Qwen2Config, shardings: dict | Non
 def _initial(config, model: qwen2.Qwen2Config, seed: int, shardings: dict | None) -> dict:
     if not config.initial_checkpoint:
         return initial_params(model, seed, shardings)
-    checkpoint.latest_metadata(config.initial_checkpoint)
-    return _restore_params(config, storage.location(config.initial_checkpoint), shardings).tree["params"]
+    checkpoint.latest_metadata(config.initial_checkpoint)  # raises when there is none
+    restored = _restore_params(config, storage.location(config.initial_checkpoint), shardings)
+    assert restored is not None
+    return restored.tree["params"]
 
 
 def _restore_params(config, directory: Path | storage.BucketPath, shardings: dict | None) -> checkpoint.Restored | None:
@@ -116,13 +118,13 @@ def _restore_params(config, directory: Path | storage.BucketPath, shardings: dic
         placed = shardings or jax.tree.map(lambda _: device, shapes)
         return {"params": jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)}
 
-    return checkpoint.restore(directory, abstract)
+    return checkpoint.restore_checkpoint(directory, abstract)
 
 
 def new_state(params: dict, optimizer: optax.GradientTransformation, num_sources: int) -> TrainState:
     """State at step 0."""
     return TrainState(
-        np.zeros((), np.int32), params, optimizer.init(params), guards.empty_norms(), empty_window(num_sources)
+        jnp.zeros((), jnp.int32), params, optimizer.init(params), guards.empty_norm_stats(), empty_window(num_sources)
     )
 
 
@@ -130,7 +132,7 @@ def state_shardings(state: TrainState, mesh: jax.sharding.Mesh) -> TrainState:
     """NamedSharding for each leaf: parameters and moments by rule, scalars and sums replicated."""
     everywhere = rules.replicated(mesh)
     return TrainState(
-        step=everywhere,
+        step=jax.tree.map(lambda _: everywhere, state.step),
         params=rules.param_shardings(state.params, mesh),
         optimizer=rules.param_shardings(state.optimizer, mesh),
         guard=jax.tree.map(lambda _: everywhere, state.guard),

@@ -1,7 +1,9 @@
-"""One optimiser step on packed rows: exact token-weighted loss over microbatches, guarded against wild gradients.
+"""One optimizer step on packed sequences: token-weighted loss over microbatches, with a limit on gradient norms.
 
-Sums come before means: loss and weight are summed over tokens, microbatches and devices and divided once, so the
-result does not depend on how the batch is cut.
+Loss and weight are summed over tokens, microbatches and devices and divided once, so the result does not depend on how
+the batch is split.
+
+Shape suffixes: B sequences of a batch, T tokens of a sequence, D features, N = B * T.
 """
 
 import dataclasses
@@ -27,23 +29,23 @@ NUM_CAPABILITIES = 1 + len(CAPABILITIES)  # 0 is none of them
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """All that a step changes; a checkpoint of it continues the run exactly.
+    """Everything that a step changes; a run restored from it continues exactly.
 
-    step: int32, steps taken, which is also the position in the data.
+    step: int32[], steps taken.
     params, optimizer: parameter tree and optax state.
-    guard: what a gradient norm is judged by (see `guards.empty_norms`).
-    window: sums since the last log row (see `empty_window`), kept here so that a resumed run logs the same rows.
+    guard: running mean of gradient norms (`guards.empty_norm_stats`).
+    window: sums since the last log row (`empty_window`), kept here so that a resumed run logs the same rows.
     """
 
     step: jax.Array
-    params: dict
-    optimizer: Any
-    guard: dict
-    window: dict
+    params: dict[str, Any]
+    optimizer: optax.OptState
+    guard: dict[str, jax.Array]
+    window: dict[str, jax.Array]
 
 
-def empty_sums(num_sources: int) -> dict:
-    """Zeroed sums over target tokens: loss and weight float32, per source [num_sources] and per capability [C]."""
+def empty_sums(num_sources: int) -> dict[str, jax.Array]:
+    """Zero sums over target tokens: loss and weight by source [num_sources] and by capability [NUM_CAPABILITIES]."""
     sizes = {
         "loss": num_sources,
         "weight": num_sources,
@@ -53,11 +55,12 @@ def empty_sums(num_sources: int) -> dict:
     return {name: jnp.zeros((size,), jnp.float32) for name, size in sizes.items()}
 
 
-def empty_window(num_sources: int) -> dict:
-    """Zeroed sums since the last log row: `empty_sums`, gradient norm, tokens, pairs, skipped and taken steps.
+def empty_window(num_sources: int) -> dict[str, jax.Array]:
+    """Zero sums since the last log row: `empty_sums`, gradient norm, tokens, attention pairs and counts of steps.
 
-    Of the skipped, `skipped` had a gradient that was not finite and `spikes` one that was too large. Only steps that
-    were taken count in losses, weights and gradient norm. `pairs` are the (query, key) pairs that segments let through.
+    `skipped` counts steps whose gradient was not finite, `spikes` those whose gradient was too large, `steps` those
+    that were applied. Losses, weights and gradient norm are of applied steps only. `pairs` are the (query, key) pairs
+    inside segments.
     """
     return empty_sums(num_sources) | {
         "grad_norm": jnp.zeros((), jnp.float32),
@@ -69,15 +72,16 @@ def empty_window(num_sources: int) -> dict:
     }
 
 
-def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
-    """What a step takes, from a loader's batch: targets and weights, and the order of tokens on the context axis.
+def arrange(batch: dict[str, np.ndarray], order: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The inputs of a step from a loader's batch: adds targets and weights, and permutes tokens for the context axis.
 
-    The target of position t is token t+1 when both are of one segment (not padding) and loss_mask[t+1] is set.
+    Position t predicts token t+1. Its weight is 1 when both are in the same segment (not padding) and loss_mask[t+1] is
+    set, otherwise 0.
 
     Args:
         batch: tokens, segment_ids, positions int32[B, T], loss_mask bool[B, T], source int32[B]; may have capability
-            int[B, T] or int[B], 1 + the place in `records.CAPABILITIES` or 0.
-        order: int32[T], a permutation of every row (`ops.context_parallel.zigzag_order`); None keeps it.
+            int[B, T] or int[B]: 1 + index in `records.CAPABILITIES`, or 0 for none.
+        order: int32[T], permutation of the tokens of each sequence (`program.token_order`); None keeps their order.
 
     Returns:
         tokens, targets, segment_ids, positions, capability int32[B, T], weight float32[B, T], source int32[B].
@@ -87,7 +91,7 @@ def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
     weight_BT &= np.roll(batch["loss_mask"], -1, axis=1)
     weight_BT[:, -1] = False
     capability = np.asarray(batch.get("capability", 0), np.int32)
-    rows = {
+    fields = {
         "capability": np.broadcast_to(capability[..., None] if capability.ndim == 1 else capability, segments_BT.shape),
         "tokens": batch["tokens"],
         "targets": np.roll(batch["tokens"], -1, axis=1),
@@ -96,13 +100,13 @@ def arrange(batch: dict, order: np.ndarray | None = None) -> dict:
         "weight": weight_BT.astype(np.float32),
     }
     if order is not None:
-        rows = {name: row[:, order] for name, row in rows.items()}
-    return rows | {"source": batch["source"]}
+        fields = {name: values_BT[:, order] for name, values_BT in fields.items()}
+    return fields | {"source": batch["source"]}
 
 
 def loss_sums(
-    params: dict,
-    batch: dict,
+    params: dict[str, Any],
+    batch: dict[str, jax.Array],
     config: qwen2.Qwen2Config,
     *,
     num_sources: int,
@@ -111,18 +115,18 @@ def loss_sums(
     placement: Placement = WHOLE,
     remat: str = "none",
     vocab_tiles: int = 1,
-) -> tuple[jax.Array, dict]:
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed objective of a packed batch, and summed negative log-likelihood and weight by source and capability.
 
     Args:
         params: parameter tree.
-        batch: from `arrange`; under shard_map this device's part.
+        batch: from `arrange`; under shard_map this device's shard.
         config: model shape.
         num_sources: mixture components that `source` numbers.
-        loss_chunk: tokens whose logits exist at a time.
+        loss_chunk: tokens whose logits are in memory at a time.
         z_loss: weight of the squared log-partition.
         placement, remat: see `qwen2.hidden_states`.
-        vocab_tiles: slices of the vocabulary whose unembedding is gathered at a time.
+        vocab_tiles: number of slices in which the unembedding is gathered.
 
     Returns:
         (sum over target tokens of nll + z_loss * logz^2, sums as in `empty_sums`).
@@ -148,7 +152,7 @@ def loss_sums(
     z_BT = jnp.square(logz_N).reshape(weight_BT.shape) * weight_BT
     by_source = functools.partial(jax.ops.segment_sum, segment_ids=batch["source"], num_segments=num_sources)
 
-    def by_capability(x_BT):
+    def by_capability(x_BT: jax.Array) -> jax.Array:
         return jnp.stack([jnp.sum(x_BT * (batch["capability"] == c)) for c in range(NUM_CAPABILITIES)])
 
     sums = {
@@ -161,34 +165,40 @@ def loss_sums(
 
 
 def gradients(
-    params: dict,
-    batch: dict,
+    params: dict[str, Any],
+    batch: dict[str, jax.Array],
     config: qwen2.Qwen2Config,
     *,
     microbatches: int = 1,
     parallel: Parallel = ONE_DEVICE,
-    **options,
-):
+    **options: Any,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """Mean gradient over the batch's target tokens: (gradient, sums as in `empty_sums`).
 
-    Each device cuts its own rows into microbatches; gradients are accumulated in the parameters' dtype.
+    Each device splits its own sequences into microbatches; gradients are accumulated in the parameters' dtype.
+
+    Args:
+        params, batch, config: as of `loss_sums`.
+        microbatches: of each device.
+        parallel: how the step is split over a mesh.
+        options: other arguments of `loss_sums`.
     """
     placement = parallel.placement(config)
     options |= dict(placement=placement, remat=parallel.remat, vocab_tiles=parallel.vocab_tiles)
     grad = jax.grad(loss_sums, has_aux=True)
 
-    def local(params, batch):
+    def local(params: dict[str, Any], batch: dict[str, jax.Array]) -> Any:
         if microbatches == 1:
             return grad(params, batch, config, **options)
-        cut = jax.tree.map(lambda a: a.reshape(microbatches, a.shape[0] // microbatches, *a.shape[1:]), batch)
+        split = jax.tree.map(lambda a: a.reshape(microbatches, a.shape[0] // microbatches, *a.shape[1:]), batch)
 
-        def add(total, micro):
+        def add(total: Any, micro: dict[str, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, grad(params, micro, config, **options)), None
 
         zero = (jax.tree.map(jnp.zeros_like, params), empty_sums(options["num_sources"]))
-        return jax.lax.scan(add, zero, cut)[0]
+        return jax.lax.scan(add, zero, split)[0]
 
-    if placement.sizes:
+    if parallel.mesh is not None and placement.sizes:
         total, sums = on_every_device(local, params, batch, parallel.mesh, gives=GRADIENT)
     else:
         total, sums = local(params, batch)
@@ -196,60 +206,86 @@ def gradients(
     return jax.tree.map(lambda g: g * scale.astype(g.dtype), total), sums
 
 
-def evaluate(params: dict, batch: dict, config: qwen2.Qwen2Config, *, parallel: Parallel = ONE_DEVICE, **options):
-    """Sums as in `empty_sums` of a batch; options as of `loss_sums`."""
+def eval_step(
+    params: dict[str, Any],
+    batch: dict[str, jax.Array],
+    config: qwen2.Qwen2Config,
+    *,
+    parallel: Parallel = ONE_DEVICE,
+    **options: Any,
+) -> dict[str, jax.Array]:
+    """The sums of `empty_sums` of a batch, without a gradient; arguments as of `gradients`."""
     placement = parallel.placement(config)
     options |= dict(placement=placement, vocab_tiles=parallel.vocab_tiles)
 
-    def local(params, batch):
+    def local(params: dict[str, Any], batch: dict[str, jax.Array]) -> Any:
         return loss_sums(params, batch, config, **options)[1]
 
-    return on_every_device(local, params, batch, parallel.mesh) if placement.sizes else local(params, batch)
+    if parallel.mesh is not None and placement.sizes:
+        return on_every_device(local, params, batch, parallel.mesh)
+    return local(params, batch)
 
 
 def apply_gradient(
-    params, optimizer_state, gradient, optimizer: optax.GradientTransformation, clip_norm: float, limit=jnp.inf
-):
-    """Clips by global norm and updates, unless the norm is above `limit` or not finite: then nothing changes.
+    params: Any,
+    optimizer_state: optax.OptState,
+    gradient: Any,
+    optimizer: optax.GradientTransformation,
+    clip_norm: float,
+    limit: jax.Array | float = jnp.inf,
+) -> tuple[Any, optax.OptState, jax.Array, jax.Array]:
+    """Clips by global norm and updates; changes nothing when the norm is above `limit` or not finite.
+
+    Args:
+        params, gradient: trees of arrays.
+        optimizer_state: optax state of `params`.
+        optimizer: optax optimizer.
+        clip_norm: 0 turns clipping off.
+        limit: largest norm of an update that is applied.
 
     Returns:
-        (params, optimizer state, gradient norm before clipping, taken bool).
+        (params, optimizer state, gradient norm before clipping float32[], applied bool[]).
     """
     norm = optax.global_norm(gradient)
-    taken = jnp.isfinite(norm) & (norm <= limit)
+    applied = jnp.isfinite(norm) & (norm <= limit)
     factor = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12)) if clip_norm else 1.0
     clipped = jax.tree.map(lambda g: g * jnp.asarray(factor, g.dtype), gradient)
     updates, new_state = optimizer.update(clipped, optimizer_state, params)
     new_params = optax.apply_updates(params, updates)
-    keep = lambda new, old: jnp.where(taken, new, old)  # noqa: E731
-    return jax.tree.map(keep, new_params, params), jax.tree.map(keep, new_state, optimizer_state), norm, taken
+    chosen = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old), (new_params, new_state), (params, optimizer_state)
+    )
+    return *chosen, norm, applied
 
 
 def train_step(
     state: TrainState,
-    batch: dict,
+    batch: dict[str, jax.Array],
     config: qwen2.Qwen2Config,
     optimizer: optax.GradientTransformation,
     *,
     clip_norm: float,
     limits: guards.NormLimits = guards.NO_LIMIT,
-    **options,
+    **options: Any,
 ) -> TrainState:
-    """Takes one step on a batch of `arrange`; options as of `gradients`.
+    """Takes one step on a batch of `arrange`; `options` as of `gradients`.
 
-    A step whose gradient is not finite or a spike by `limits` moves only the data position and the count of skips.
+    A step whose gradient is not finite, or a spike by `limits`, changes only the number of steps and the count of
+    skips.
     """
     gradient, sums = gradients(state.params, batch, config, **options)
-    params, optimizer_state, norm, taken = apply_gradient(
+    params, optimizer_state, norm, applied = apply_gradient(
         state.params, state.optimizer, gradient, optimizer, clip_norm, guards.norm_limit(state.guard, limits)
     )
     window, finite, real_BT = state.window, jnp.isfinite(norm), batch["segment_ids"] != 0
-    window = {name: window[name] + jnp.where(taken, part, 0.0) for name, part in sums.items()} | {
-        "grad_norm": window["grad_norm"] + jnp.where(taken, norm, 0.0),
+    window = {name: window[name] + jnp.where(applied, part, 0.0) for name, part in sums.items()} | {
+        "grad_norm": window["grad_norm"] + jnp.where(applied, norm, 0.0),
         "tokens": window["tokens"] + jnp.sum(real_BT),
         "pairs": window["pairs"] + jnp.sum(jnp.where(real_BT, batch["positions"] + 1, 0).astype(jnp.float32)),
         "skipped": window["skipped"] + ~finite,
-        "spikes": window["spikes"] + (finite & ~taken),
-        "steps": window["steps"] + taken,
+        "spikes": window["spikes"] + (finite & ~applied),
+        "steps": window["steps"] + applied,
     }
-    return TrainState(state.step + 1, params, optimizer_state, guards.updated(state.guard, norm, limits), window)
+    return TrainState(
+        state.step + 1, params, optimizer_state, guards.update_norm_stats(state.guard, norm, limits), window
+    )

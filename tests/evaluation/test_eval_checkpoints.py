@@ -38,8 +38,8 @@ def trained(tmp_path_factory):
     def host():
         return ToolHost(world, web_port=9, log_path=run_dir / "log")
 
-    on_milestone = checkpoints.inline_evaluation(config, "midtrain1", host)
-    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tokenizer.vocab_size, on_milestone=on_milestone)
+    on_eval_checkpoint = checkpoints.inline_evaluation(config, "midtrain1", host)
+    loop.train(config, "midtrain1", loader=tiny.Memory(), vocab_size=tokenizer.vocab_size, on_eval_checkpoint=on_eval_checkpoint)
     return config, host, RunLayout.from_config(config).stage("midtrain1")
 
 
@@ -50,7 +50,7 @@ def test_evaluation_checkpoints_lie_at_the_rows_that_pass_a_multiple_of_the_toke
         6,
         9,
     ]
-    final = checkpoint.restore(layout.checkpoint_dir, {"step": np.zeros((), np.int32)})
+    final = checkpoint.restore_checkpoint(layout.checkpoint_dir, {"step": np.zeros((), np.int32)})
     params = {step: state.load_params(config, 0, f"midtrain1@{step}") for step in (6, 9)}
     assert final.step == 12
     assert not np.array_equal(params[6]["embedding"], params[9]["embedding"])
@@ -103,14 +103,14 @@ def test_a_checkpoint_that_a_killed_process_did_not_come_to_is_evaluated_by_the_
     checkpoint.remove_after(resumed.checkpoint_dir, 10)
     asked = []
 
-    def on_milestone(step):
+    def on_eval_checkpoint(step):
         asked.append(step)
         row = {"step": step, "tokens": 0}
         files.append_jsonl(resumed.qa_rows, row)
         return row
 
     words = Tokenizer.load(tmp_path / "run" / "tokenizer" / "tokenizer.json").vocab_size
-    loop.train(copy, "midtrain1", loader=tiny.Memory(), vocab_size=words, on_milestone=on_milestone)
+    loop.train(copy, "midtrain1", loader=tiny.Memory(), vocab_size=words, on_eval_checkpoint=on_eval_checkpoint)
     assert asked == [6]
 
 

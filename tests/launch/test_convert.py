@@ -67,7 +67,7 @@ def test_there_and_back_is_the_same_model(folder, tmp_path, capsys):
 def test_a_converted_checkpoint_restores_as_a_stage_of_training_does(folder, tmp_path):
     run(f"--hf={folder}", f"--out={tmp_path / 'start'}")
     expected = qwen2.param_shapes(model(param_dtype="float32"))
-    restored = checkpoint.restore(tmp_path / "start", {"params": expected})
+    restored = checkpoint.restore_checkpoint(tmp_path / "start", {"params": expected})
     assert restored.step == 0
     assert qwen2.Qwen2Config(**restored.metadata["model"]) == model(param_dtype="float32")
     assert_equal(restored.tree["params"], jax.tree.map(lambda leaf: leaf.astype(np.float32), hf.load(folder)[1]))
@@ -80,7 +80,7 @@ def test_the_latest_checkpoint_of_a_trained_stage_is_exported_without_its_optimi
     for step in (10, 20):
         params = qwen2.init_params(config, jax.random.key(step))
         state = {"step": np.int32(step), "params": params, "optimizer": {"mu": params}, "window": {"loss": np.zeros(2)}}
-        checkpoint.save(stage / "checkpoints", step, state, metadata, keep=2)
+        checkpoint.save_checkpoint(stage / "checkpoints", step, state, metadata, keep=2)
     (tmp_path / "run" / "tokenizer").mkdir()
     (tmp_path / "run" / "tokenizer" / "tokenizer.json").write_text("{}")
     run(f"--checkpoint={stage}", f"--hf_out={tmp_path / 'out'}", "--max_position_embeddings=4096")
@@ -109,9 +109,9 @@ def test_what_an_interrupted_conversion_left_is_not_in_the_way(folder, tmp_path,
         patched.setattr(checkpoint, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(f"--hf={folder}", f"--out={tmp_path / 'start'}")
-    assert checkpoint.steps(tmp_path / "start") == []
+    assert checkpoint.saved_steps(tmp_path / "start") == []
     run(f"--hf={folder}", f"--out={tmp_path / 'start'}")
-    assert checkpoint.steps(tmp_path / "start") == [0]
+    assert checkpoint.saved_steps(tmp_path / "start") == [0]
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def write_training(run: Path, seed: int, steps: int = 200) -> None:
             )
         events = [dict(event="start", step=0), dict(event="start", step=50)]
         if stage == "midtrain1":
-            events += [dict(event="rewind", step=120, to=100, reason="5 steps skipped"), dict(event="start", step=100)]
+            events += [dict(event="rollback", step=120, to=100, reason="5 steps skipped"), dict(event="start", step=100)]
             for step in (100, 200):
                 measured = dict(
                     reward=0.1 + step / 1000, correct=0.2, cited=0.3, format=dict(tool_calls=0.5, answer=0.6)

@@ -148,7 +148,7 @@ def test_training_shows_speed_guards_and_the_latest_stage(tmp_path):
     synthetic_run.write_training(tmp_path, 0)
     one = watched(tmp_path)
     first = text(one, stage="midtrain1", whole=True)
-    assert "rewind (step 120, to 100, reason 5 steps skipped)" in first
+    assert "rollback (step 120, to 100, reason 5 steps skipped)" in first
     for name in ("tokens/s", "goodput", "MFU", "skipped, spikes", "source, quoting"):
         assert name in first
     assert one.latest() == "sft"  # all are done: the last of the recipe

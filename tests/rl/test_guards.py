@@ -63,7 +63,7 @@ def test_a_skipped_update_leaves_the_actor_as_it_was_while_the_critic_learns(ung
     config = config_with(tmp_path, action="skip", **{field: limit})
     loop.train_ppo(config, toy.inputs(config))
     assert [row["guarded_updates"] for row in table(config)] == [0, 1, 1, 1]
-    tree = checkpoint.restore(loop.ppo_layout(config).directory / "checkpoints", _abstract(config)).tree
+    tree = checkpoint.restore_checkpoint(loop.ppo_layout(config).directory / "checkpoints", _abstract(config)).tree
     for name, leaf in jax.tree_util.tree_leaves_with_path(toy.inputs(config).read_actor()):
         np.testing.assert_array_equal(leaf, _at(tree["params"], name))
     assert all(int(count) == 0 for count in _counts(tree["params_moments"]))

@@ -91,7 +91,7 @@ def test_a_run_by_two_processes_one_of_which_dies_ends_with_the_bits_of_one_proc
     assert lead.returncode and "another" in said[0]  # it says that another process or task has gone
     assert "4 of 8 episodes of iteration 0 are masked" not in said[1] and "ppo" not in said[1]  # only the lead speaks
     assert "sampling them again" in said[0]
-    assert checkpoint.steps(shared.home / "checkpoints") == [1]
+    assert checkpoint.saved_steps(shared.home / "checkpoints") == [1]
 
     shared.finish({})
     assert shared.result() == whole.result()

@@ -107,7 +107,7 @@ def test_killed_in_both_at_once_it_goes_on_with_the_same_weights(learner_waits, 
 
     with pytest.raises(KeyboardInterrupt):
         loop.train_ppo(config, toy.inputs(config, run_episode=dies_in_iteration_3))
-    assert checkpoint.steps(loop.ppo_layout(config).directory / "checkpoints") == [2]
+    assert checkpoint.saved_steps(loop.ppo_layout(config).directory / "checkpoints") == [2]
     if kept == "none":  # iteration 2 was sampled with weights that nobody has any more, but for the checkpoint
         for iteration in range(4):
             recorded(config, iteration).unlink(missing_ok=True)
@@ -135,7 +135,7 @@ def test_told_to_end_it_saves_where_it_is_and_loses_no_more_than_the_iteration_i
         loop.train_ppo(config, toy.inputs(config, run_episode=told_in_iteration_2))
     assert ended.value.code == distributed.RESTART
     home = loop.ppo_layout(config).directory
-    assert checkpoint.steps(home / "checkpoints") == [2] and len(table(config)) == 2
+    assert checkpoint.saved_steps(home / "checkpoints") == [2] and len(table(config)) == 2
     assert [row["event"] for row in files.read_jsonl(home / "events.jsonl")] == ["start", "preempted"]
     again = loop.train_ppo(config, toy.inputs(config))
     assert len(table(config)) == 4

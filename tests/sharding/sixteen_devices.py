@@ -17,8 +17,8 @@ import numpy as np  # noqa: E402
 from stepdr_jax.models.qwen2 import Qwen2Config  # noqa: E402
 from stepdr_jax.sharding.mesh import make_mesh  # noqa: E402
 from stepdr_jax.training import state  # noqa: E402
-from stepdr_jax.training.optimizer import optimizer_of  # noqa: E402
-from stepdr_jax.training.program import eval_program, order_of, parallel_of, train_program  # noqa: E402
+from stepdr_jax.training.optimizer import make_optimizer  # noqa: E402
+from stepdr_jax.training.program import eval_program, resolve_parallel, token_order, train_program  # noqa: E402
 from stepdr_jax.training.step import arrange, gradients  # noqa: E402
 from tests.training.tiny import VOCAB, Memory, tiny_config  # noqa: E402
 
@@ -43,10 +43,10 @@ def outcome(axes: dict[str, int], overrides: dict, train: bool) -> dict:
     config.model.update(dict(num_heads=4, num_kv_heads=2))
     mesh = make_mesh(**axes, devices=jax.devices()[: math.prod(axes.values())])
     model = Qwen2Config.from_config(config.model, VOCAB)
-    parallel = parallel_of(config, "midtrain1", mesh, model)
-    order = order_of(parallel, config.midtrain1.seq_len)
+    parallel = resolve_parallel(config, "midtrain1", mesh, model)
+    order = token_order(parallel, config.midtrain1.seq_len)
     program, abstract, abstract_batch = train_program(config, "midtrain1", mesh, vocab_size=VOCAB, num_sources=2)
-    fresh = state.new_state(state.initial_params(model, 0), optimizer_of(config.midtrain1), 2)
+    fresh = state.new_state(state.initial_params(model, 0), make_optimizer(config.midtrain1), 2)
     now = jax.device_put(fresh, jax.tree.map(lambda leaf: leaf.sharding, abstract))
 
     def batch(step):

@@ -16,7 +16,7 @@ from stepdr_jax.models.qwen2 import Qwen2Config
 from stepdr_jax.runtime import checkpoint
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.training import program, state
-from stepdr_jax.training.optimizer import optimizer_of
+from stepdr_jax.training.optimizer import make_optimizer
 from tests.training.tiny import VOCAB, tiny_config
 
 config = tiny_config("unused", **{"midtrain1.batch_size": 8, "model.num_kv_heads": 2})
@@ -30,14 +30,14 @@ def abstract(**sizes: int) -> state.TrainState:
 
 placed = jax.tree.map(lambda leaf: leaf.sharding, abstract(data=2, fsdp=2, context=2))
 params = state.initial_params(Qwen2Config.from_config(config.model, VOCAB), 0, placed.params)
-fresh = jax.jit(lambda p: state.new_state(p, optimizer_of(config.midtrain1), 2), out_shardings=placed)(params)
+fresh = jax.jit(lambda p: state.new_state(p, make_optimizer(config.midtrain1), 2), out_shardings=placed)(params)
 saved = state.as_tree(fresh)
 with tempfile.TemporaryDirectory() as folder:
     where = (sys.argv[1:] or [folder])[0]
-    checkpoint.save(where, 1, saved, {}, keep=1)
+    checkpoint.save_checkpoint(where, 1, saved, {}, keep=1)
     for sizes in (dict(fsdp=8), dict(fsdp=2, context=2, tensor=2), dict(fsdp=2), {}):
         wanted = state.as_tree(abstract(**sizes))
-        read = checkpoint.restore(where, wanted).tree
+        read = checkpoint.restore_checkpoint(where, wanted).tree
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(read), jax.device_get(saved))
         assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, read, wanted)))
         assert checkpoint.params_sha256(read["params"]) == checkpoint.params_sha256(params)

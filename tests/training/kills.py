@@ -1,11 +1,12 @@
-"""Kills a training run with signal 9 at random moments, as often as asked, on changing numbers of processes, and compares
-what it ends with to a run that nobody touched: rows of metrics and parameters must be equal to the bit.
+"""Kills a training run with signal 9 at random moments, on changing numbers of processes, and compares
+its result to an uninterrupted run: rows of metrics and parameters must be equal to the bit.
 
   python -m tests.training.kills --kills=20                          a tiny model on data made in memory
-  python -m tests.training.kills --kills=20 --run_dir=runs/miniature     the miniature's first stage, from that run's data
+  python -m tests.training.kills --kills=20 --run_dir=runs/miniature     the miniature's first stage, from that run's
+  data
 
-Every run has 8 simulated devices on this machine: one process with eight, or two with four (see `training.distributed` for
-why their bits are the same). A third of the way the run goes from two processes to one, and later back.
+Every run has 8 simulated devices on this machine: one process with eight, or two with four (see `runtime.distributed`
+for why their bits are the same). A third of the way the run goes from two processes to one, and later back.
 """
 
 import dataclasses

@@ -26,7 +26,8 @@ PROGRAMS = {
     ),
     "throttled s3": (
         "moto",
-        "import runpy, sys; sys.argv[1:] = ['{port}']; runpy.run_module('tests.training.throttled_s3', run_name='__main__')",
+        "import runpy, sys; sys.argv[1:] = ['{port}']; "
+        "runpy.run_module('tests.training.throttled_s3', run_name='__main__')",
     ),
 }
 

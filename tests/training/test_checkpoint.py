@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not used; saving does not disturb what is trained meanwhile; what is kept is the policy's."""
+"""A damaged checkpoint is not used; saving does not disturb training; the right checkpoints are kept."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def names(folder):
 
 
 def test_damage_to_any_one_file_is_named_and_the_checkpoint_before_is_used(tmp_path):
-    checkpoint.save(tmp_path, 1, TREE, {}, keep=2)
-    latest = checkpoint.save(tmp_path, 2, TREE, {}, keep=2)
+    checkpoint.save_checkpoint(tmp_path, 1, TREE, {}, keep=2)
+    latest = checkpoint.save_checkpoint(tmp_path, 2, TREE, {}, keep=2)
     everything = sorted(path for path in latest.rglob("*") if path.is_file())
     listed = json.loads((latest / "manifest.json").read_text())["files"]
     assert {str(path.relative_to(latest)) for path in everything} == listed.keys() | {"manifest.json"}
@@ -42,7 +42,7 @@ def test_damage_to_any_one_file_is_named_and_the_checkpoint_before_is_used(tmp_p
         for damaged in (bytes(flipped), whole[:-1], whole + b"x", None):
             path.unlink() if damaged is None else path.write_bytes(damaged)
             lines = []
-            restored = checkpoint.restore(tmp_path, TREE, report=lines.append)
+            restored = checkpoint.restore_checkpoint(tmp_path, TREE, report=lines.append)
             if path.name == "manifest.json" and damaged == whole[:-1]:  # a newline less is no damage
                 assert whole.endswith(b"\n") and restored.step == 2
             else:
@@ -50,15 +50,15 @@ def test_damage_to_any_one_file_is_named_and_the_checkpoint_before_is_used(tmp_p
                 assert f"{latest} is damaged: " in lines[0]
                 assert path.name in lines[0] or path.name == "manifest.json"
             path.write_bytes(whole)
-    assert checkpoint.restore(tmp_path, TREE).step == 2
+    assert checkpoint.restore_checkpoint(tmp_path, TREE).step == 2
 
 
 def test_one_step_can_be_asked_for(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, TREE | {"step": np.full((), step, np.int32)}, {}, keep=2)
-    assert checkpoint.restore(tmp_path, TREE, step=1).tree["step"] == 1
+        checkpoint.save_checkpoint(tmp_path, step, TREE | {"step": np.full((), step, np.int32)}, {}, keep=2)
+    assert checkpoint.restore_checkpoint(tmp_path, TREE, step=1).tree["step"] == 1
     with pytest.raises(UserError, match=r"no checkpoint of step 3; it has \[1, 2\]"):
-        checkpoint.restore(tmp_path, TREE, step=3)
+        checkpoint.restore_checkpoint(tmp_path, TREE, step=3)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -72,11 +72,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         saver.save(1, now, {}, keep=2)
         for _ in range(50):
             now = bump(now)
-        assert checkpoint.steps(tmp_path) == []  # not whole, so not there
+        assert checkpoint.saved_steps(tmp_path) == []  # not whole, so not there
         may_go_on.set()
         saver.wait()
-        assert checkpoint.steps(tmp_path) == [1]
-    assert not np.any(checkpoint.restore(tmp_path, {"a": np.zeros((200, 1000), np.float32)}).tree["a"])
+        assert checkpoint.saved_steps(tmp_path) == [1]
+    assert not np.any(checkpoint.restore_checkpoint(tmp_path, {"a": np.zeros((200, 1000), np.float32)}).tree["a"])
     assert float(now["a"][0, 0]) == 50
 
 
@@ -96,8 +96,8 @@ def test_what_is_kept(tmp_path):
         for step in range(1, 8):
             saver.save(step, TREE, {}, keep=2, keep_every=3, spare=(1,), emergency=step == 5)
             if step == 5:
-                assert checkpoint.steps(tmp_path) == [1, 3, 4, 5]  # an emergency takes nobody's place
-    assert checkpoint.steps(tmp_path) == [1, 3, 6, 7]
+                assert checkpoint.saved_steps(tmp_path) == [1, 3, 4, 5]  # an emergency takes nobody's place
+    assert checkpoint.saved_steps(tmp_path) == [1, 3, 6, 7]
 
 
 def test_a_disk_that_is_really_full_leaves_the_checkpoint_before(tmp_path):
@@ -109,11 +109,11 @@ def test_a_disk_that_is_really_full_leaves_the_checkpoint_before(tmp_path):
     try:
         rng = np.random.default_rng(0)
         small, large = ({"params": rng.random(size).astype(np.float32)} for size in (10_000, 1_000_000))
-        checkpoint.save(tmp_path, 1, small, {}, keep=2)
+        checkpoint.save_checkpoint(tmp_path, 1, small, {}, keep=2)
         with pytest.raises(UserError, match="disk full .* free space"):
-            checkpoint.save(tmp_path, 2, large, {}, keep=2)
+            checkpoint.save_checkpoint(tmp_path, 2, large, {}, keep=2)
         assert names(tmp_path) == ["00000001"]
-        assert checkpoint.restore(tmp_path, small).step == 1
+        assert checkpoint.restore_checkpoint(tmp_path, small).step == 1
     finally:
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
@@ -125,7 +125,7 @@ def test_storage_that_goes_away_is_one_line(tmp_path):
         (tmp_path / "net").write_text("")
         with pytest.raises(UserError, match="storage of checkpoint .* failed .* run the same command"):
             saver.save(2, TREE, {}, keep=2)
-    assert checkpoint.steps(tmp_path / "gone" / "checkpoints") == [1]
+    assert checkpoint.saved_steps(tmp_path / "gone" / "checkpoints") == [1]
 
 
 @pytest.mark.parametrize("jump", [-7200.0, 7200.0])
@@ -157,7 +157,7 @@ def test_a_step_that_hangs_is_shown_with_its_stack(tmp_path, capfd):
 
     with Watchdog(tmp_path, settings, hangs.append) as watchdog:
         for _ in range(3):
-            watchdog.step(0.01)
+            watchdog.record_step(0.01)
         with watchdog.paused():
             time.sleep(0.5)
         assert not hangs

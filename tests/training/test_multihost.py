@@ -50,7 +50,7 @@ def test_a_run_that_is_preempted_killed_and_moved_between_processes_ends_with_th
 
 
 def latest(job) -> int:
-    return (checkpoint.steps(job.home / "checkpoints") or [0])[-1]
+    return (checkpoint.saved_steps(job.home / "checkpoints") or [0])[-1]
 
 
 def wait_for(processes, condition, seconds=180.0):

@@ -1,4 +1,4 @@
-"""A run that is killed, damaged or given another config ends as it should: same bits, or one line that names the fix."""
+"""A run that is killed, damaged or given another config ends with the same bits, or one line that names the fix."""
 
 import errno
 import json
@@ -46,7 +46,7 @@ def cut_back(source, target, step):
     """A run directory as a kill just after `step` would leave it, with log rows of steps that never were saved."""
     shutil.copytree(source, target)
     (target / "seed0" / "midtrain1" / "done.json").unlink()
-    for other in checkpoint.steps(checkpoints(target)):
+    for other in checkpoint.saved_steps(checkpoints(target)):
         if other > step:
             shutil.rmtree(checkpoints(target) / f"{other:08d}")
     return target
@@ -57,7 +57,7 @@ def test_a_process_killed_at_any_moment_continues_to_the_same_bits(tmp_path, who
     command = [sys.executable, str(SCRIPT), str(tmp_path), "midtrain1"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     for kill_when in (
-        lambda: any(checkpoints(tmp_path).glob(".writing-*")) or checkpoint.steps(checkpoints(tmp_path)),
+        lambda: any(checkpoints(tmp_path).glob(".writing-*")) or checkpoint.saved_steps(checkpoints(tmp_path)),
         lambda: len(files.read_jsonl(tmp_path / "seed0" / "midtrain1" / "metrics.jsonl")) >= 3,
     ):
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -104,17 +104,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, whol
     else:
         content[len(content) // 2] ^= 1
         victim.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    restored = checkpoint.restore(checkpoints(cut), {"step": np.zeros((), np.int32)})
+    restored = checkpoint.restore_checkpoint(checkpoints(cut), {"step": np.zeros((), np.int32)})
     assert restored.step == 10
     assert f"{latest} is damaged" in capsys.readouterr().err
     if damage == "flip":
         assert train(cut)["params_sha256"] == done["params_sha256"]
-        assert checkpoint.verify(latest)[0] is None
+        assert checkpoint.verify_checkpoint(latest)[0] is None
 
 
 def test_no_usable_checkpoint_is_an_error_that_names_the_fix(tmp_path, whole):
     cut = cut_back(whole[0], tmp_path / "cut", 12)
-    for step in checkpoint.steps(checkpoints(cut)):
+    for step in checkpoint.saved_steps(checkpoints(cut)):
         (checkpoints(cut) / f"{step:08d}" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"no usable checkpoint .* delete"):
         train(cut)
@@ -124,21 +124,21 @@ def test_only_the_latest_checkpoints_are_kept_and_leftovers_of_a_killed_writer_a
     tree = {"params": np.ones(3, np.float32)}
     (tmp_path / ".writing-00000001").mkdir()
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, tree, {}, keep=2)
+        checkpoint.save_checkpoint(tmp_path, step, tree, {}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000002", "00000003"]
 
 
 def test_a_full_disk_is_an_error_that_names_the_fix_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     tree = {"params": np.ones(3, np.float32)}
-    checkpoint.save(tmp_path, 1, tree, {}, keep=2)
+    checkpoint.save_checkpoint(tmp_path, 1, tree, {}, keep=2)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "rename", full)
     with pytest.raises(UserError, match="disk full .* free space"):
-        checkpoint.save(tmp_path, 2, tree, {}, keep=2)
-    assert checkpoint.restore(tmp_path, tree).step == 1
+        checkpoint.save_checkpoint(tmp_path, 2, tree, {}, keep=2)
+    assert checkpoint.restore_checkpoint(tmp_path, tree).step == 1
     assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
 
 

@@ -23,13 +23,15 @@ def config(tmp_path):
 def save(config, **changes):
     model = dataclasses.replace(Qwen2Config.from_config(config.model, VOCAB), **changes)
     params = state.initial_params(model, 7)
-    checkpoint.save(config.initial_checkpoint, 0, {"params": params}, {"model": dataclasses.asdict(model)}, keep=1)
+    checkpoint.save_checkpoint(
+        config.initial_checkpoint, 0, {"params": params}, {"model": dataclasses.asdict(model)}, keep=1
+    )
     return params
 
 
 def test_midtraining_starts_from_the_checkpoint(config):
     expected = save(config)
-    start = state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+    start = state.starting_params(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
     jax.tree.map(np.testing.assert_array_equal, start, expected)
 
 
@@ -39,16 +41,16 @@ def test_fine_tuning_may_be_the_first_stage(config):
     expected = save(config)
     config.first_stage = "sft"
     provenance.require_parent(config, "sft")
-    start = state.start_of(config, "sft", Qwen2Config.from_config(config.model, VOCAB))
+    start = state.starting_params(config, "sft", Qwen2Config.from_config(config.model, VOCAB))
     jax.tree.map(np.testing.assert_array_equal, start, expected)
 
 
 def test_a_checkpoint_of_another_model_or_none_is_named(config):
     with pytest.raises(UserError, match="converted has no checkpoint.*launch.convert"):
-        state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+        state.starting_params(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
     save(config, rope_theta=5.0)
     with pytest.raises(UserError, match="model.rope_theta = 5.0, this config has"):
-        state.start_of(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
+        state.starting_params(config, "midtrain1", Qwen2Config.from_config(config.model, VOCAB))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The step's loss counts exactly the target tokens, however the batch is cut, and survives numbers that are not finite."""
+"""The loss counts exactly the target tokens, however the batch is split, and survives numbers that are not finite."""
 
 import functools
 
@@ -12,7 +12,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models import qwen2
 from stepdr_jax.sharding.mesh import make_mesh
 from stepdr_jax.training import state
-from stepdr_jax.training.optimizer import adamw, schedule_of, wsd_schedule
+from stepdr_jax.training.optimizer import adamw, make_schedule, wsd_schedule
 from stepdr_jax.training.program import train_program
 from stepdr_jax.training.step import NUM_CAPABILITIES, arrange, gradients, loss_sums, train_step
 from tests.training.tiny import VOCAB, Memory, tiny_config
@@ -125,12 +125,12 @@ def test_schedule_warms_up_holds_and_decays():
 def test_the_other_schedules_warm_up_and_then_fall_along_a_cosine_or_hold():
     stage = tiny_config("unused", **{"midtrain1.steps": 110, "midtrain1.warmup_steps": 10}).midtrain1
     stage.update(dict(learning_rate=1.0, final_learning_rate=0.1, schedule="cosine"))
-    rates = [float(schedule_of(stage)(i)) for i in range(111)]
+    rates = [float(make_schedule(stage)(i)) for i in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9:11] == [1.0, 1.0]
     assert rates[60] == pytest.approx(0.55) and rates[35] == pytest.approx(0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2)
     assert rates[110] == pytest.approx(0.1) and sorted(rates[10:], reverse=True) == rates[10:]
     stage.schedule = "constant"
-    assert [float(schedule_of(stage)(i)) for i in (0, 9, 60, 109)] == [pytest.approx(0.1), 1.0, 1.0, 1.0]
+    assert [float(make_schedule(stage)(i)) for i in (0, 9, 60, 109)] == [pytest.approx(0.1), 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(

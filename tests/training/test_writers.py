@@ -1,4 +1,4 @@
-"""What a stage writes about itself: rows that add up, a diary, event files, traces; and how fast it says that it was."""
+"""The logs of a stage: metrics rows, the event log, TensorBoard files, traces, and throughput."""
 
 import builtins
 import json
@@ -17,6 +17,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.models.flops import peak_flops, training_flops
 from stepdr_jax.models.sizes import SIZES
 from stepdr_jax.runtime import writers
+from stepdr_jax.runtime.layout import StageLayout
 from stepdr_jax.training import metrics
 from tests.training import tiny, traced
 
@@ -48,7 +49,11 @@ def test_heldout_loss_is_measured_on_schedule_and_at_the_end(run):
 
 
 def test_traces_are_written_when_planned_when_a_file_asks_and_when_a_signal_does(run):
-    asked = [[event["first"], event["step"]] for event in writers.read_events(run[0]) if event["event"] == "profile"]
+    asked = [
+        [event["first"], event["step"]]
+        for event in files.read_jsonl(run[0] / "events.jsonl")
+        if event["event"] == "profile"
+    ]
     assert [2, 3] in asked and len(asked) == 3
     assert not (run[0] / "profile").exists()
     for first, _ in asked:
@@ -69,8 +74,8 @@ def test_the_event_file_holds_the_rows(run):
         assert found["source_loss/up", row["step"]] == pytest.approx(row["source_loss"]["up"], rel=1e-6)
 
 
-def test_the_diary_tells_of_every_start_and_of_the_end(run):
-    events = writers.read_events(run[0])
+def test_the_event_log_has_every_start_and_the_end(run):
+    events = files.read_jsonl(run[0] / "events.jsonl")
     assert [event["event"] for event in events if event["event"] in ("start", "end")] == ["start", "end"]
     assert events[0]["step"] == 0 and events[-1]["step"] == 12
     assert all(a["time"] <= b["time"] for a, b in zip(events, events[1:], strict=False))
@@ -87,33 +92,33 @@ def test_weights_and_biases_that_is_not_installed_is_named_with_its_fix(tmp_path
     monkeypatch.setattr(builtins, "__import__", without)
     config = tiny.tiny_config(tmp_path, **{"log.wandb_project": "mine"})
     with pytest.raises(UserError, match=r"log.wandb_project: .* is not installed; .* pip install wandb"):
-        writers.Journal(tmp_path, config, "sft", 0)
+        writers.StageWriters(StageLayout(tmp_path), config, 0)
 
 
 def test_weights_and_biases_takes_rows_offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    journal = writers.Journal(tmp_path, tiny.tiny_config(tmp_path, **{"log.wandb_project": "mine"}), "sft", 0)
-    journal.row({"step": 3, "loss": 1.5, "source_loss": {"up": 2.0}})
-    journal.close()
+    writer = writers.StageWriters(StageLayout(tmp_path), tiny.tiny_config(tmp_path, **{"log.wandb_project": "mine"}), 0)
+    writer.write_row({"step": 3, "loss": 1.5, "source_loss": {"up": 2.0}})
+    writer.close()
     assert b"source_loss/up" in next(tmp_path.rglob("*.wandb")).read_bytes()
 
 
-def test_a_pace_counts_no_compilation_and_no_step_of_another_process():
-    pace = metrics.Pace(productive=30.0, first_start=time.time() - 100.0, peak_flops=1e6)
+def test_throughput_counts_no_compilation_and_no_step_of_another_process():
+    meter = metrics.ThroughputMeter(productive=30.0, first_start=time.time() - 100.0, peak_flops=1e6)
     for seconds in (50.0, 1.0, 1.0, 4.0):
-        pace.step(seconds)
-    row = pace.row(steps=6, tokens=600.0, flops=6e5, left=10)
+        meter.record_step(seconds)
+    row = meter.timings(steps=6, tokens=600.0, flops=6e5, remaining=10)
     assert row["tokens_per_second"] == 50.0  # 100 a step, three steps in 6 s
     assert row["step_seconds"] == {"median": 1.0, "p90": 3.4, "largest": 4.0}
     assert row["mfu"] == 0.05 and row["eta_seconds"] == 20.0
     assert row["goodput"] == pytest.approx(0.36, abs=1e-3)
-    assert pace.row(steps=6, tokens=600.0, flops=6e5, left=0)["mfu"] is None
+    assert meter.timings(steps=6, tokens=600.0, flops=6e5, remaining=0)["mfu"] is None
 
 
 def test_a_clock_that_was_set_back_leaves_goodput_unknown():
-    pace = metrics.Pace(productive=30.0, first_start=time.time() + 3600, peak_flops=None)
-    assert pace.row(steps=1, tokens=1.0, flops=1.0, left=0)["goodput"] is None
+    meter = metrics.ThroughputMeter(productive=30.0, first_start=time.time() + 3600, peak_flops=None)
+    assert meter.timings(steps=1, tokens=1.0, flops=1.0, remaining=0)["goodput"] is None
 
 
 def test_model_flops_are_those_of_the_planner_for_one_segment_and_less_for_short_ones():

@@ -90,7 +90,7 @@ def _charts(run: Run, stage: str, panels) -> tuple[list[str], set[str]]:
 def _rollbacks(run: Run, stage: str, seed: int) -> list[dict]:
     """Each rollback once, although a run that was killed during one logs it twice."""
     events = run.events.get(seed, {}).get(stage, ())
-    return list({(row["step"], row["to"]): row for row in events if row["event"] == "rewind"}.values())
+    return list({(row["step"], row["to"]): row for row in events if row["event"] == "rollback"}.values())
 
 
 def _sentence(run: Run, stage: str, seed: int) -> str:
@@ -115,7 +115,7 @@ def _sentence(run: Run, stage: str, seed: int) -> str:
         for row in _rollbacks(run, stage, seed)
     ]
     happened = collections.Counter(row["event"] for row in run.events.get(seed, {}).get(stage, ()))
-    starts = happened["start"] - happened["rewind"]
+    starts = happened["start"] - happened["rollback"]
     if starts > 1:
         said.append(f"It was started {count_of(starts, 'time')}.")
     goodput = [v for v in curves.values.get("goodput", ()) if math.isfinite(v)]
