@@ -18,7 +18,7 @@ def written(backend, k_BSNK, v_BSNK):
     pages = jax.tree.map(lambda a: a + 9.0, paged_attention.init_pages(backend, PAGES, PAGE, N, K, jnp.float32))
     positions_BS = np.broadcast_to(np.arange(16), (3, 16))
     valid_BS = positions_BS < np.array(LENGTHS)[:, None]
-    places = paged_attention.places(TABLE_BM, positions_BS, valid_BS, pages=PAGES, page=PAGE)
+    places = paged_attention.places(TABLE_BM, positions_BS, valid_BS, num_pages=PAGES, page_size=PAGE)
     return paged_attention.write(pages, k_BSNK, v_BSNK, places)
 
 
