@@ -16,6 +16,7 @@ from stepdr_jax.engine.publish import WeightsFolder
 from stepdr_jax.engine.remote import RemoteEngine
 from stepdr_jax.errors import UserError
 from stepdr_jax.models.qwen2 import Qwen2Config
+from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.tokens.tokenizer import Tokenizer
 
 
@@ -40,16 +41,16 @@ def make_engine(
         devices: replicas * tensor of this process; default the first ones. Servers have their own.
         weight_sync_bytes: of `JaxEngine`.
 
-    Raises UserError for sizes that do not fit each other or the devices, and for servers that do not answer.
+    Raises:
+        UserError: sizes that do not fit each other or the devices; a server does not answer.
     """
     section = config.sampler
     stop_ids = (tokenizer.im_end, tokenizer.endoftext)
     if section.engine != "jax":
         for url in section.urls:
             _require_server(url)
-        folder = WeightsFolder(
-            Path(section.weights_dir or Path(config.run_dir) / "weights"), model, section.weights_dtype
-        )
+        directory = Path(section.weights_dir or RunLayout.from_config(config).published_weights)
+        folder = WeightsFolder(directory, model, section.weights_dtype)
         # Retried for up to twice the timeout: a server that was killed needs that to come back.
         settings = dict(timeout=section.timeout, retries=20, concurrency=section.max_num_seqs)
         return RemoteEngine(

@@ -7,9 +7,8 @@ one version of the weights from those of the next; SGLang empties its cache when
 Weights are published as Hugging Face folders (`publish.WeightsFolder`); then each server is told to read one:
 
     SGLang  POST /update_weights_from_disk; every reply of /generate states the version that sampled it
-    vLLM    POST /collective_rpc (reload_weights), POST /update_weight_version; GET /weight_info before and after every
-    turn
-            states the version. These exist in its development mode only (VLLM_SERVER_DEV_MODE=1)
+    vLLM    POST /collective_rpc (reload_weights), POST /update_weight_version; GET /weight_info, before and after every
+            turn, states the version. These exist in its development mode only (VLLM_SERVER_DEV_MODE=1)
 
 A server that states another version, as after a restart, is sent the current weights, and what it sampled before that
 is not used. So a server that is killed loses nothing but time, as far as the endpoint's retries go. Both servers count

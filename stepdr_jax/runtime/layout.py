@@ -231,6 +231,11 @@ class RunLayout:
         return self.root / "judge_replies.sqlite"
 
     @property
+    def published_weights(self) -> Path:
+        """Folder of the weights that vLLM or SGLang servers load."""
+        return self.root / "weights"
+
+    @property
     def research(self) -> Path:
         """Folder of answered questions."""
         return self.root / "research"

@@ -134,8 +134,7 @@ def train(
         loader: batches by step; default the run's data on disk.
         vocab_size: default `state.vocab_size`.
         on_eval_checkpoint: evaluates the evaluation checkpoint of a step and returns its row
-        (`evaluation.checkpoints`);
-            None leaves that to another job.
+            (`evaluation.checkpoints`); None leaves that to another job.
 
     Raises:
         UserError: missing or damaged input, a config that differs from the one the run directory was made with, a full
