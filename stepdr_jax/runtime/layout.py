@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 # Names in a run directory that a run writes.
 ENTRIES = re.compile(
-    r"(world|corpus|tokenizer|data|logs|research|report.*|seed\d+|stages\.json|config.*\.json|judge_replies\.sqlite.*|\..*|.*\.log)$"
+    r"(world|corpus|tokenizer|data|logs|research|weights|report.*|seed\d+|stages\.json|config.*\.json|"
+    r"judge_replies\.sqlite.*|\..*|.*\.log)$"
 )
 
 
