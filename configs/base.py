@@ -12,11 +12,11 @@ from stepdr_jax import configuration
 from stepdr_jax.configuration import (
     DATE,
     DIRECTORY,
+    ENTRY,
     FLAG,
     FRACTION,
     LOW_HIGH,
     MIXTURE_SCHEDULE,
-    NO_NEGATIVE_NUMBER,
     NUMBER,
     POSITIVE_FRACTION,
     STEP_RANGE,
@@ -40,14 +40,14 @@ TRAINING_GUARD = section(
     norm_window=field(100, above(0), "steps of that mean; no step is skipped before it has seen so many"),
     loss_rise=field(1.5, at_least(0), "nats per token above the mean of the same sources: a spike; 0 = never"),
     loss_window=field(5, above(0), "log rows of that mean; a source is not judged before it has so many"),
-    max_skips=field(5, above(0), "of log_every steps; with so many, training rolls back to the last good checkpoint"),
+    max_skips=field(5, above(0), "skipped steps in one log interval that make training roll back"),
     max_rollbacks=field(3, at_least(0), "rollbacks before the stage stops; 0 = log only. PaLM: about 20"),
 )
 STAGE = dict(
     seq_len=field(256, above(0), "tokens per sequence"),
-    batch_size=field(8, above(0), "sequences per step; small batches learn to copy from fewer tokens"),
+    batch_size=field(8, above(0), "sequences per step (miniature: small batches learn to copy from fewer tokens)"),
     steps=field(100, above(0), "optimizer steps"),
-    learning_rate=field(2.5e-3, above(0), "peak; at twice this, copying is never learned"),
+    learning_rate=field(2.5e-3, above(0), "peak (miniature: at twice this, copying is never learned)"),
     final_learning_rate=field(2.5e-4, at_least(0), "at the last step"),
     warmup_steps=field(50, at_least(0), "steps of linear warmup"),
     schedule=field("wsd", one_of("wsd", "cosine", "constant"), "wsd: warmup, stable, decay; all schedules warm up"),
@@ -60,15 +60,15 @@ STAGE = dict(
     checkpoint_every=field(100, above(0), "steps"),
     keep_checkpoints=field(2, above(0), "newest checkpoints"),
     log_every=field(10, above(0), "steps"),
-    heldout_rows=field(8, at_least(0), "sequences of each component that are never trained on; 0 = none"),
+    heldout_sequences=field(8, at_least(0), "sequences of each component that are never trained on; 0 = none"),
     heldout_every=field(200, at_least(0), "steps between their losses, and at the end; 0 = never"),
     microbatches=field(1, above(0), "parts of a batch whose gradients are summed; must divide batch_size"),
     guard=TRAINING_GUARD,
     trajectory_loss=field("all", one_of("all", "assistant"), "tokens of trajectories that carry loss"),
     mixture=field({}, at_least(0), "component -> rate; the paper's Tables 1 and 2 print no rates"),
     mixture_schedule=field((), MIXTURE_SCHEDULE, "from that step on these rates; other components keep theirs"),
-    warmup_data=field("", TEXT, "component of the mixture that the first steps read alone; empty = none"),
-    warmup_data_steps=field(0, at_least(0), "steps that read only warmup_data"),
+    warmup_data=field("", TEXT, "the only component of the first warmup_data_steps steps; empty = none"),
+    warmup_data_steps=field(0, at_least(0), "steps that read warmup_data only"),
 )
 
 FIELDS = section(
@@ -132,14 +132,14 @@ FIELDS = section(
     data=section(
         "Training data beside what launch.synthesize writes",
         sources=field(
-            {}, NO_NEGATIVE_NUMBER, "name -> dict(format, path, component, capability, lang, license); own_data.py"
+            {}, ENTRY, "name -> dict(format, path, component, capability, lang, license, family); see own_data.py"
         ),
         shard_mib=field(256.0, above(0), "MiB of source text in one ArrayRecord file"),
         on_bad_row=field("stop", one_of("stop", "skip"), "a source row that cannot be read; skipped rows are counted"),
         on_damage=field("stop", one_of("stop", "skip"), "a damaged shard in training; skipped rows become padding"),
         exact_duplicates=field("count", one_of("off", "count", "drop"), "in a component; copies differ in a word"),
         near_duplicates=field("off", one_of("off", "count", "drop"), "renamed copies are near duplicates on purpose"),
-        evaluation_sets=field({}, NO_NEGATIVE_NUMBER, "name -> file of questions that no training row may hold"),
+        evaluation_sets=field({}, ENTRY, "name -> file of questions that no training row may hold"),
         contaminated=field("drop", one_of("count", "drop"), "rows that hold such a question"),
     ),
     tokenizer=section(
@@ -188,8 +188,8 @@ FIELDS = section(
     ),
     watchdog=section(
         "Steps that hang",
-        factor=field(20.0, at_least(0), "median step times without a step before all stacks are dumped; 0 = never"),
-        floor_seconds=field(600.0, above(0), "never sooner"),
+        factor=field(20.0, at_least(0), "dump all stacks after so many median step times without a step; 0 = never"),
+        floor_seconds=field(600.0, above(0), "seconds to wait at least"),
         first_seconds=field(3600.0, above(0), "for the first steps, which compile"),
         exit=field(False, FLAG, "then exit with status 75, so that a cluster restarts the run"),
     ),
@@ -250,12 +250,14 @@ FIELDS = section(
         temperature=field(1.0, at_least(0), "ORZ"),
         clip_norm=field(1.0, above(0), "global norm of the gradient; ORZ"),
         beta2=field(0.95, POSITIVE_FRACTION, "of Adam; ORZ"),
-        truncated_reward=field("worst", one_of("worst", "zero"), "without an answer; worst: all flaws, no merits"),
+        truncated_reward=field(
+            "worst", one_of("worst", "zero"), "reward of an episode without an answer; worst: every flaw, no merit"
+        ),
         max_masked_share=field(0.3, POSITIVE_FRACTION, "above it the iteration is sampled again, then the run stops"),
         checkpoint_every=field(5, above(0), "iterations"),
         keep_checkpoints=field(2, above(0), "newest checkpoints"),
-        staleness=field(0, one_of(0, 1), "1: sample an iteration while the previous one is learned; needs tis_cap"),
-        tis_cap=field(0.0, at_least(0), "actions weigh min(trainer's / sampler's probability, this); 0 = all alike"),
+        staleness=field(0, one_of(0, 1), "1: one step off-policy: sample while the learner trains; needs tis_cap"),
+        tis_cap=field(0.0, at_least(0), "bound of truncated importance sampling weights, trainer / sampler; 0 = off"),
         microbatch_sequences=field(1, above(0), "sequences of agent.max_episode_tokens in one forward and backward"),
         remat=field("none", one_of(*REMAT), "as parallel.remat"),
         guard=section(
@@ -302,8 +304,8 @@ FIELDS = section(
         offload=field(
             "none",
             one_of("none", "idle"),
-            "idle: weights and moments of the network that is not at work, and all of the learner's while the sampler "
-            "works, lie in pinned host memory",
+            "idle: the idle network's weights and moments, and the whole learner's during sampling, are offloaded to "
+            "pinned host memory",
         ),
         weight_sync_bucket_gb=field(1.0, above(0), "GiB of weights in transfer to the sampler at once"),
     ),
@@ -317,7 +319,7 @@ FIELDS = section(
         mapping=field("strict", one_of("strict", "ternary"), "paper: half a merit is none, half a flaw is one"),
         max_missing=field(0.1, FRACTION, "failed judgments above which an episode is masked"),
         per_request=field(8, above(0), "rubrics"),
-        attempts=field(3, above(0), "requests in which a rubric may come to its verdict"),
+        attempts=field(3, above(0), "requests at most for the verdict of a rubric"),
         max_tokens=field(4096, above(0), "of a reply"),
         concurrency=field(32, above(0), "requests at once"),
         timeout=field(300.0, above(0), "seconds for one request"),

@@ -8,7 +8,6 @@ import ast
 import datetime
 import difflib
 import json
-import numbers
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +75,7 @@ def _schedule(value: tuple) -> bool:
 NUMBER = Rule("a number", lambda value: value == value)
 FRACTION = Rule("a share between 0 and 1", lambda value: 0 <= value <= 1)
 POSITIVE_FRACTION = Rule("a share between 0 and 1, above 0", lambda value: 0 < value <= 1)
-NO_NEGATIVE_NUMBER = Rule("no negative number", lambda value: not isinstance(value, numbers.Real) or value >= 0)
+ENTRY = Rule("a path or a section, by a name of yours", lambda value: isinstance(value, str | ConfigDict | dict))
 TEXT = Rule("text", lambda value: True)
 FLAG = Rule("true or false", lambda value: True)
 DIRECTORY = Rule("a folder, for example runs/mine", bool)

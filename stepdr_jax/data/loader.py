@@ -42,14 +42,14 @@ class Loader:
         seed: int,
         tokenizer_fingerprint: str,
         warmup_data: tuple[str, int] = ("", 0),
-        heldout_rows: int = 0,
+        heldout_sequences: int = 0,
         mixture_schedule: Sequence = (),
         on_damage: str = "stop",
     ):
         """Opens data_dir/<stage>/<component>.json and its shards for each component that is read at any step.
 
         Rates are shares of tokens; `warmup_data` and `mixture_schedule` change them by step (`rates.rate_schedule`).
-        `heldout_rows` sequences of each component, at most a quarter of it, are never drawn; they are spread evenly
+        `heldout_sequences` sequences of each component, at most a quarter of it, are never drawn; they are spread evenly
         over it. Parts of one long text, and renamed copies of one episode, may be on both sides.
 
         Raises UserError when a file is absent, damaged (with on_damage stop), or built with another tokenizer.
@@ -64,13 +64,13 @@ class Loader:
         self.seq_len = lengths.pop()
         self.sequences = {name: card["sequences"] for name, card in cards.items()}
         self.fingerprint = _hash(
-            stage, schedule, batch_size, seed, [cards[n]["fingerprint"] for n in self.sources], heldout_rows
+            stage, schedule, batch_size, seed, [cards[n]["fingerprint"] for n in self.sources], heldout_sequences
         )
         self.families = []
         if stage == "sft":
             self.families = [cards[name].get("family") or name.removeprefix("sft_") for name in self.sources]
         self._components = [ComponentReader(folder, cards[name], on_damage) for name in self.sources]
-        self._heldout = [_spread(len(one), min(heldout_rows, len(one) // 4)) for one in self._components]
+        self._heldout = [_spread(len(one), min(heldout_sequences, len(one) // 4)) for one in self._components]
         orders = {}
         for name, held in zip(self.sources, self._heldout, strict=True):
             trained = np.delete(np.arange(self.sequences[name]), held)

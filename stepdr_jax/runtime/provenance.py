@@ -1,7 +1,7 @@
 """What a run was made from, and the refusal to continue it with something else.
 
-A stage keeps beside its numbers all that decides them (settings.json): fields of the config, the parameters it started
-from, the data. What only decides when a run stops, what it logs and how it computes is left out, and may change.
+A stage keeps what decides its numbers in settings.json: fields of the config, the parameters it started from, the data.
+The fields named below, and sections that decide only how a run computes, are left out and may change.
 """
 
 import dataclasses

@@ -216,7 +216,7 @@ def _open_data(config: ConfigDict, stage: str) -> BatchSource:
         seed=config.seed,
         tokenizer_fingerprint=tokenizer.fingerprint(),
         warmup_data=(settings.warmup_data, settings.warmup_data_steps),
-        heldout_rows=settings.heldout_rows,
+        heldout_sequences=settings.heldout_sequences,
         mixture_schedule=settings.mixture_schedule,
         on_damage=config.data.on_damage,
     )

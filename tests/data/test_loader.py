@@ -83,7 +83,7 @@ def test_a_batch_has_the_promised_arrays(data):
 
 
 def test_rows_held_out_are_never_drawn_and_all_of_them_are_there_to_measure_by(data):
-    heldout = Loader(data, "sft", MIXTURE, 8, 0, "tok", heldout_rows=3)
+    heldout = Loader(data, "sft", MIXTURE, 8, 0, "tok", heldout_sequences=3)
     batches = [heldout.heldout_batch(i) for i in range(heldout.heldout_batches)]
     kept = {int(t) for b in batches for t, s in zip(b["tokens"][:, 0], b["segment_ids"][:, 0], strict=True) if s}
     drawn = {int(token) for step in range(20) for token in heldout.batch(step)["tokens"][:, 0]}
