@@ -151,7 +151,7 @@ class StageLayout:
 
     def for_reading(self) -> "StageLayout":
         """Where a reader finds the checkpoints: here, or where the stage wrote them when there are none here."""
-        return self if _storage().steps(self.checkpoint_dir) else self.recorded()
+        return self if _storage().saved_steps(self.checkpoint_dir) else self.recorded()
 
 
 @dataclasses.dataclass(frozen=True)

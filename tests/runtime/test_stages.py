@@ -86,10 +86,10 @@ def test_the_report_and_the_dashboard_show_its_title_unit_and_command(config, mo
     for step in (10, 20):
         files.append_jsonl(layout.stage("judge_sft").metrics, {"step": step, "loss": 1.0})
         files.append_jsonl(layout.stage("judge_rl").metrics, {"iteration": step, "reward": 0.5})
-    page, _ = report.render_report(collect.collect(tmp_path), config)
+    page, _ = report.render_report(collect.collect_run(tmp_path), config)
     assert "Judge, fine-tuned" in page and "Judge, RL" in page
     assert "python -m launch.judge --stage=judge_sft" in page
-    watched = following.Watched(tmp_path)
+    watched = following.FollowedRun(tmp_path)
     watched.poll()
     shown = {one.stage: str(dashboard._standing(one, {}, None, True)) for one in watched.stages.values()}
     assert "step 20" in shown["judge_sft"] and "iteration 21" in shown["judge_rl"]
