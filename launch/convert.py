@@ -3,12 +3,13 @@
   python -m launch.convert --hf=Qwen2.5-0.5B --out=runs/start                     weights to train from
   python -m launch.convert --checkpoint=runs/mine/seed0/sft --hf_out=exported     a folder that transformers loads
 
---out becomes a folder of one checkpoint, of step 0, in the layout that training writes: stacked layers, parameters alone,
-float32 unless --dtype says otherwise. --checkpoint takes such a folder, a trained stage (its latest whole checkpoint is
-used, or that of --step; the optimizer's state is left behind). --out and --checkpoint may be gs://BUCKET/PATH or s3://BUCKET/PATH;
-a stage kept there finds its tokenizer in --config.run_dir. Both write under another name first, so that an interrupted command leaves
-nothing that loads. Parameters are spread over config.mesh, or over all devices if that is one; JAX_PLATFORMS=cpu keeps them
-in host memory. Tokenizer files go along where they are found.
+--out becomes a folder of one checkpoint, of step 0, in the layout that training writes: stacked layers, parameters
+alone, float32 unless --dtype says otherwise. --checkpoint takes such a folder, a trained stage (its latest whole
+checkpoint is used, or that of --step; the optimizer's state is left behind). --out and --checkpoint may be
+gs://BUCKET/PATH or s3://BUCKET/PATH; a stage kept there finds its tokenizer in --config.run_dir. Both write under
+another name first, so that an interrupted command leaves nothing that loads. Parameters are spread over config.mesh, or
+over all devices if that is one; JAX_PLATFORMS=cpu keeps them in host memory. Tokenizer files go along where they are
+found.
 """
 
 import dataclasses
@@ -75,7 +76,7 @@ def to_checkpoint(config, source: Path, target: str | Path, dtype: str) -> None:
 def to_hf(
     config, source: str | Path, target: Path, dtype: str | None, longest: int | None, step: int | None = None
 ) -> None:
-    """Reads the checkpoint of `step`, or the latest, under `source` onto config.mesh and writes the new folder `target`."""
+    """Reads the checkpoint of `step`, or the latest, under `source` onto config.mesh and writes the folder `target`."""
     from stepdr_jax.models import hf
     from stepdr_jax.models.qwen2 import Qwen2Config, param_shapes
     from stepdr_jax.runtime import checkpoint, storage

@@ -1,9 +1,11 @@
 """Runs the held-out tasks on every finished stage of a seed, or on the stages named by --stages.
 
-Rows go to run_dir/seed<k>/eval/<stage>.jsonl. A stage that is evaluated already is left alone; an interrupted one continues.
+Rows go to run_dir/seed<k>/eval/<stage>.jsonl. A stage that is evaluated already is left alone; an interrupted one
+continues.
 
-With --watch it evaluates the checkpoints that training saves for it every config.eval.every_tokens tokens, as they appear
-in the run directory, until the stages are done: a job of its own beside a pod that trains (config.eval.inline=False).
+With --watch it evaluates the checkpoints that training saves for it every config.eval.every_tokens tokens, as they
+appear in the run directory, until the stages are done: a job of its own beside a pod that trains
+(config.eval.inline=False).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Builds the offline web: pages of real facts, and your own documents (--config.offline_web.documents), in run_dir/world.
+"""Builds the offline web in run_dir/world: pages of real facts, and your documents (config.offline_web.documents).
 
 Left alone when it is built already from the same inputs.
 """

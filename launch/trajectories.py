@@ -1,7 +1,7 @@
 """Writes the trajectory page: recorded PPO episodes token by token, in one HTML file that opens offline.
 
-By default every iteration of config.run_dir's seed, to run_dir/seed<k>/ppo/trajectories.html; works while PPO runs. For a big
-run, or on another machine, name the folder and the iteration:
+By default every iteration of config.run_dir's seed, to run_dir/seed<k>/ppo/trajectories.html; works while PPO runs. For
+a big run, or on another machine, name the folder and the iteration:
 
     python -m launch.trajectories --iterations=/data/run/seed0/ppo/iterations --only=120 --out=120.html
 """

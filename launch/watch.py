@@ -1,7 +1,7 @@
 """Shows how a run stands, in the terminal: live, or after the fact, from its metrics files alone.
 
-Reads run_dir/seed<k>/<stage>/metrics.jsonl every second, so it works from any machine that sees the folder, on a run that
-goes on, has ended or has died. Ctrl-C leaves; the run does not notice.
+Reads run_dir/seed<k>/<stage>/metrics.jsonl every second, so it works from any machine that sees the folder, on a run
+that goes on, has ended or has died. Ctrl-C leaves; the run does not notice.
 """
 
 import time

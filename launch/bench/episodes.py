@@ -1,13 +1,14 @@
-"""Thousands of episodes at once from one process, against a real tool host: what they cost and whether any is left waiting.
+"""Thousands of episodes at once from one process against a real tool host: their cost, and whether any stays waiting.
 
     python -m launch.bench.episodes --episodes=2000
 
-The episodes are those of PPO (the episode loop, token sessions, the client of the tool host, the judge); only the model is a
-script that thinks for a random time, writes a note, searches, reads its notes back and answers. Every episode must end answered,
-with its own notes whole, and judged right. The tool host is a process over config.run_dir's world.
+The episodes are those of PPO (the episode loop, token sessions, the client of the tool host, the judge); only the model
+is a script that thinks for a random time, writes a note, searches, reads its notes back and answers. Every episode must
+end answered, with its own notes whole, and judged right. The tool host is a process over config.run_dir's world.
 
-Prints one JSON object: calls a second, latencies of calls, how late the event loop wakes (a timer of 10 ms, measured all the
-time), how long an episode waited in all for anything but its model, and processor time and memory of this process an episode.
+Prints one JSON object: calls a second, latencies of calls, how late the event loop wakes (a timer of 10 ms, measured
+all the time), how long an episode waited in all for anything but its model, and processor time and memory of this
+process an episode.
 """
 
 import asyncio

@@ -3,10 +3,10 @@
 The same work on both sides, in float32, on single-turn episodes of one length: old log-probabilities and values of all
 episodes, advantages, and for every minibatch one update of the critic and one of the actor, with the same optimizer.
 
-Where it is not the same, by how Tunix works: it computes logits of prompts, too (as many as of sampled tokens here), and it
-goes through these steps minibatch by minibatch, so later ones see updated networks. Ours also computes entropies. Sampling
-and rewards are left out on both sides. With one minibatch nothing differs, and `update_correlation` shows that both sides
-then change the parameters alike.
+Where it is not the same, by how Tunix works: it computes logits of prompts, too (as many as of sampled tokens here),
+and it goes through these steps minibatch by minibatch, so later ones see updated networks. Ours also computes
+entropies. Sampling and rewards are left out on both sides. With one minibatch nothing differs, and `update_correlation`
+shows that both sides then change the parameters alike.
 """
 
 import queue

@@ -11,7 +11,7 @@ from stepdr_jax.runtime import checkpoint
 
 
 def measure(gigabytes: float, steps: int = 160, every: int = 40) -> dict:
-    """Steps of a program that changes a state of so many GB in place, a checkpoint at every fortieth, with and without waiting.
+    """Steps that change a state of so many GB in place, with a checkpoint every forty steps, with and without waiting.
 
     Returns:
         median step without a checkpoint, and per kind of saving the longest a step and its save took, seconds.

@@ -49,8 +49,8 @@ class Loader:
         """Opens data_dir/<stage>/<component>.json and its shards for each component that is read at any step.
 
         Rates are shares of tokens; `warmup_data` and `mixture_schedule` change them by step (`rates.rate_schedule`).
-        `heldout_sequences` sequences of each component, at most a quarter of it, are never drawn; they are spread evenly
-        over it. Parts of one long text, and renamed copies of one episode, may be on both sides.
+        `heldout_sequences` sequences of each component, at most a quarter of it, are never drawn; they are spread
+        evenly over it. Parts of one long text, and renamed copies of one episode, may be on both sides.
 
         Raises UserError when a file is absent, damaged (with on_damage stop), or built with another tokenizer.
         """

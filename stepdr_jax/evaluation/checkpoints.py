@@ -1,9 +1,9 @@
 """Held-out questions on evaluation checkpoints: what a stage has learned after so many tokens.
 
-Training saves its parameters for evaluation every config.eval.every_tokens tokens. They are evaluated by the training process
-itself (`inline_evaluation`, one process on one machine) or by another job that reads the same run directory
-(`watch_stages`: pods keep training). Either way seed<k>/<stage>/qa.jsonl gets one row per evaluation checkpoint, and the
-episodes lie under seed<k>/eval/.
+Training saves its parameters for evaluation every config.eval.every_tokens tokens. They are evaluated by the training
+process itself (`inline_evaluation`, one process on one machine) or by another job that reads the same run directory
+(`watch_stages`: pods keep training). Either way seed<k>/<stage>/qa.jsonl gets one row per evaluation checkpoint, and
+the episodes lie under seed<k>/eval/.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ METRICS = ("reward", "correct", "cited", "answered", "turns")
 
 
 def evaluate_checkpoint(config, stage: str, step: int, host: Host | None) -> dict:
-    """Evaluates the checkpoint of `step`, or takes the episodes that are there already, and returns its row of qa.jsonl.
+    """Evaluates the checkpoint of `step`, or takes its recorded episodes, and returns its row of qa.jsonl.
 
     Returns:
         step, tokens (that training had read), episodes, missing, means of METRICS, each with its 95 % interval under

@@ -1,4 +1,4 @@
-"""One evaluated episode as a row on disk, and what a set of such rows says: metrics with intervals, by kind and language."""
+"""Rows of evaluated episodes, and metrics with intervals over sets of rows, by kind and language."""
 
 import dataclasses
 import os

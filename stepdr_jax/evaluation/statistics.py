@@ -1,8 +1,8 @@
 """Intervals for evaluation numbers: bootstrap over tasks (and training seeds), paired differences, Wilson for shares.
 
-Episodes of one task are not independent, so tasks are resampled, never episodes. Training seeds answer the same tasks: with
-several of them tasks and seeds are resampled independently of each other (a crossed bootstrap), which also carries the
-variation between trainings. Everything is a deterministic function of the data and `seed`; numpy only.
+Episodes of one task are not independent, so tasks are resampled, never episodes. Training seeds answer the same tasks:
+with several of them tasks and seeds are resampled independently of each other (a crossed bootstrap), which also carries
+the variation between trainings. Everything is a deterministic function of the data and `seed`; numpy only.
 
 A missing value is None or NaN and is left out of numerator and denominator alike; it is never a 0.
 """
@@ -41,8 +41,8 @@ NOTHING = Interval(math.nan, math.nan, math.nan, 0, 0)
 class Paired:
     """The mean difference between two stages on the same tasks.
 
-    `fixed_seeds` resamples tasks only: how sure are we for these trainings. `crossed` resamples seeds too: how sure are we for
-    another training. With one seed the two are the same.
+    `fixed_seeds` resamples tasks only: how sure are we for these trainings. `crossed` resamples seeds too: how sure are
+    we for another training. With one seed the two are the same.
     """
 
     crossed: Interval
@@ -109,7 +109,7 @@ def ratio(
 
 @functools.lru_cache(maxsize=16)  # a report asks for the same draw many times; 10 MB each at 120 tasks
 def _weights(tasks: int, seeds: int, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each task and each seed is drawn: float64 [resamples, tasks] and [resamples, seeds] ([1, 1] for one seed)."""
+    """How often each task and seed is drawn: float64 [resamples, tasks], [resamples, seeds] ([1, 1] for one seed)."""
     random = np.random.default_rng(seed)
     weights_RT = random.multinomial(tasks, np.full(tasks, 1 / tasks), size=resamples).astype(np.float64)
     if seeds == 1:
@@ -141,13 +141,13 @@ def mean(values: Values, **settings) -> Interval:
 
 
 def sums_ratio(numerators: Values, denominators: Values, **settings) -> Interval:
-    """A share as sum of numerators over sum of denominators, both given for the same episodes; see `share` for its edges."""
+    """Sum of numerators over sum of denominators, both of the same episodes; see `share` for its edges."""
     tasks = _tasks(numerators, denominators)
     return _edged(ratio(_cells(numerators, tasks)[0], _cells(denominators, tasks)[0], **settings))
 
 
 def share(values: Values, **settings) -> Interval:
-    """As `mean`, for 0/1 values. When all are equal every resample is too; then Wilson's interval over tasks is given."""
+    """As `mean`, for 0/1 values. When all are equal, so is every resample: then it is Wilson's interval over tasks."""
     return _edged(mean(values, **settings))
 
 

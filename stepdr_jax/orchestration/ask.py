@@ -63,7 +63,7 @@ def choose_stage(config: ConfigDict, wanted: str = "") -> str:
             return stage
     what = f"no finished {wanted} checkpoint" if wanted else "no trained checkpoint"
     raise UserError(
-        f"{what} in {layout.seed_dir()}; run bash launch/quickstart.sh first, or ask a model of your own with --endpoint "
+        f"{what} in {layout.seed_dir()}; run bash launch/quickstart.sh first, or ask your own model with --endpoint "
         "and --model"
     )
 

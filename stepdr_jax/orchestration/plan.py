@@ -1,7 +1,7 @@
-"""What the quickstart runs, in order: the stages of `runtime.stages`, once or once for each training seed, and for how long.
+"""What the quickstart runs, in order: the stages of `runtime.stages`, shared or for each seed, with time estimates.
 
-Estimates are scaled by the amount of work in the config at hand and, as stages finish, by how fast this machine turned out
-to be.
+Estimates are scaled by the amount of work in the config at hand and, as stages finish, by how fast this machine turned
+out to be.
 """
 
 import dataclasses

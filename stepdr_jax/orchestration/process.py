@@ -142,7 +142,7 @@ def _resident(process: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Holds `run_dir` for this process; UserError when another holds it. The lock ends with the process, however it ends."""
+    """Locks `run_dir` until this process ends, however it ends. Raises UserError when another process holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -157,7 +157,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
             raise UserError(
-                f"another quickstart (process {holder}) is working in {run_dir}; wait for it, stop it, or choose another "
+                f"another quickstart (process {holder}) is working in {run_dir}; wait, stop it or choose another "
                 "folder with --config.run_dir=DIR"
             ) from None
         os.ftruncate(descriptor, 0)

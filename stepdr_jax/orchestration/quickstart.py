@@ -1,4 +1,4 @@
-"""All stages of a run, one after another: skips what is finished, tells the time left from the beginning, ends with a table.
+"""Runs all stages, one after another: skips what is finished, shows the time left, ends with a table.
 
 What is finished is in run_dir/stages.json; each stage's output is in run_dir/logs. A stage that stops ends the run with
 its own one line; the same command continues there.
@@ -108,7 +108,7 @@ def _empty(run_dir: Path) -> None:
     foreign = sorted(path.name for path in run_dir.iterdir() if not ENTRIES.match(path.name))
     if foreign:
         raise UserError(
-            f"--fresh would delete {run_dir}, which also holds {', '.join(foreign[:3])} that no run writes; move it away "
+            f"--fresh would delete {run_dir}, which also holds {', '.join(foreign[:3])} that no run writes; move it "
             "or choose another --config.run_dir"
         )
     for path in run_dir.iterdir():

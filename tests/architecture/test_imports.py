@@ -1,4 +1,4 @@
-"""Who imports whom: a package imports only packages listed above it in the README's map, and no modules import in a circle."""
+"""A package imports only packages listed above it in the README's map, and no modules import in a circle."""
 
 import ast
 import re

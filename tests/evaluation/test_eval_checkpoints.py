@@ -1,4 +1,4 @@
-"""Held-out questions on evaluation checkpoints, by the training process and by a job that watches: a tiny model, a real tool host."""
+"""Evaluation checkpoints, by the training process and by a job that watches: a tiny model, a real tool host."""
 
 import shutil
 

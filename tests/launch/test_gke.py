@@ -1,4 +1,4 @@
-"""The manifests of the trainer ask for the hosts that their config's mesh needs, and their arguments are the launcher's."""
+"""The trainer's manifests ask for the hosts that the config's mesh needs; their arguments are the launcher's."""
 
 import json
 import math

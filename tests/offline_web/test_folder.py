@@ -34,7 +34,8 @@ Setext
 
 ![a picture](pump.png) [nothing](missing.md)
 """
-PHYSICS = """<html><head><title>Physics of heat</title></head><body><nav><a href="/x">Home</a></nav><main><h1>Physics</h1>
+PHYSICS = """<html><head><title>Physics of heat</title></head><body><nav><a href="/x">Home</a></nav><main>
+<h1>Physics</h1>
 <p>Heat flows from warm to cold, as <a href="../notes.md">the notes</a> say.</p></main></body></html>"""
 PDF = b"""%PDF-1.4
 1 0 obj<</Type/Catalog/Pages 2 0 R>>endobj

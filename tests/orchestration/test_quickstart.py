@@ -174,7 +174,10 @@ def test_estimates_follow_the_amount_of_work_and_the_pace_of_the_machine():
 
 
 def test_a_killed_parent_takes_the_stage_with_it(tmp_path):
-    child = "import os, sys, time; from launch import entry; entry._die_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    child = (
+        "import os, sys, time; from launch import entry; entry._die_with_parent(); "
+        "print(os.getpid(), flush=True); time.sleep(60)"
+    )
     parent = (
         "import os, subprocess, sys; os.environ['STEPDR_DIE_WITH_PARENT'] = str(os.getpid());"
         f"subprocess.run([sys.executable, '-c', {child!r}])"
