@@ -12,7 +12,6 @@ import asyncio
 import collections
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -113,12 +112,7 @@ def _commit(writer: store.Writer, out: Path, sites: dict[str, int]) -> None:
     path = out / "sites.json"
     hosts = json.loads(path.read_text())["hosts"] if path.exists() else {}
     hosts |= {host: {"authority": authority} for host, authority in sites.items()}
-    temporary = path.with_name(f".sites.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps({"hosts": hosts}, ensure_ascii=False, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    store.write_atomically(path, json.dumps({"hosts": hosts}, ensure_ascii=False, indent=1).encode() + b"\n")
     writer.commit()
 
 

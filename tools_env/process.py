@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,8 +12,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tools_env.errors import ToolHostError
-from tools_env.service.settings import HostSettings
-from tools_env.service.workers import server_command, server_environment
+from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
+
+_ROOT = Path(__file__).resolve().parent.parent
 
 
 class ToolHost:
@@ -22,39 +24,18 @@ class ToolHost:
         self,
         offline_web: str | os.PathLike,
         *,
-        port: int = 0,
-        token: str | None = None,
-        state_dir: str | os.PathLike | None = None,
-        web_port: int | None = None,
-        topk: int = 2,
-        max_observation_chars: int = 700,
-        fetch_timeout: float = 2.0,
-        concurrency: int = 32,
-        workers: int = 1,
         log_path: str | os.PathLike | None = None,
         startup_timeout: float = 120.0,
         **settings,
     ):
-        """Starts nothing yet. Arguments as in HostSettings.
+        """Starts nothing yet.
 
         Args:
+          offline_web: as in HostSettings, like all of `settings`.
           log_path: the host's log, appended to; default: a temporary file.
-          startup_timeout: seconds until the host must answer; including the time to build the index.
-          settings: any other field of HostSettings.
+          startup_timeout: seconds until the host must answer, including the time to build the index.
         """
-        self._settings = HostSettings(
-            offline_web=str(offline_web),
-            port=port,
-            token=token,
-            state_dir=None if state_dir is None else str(state_dir),
-            web_port=web_port,
-            topk=topk,
-            max_observation_chars=max_observation_chars,
-            fetch_timeout=fetch_timeout,
-            concurrency=concurrency,
-            workers=workers,
-            **settings,
-        )
+        self._settings = HostSettings(offline_web=str(offline_web), **settings)
         self._log_path = Path(log_path) if log_path else Path(tempfile.mkdtemp(prefix="stepdr_host_")) / "tool_host.log"
         self._startup_timeout = startup_timeout
         self._process: subprocess.Popen | None = None
@@ -156,3 +137,20 @@ def _serving(address: str, timeout: float) -> bool:
         except grpc.RpcError:
             return False
     return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def server_command(settings: HostSettings, port_file: Path) -> list[str]:
+    """Returns the command line of a host with these settings, except the token, which is passed in the environment."""
+    command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
+    for field in dataclasses.fields(HostSettings):
+        value = getattr(settings, field.name)
+        if field.name != "token" and value != field.default:
+            command.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
+    return command
+
+
+def server_environment(settings: HostSettings) -> dict[str, str]:
+    """Returns the environment of that command: this process's, plus the token and the path of this package."""
+    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
+    pythonpath = os.pathsep.join(filter(None, paths))
+    return os.environ | {"PYTHONPATH": pythonpath, TOKEN_VARIABLE: settings.token or ""}

@@ -99,7 +99,7 @@ class Chromium:
         secret = secrets.token_hex(16)
         async with contextlib.AsyncExitStack() as resources:
             group = self._groups.make("browser", self._memory, self._processes)
-            resources.push_async_callback(_removed, group)
+            resources.push_async_callback(group.remove_when_empty)
             program, folder = resources.enter_context(
                 sandbox.sandboxed_program(self._executable, self._isolation, group)
             )
@@ -160,10 +160,3 @@ async def _closed(browser) -> None:
     with contextlib.suppress(Exception):
         async with asyncio.timeout(5.0):
             await browser.close()
-
-
-async def _removed(group) -> None:
-    for _ in range(100):
-        if group.remove():
-            return
-        await asyncio.sleep(0.02)

@@ -89,7 +89,7 @@ def make_offline_web_app(offline_web_dir: str | os.PathLike) -> web.Application:
 
 class _Site:
     def __init__(self, offline_web_dir: str | os.PathLike):
-        self._hosts = _read_hosts(Path(offline_web_dir) / "sites.json")
+        self._hosts = read_hosts(offline_web_dir)
         documents, index = Path(offline_web_dir) / "documents.jsonl", Path(offline_web_dir) / "index"
         # A directory made by the index command has an index and no documents.
         in_index = not documents.is_file() and (index / "documents.sqlite").is_file()
@@ -123,11 +123,15 @@ class _Site:
         )
 
 
-def _read_hosts(path: Path) -> dict[str, dict]:
+def read_hosts(offline_web_dir: str | os.PathLike) -> dict[str, dict]:
+    """Returns host name -> properties, such as its authority. Raises ToolHostError when the table is missing or damaged."""
+    path = Path(offline_web_dir) / "sites.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["hosts"]
+        return dict(json.loads(path.read_text(encoding="utf-8"))["hosts"])
     except FileNotFoundError:
-        raise ToolHostError(f"{path} does not exist; build the offline web first") from None
+        raise ToolHostError(
+            f"{path} does not exist; build the offline web first, or name its directory with --offline_web"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the offline web again") from None
 

@@ -1,5 +1,6 @@
 """Memory and process limits of a group of processes, by control groups of version 1 or 2 where they are writable."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -37,6 +38,13 @@ class ControlGroup:
             except OSError:
                 gone = False
         return gone
+
+    async def remove_when_empty(self) -> None:
+        """Waits up to 2 seconds for the last processes to end, then removes the group."""
+        for _ in range(100):
+            if self.remove():
+                return
+            await asyncio.sleep(0.02)
 
 
 class ControlGroups:

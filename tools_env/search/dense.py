@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tools_env.errors import ToolError, ToolHostError, Unavailable
-from tools_env.search import text
+from tools_env.search import store, text
 from tools_env.search.remote import Remote
 
 DIMENSIONS = 192
@@ -241,7 +241,9 @@ def build_dense_index(
         out.flush()
         os.fsync(out.fileno())
     _index(folder, embedder.dimensions, alive)
-    _write(folder / "model.json", json.dumps({"embedder": embedder.name, "fingerprint": fingerprint}).encode())
+    store.write_atomically(
+        folder / "model.json", json.dumps({"embedder": embedder.name, "fingerprint": fingerprint}).encode()
+    )
 
 
 def _index(folder: Path, dimensions: int, alive: np.ndarray) -> None:
@@ -260,12 +262,3 @@ def _index(folder: Path, dimensions: int, alive: np.ndarray) -> None:
     temporary = folder / f".faiss.{os.getpid()}.tmp"
     faiss.write_index(index, str(temporary))
     os.replace(temporary, folder / "faiss.index")
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)

@@ -58,6 +58,16 @@ def page_of(url: str) -> str:
     return f"{parts.hostname or ''}{unquote(parts.path)}"
 
 
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replaces a file as a whole, synced to disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(temporary, path)
+
+
 class Passages(Sequence):
     """The passages by ordinal, read on demand. Passages removed from the index are still included."""
 
@@ -256,12 +266,7 @@ class Writer:
 
     def _write_facts(self) -> None:
         facts = json.dumps({"fingerprint": self._fingerprint, "passages": self._count}) + "\n"
-        temporary = self._folder / f".index.{os.getpid()}.tmp"
-        with open(temporary, "w") as out:
-            out.write(facts)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, self._folder / "index.json")
+        write_atomically(self._folder / "index.json", facts.encode())
 
     def close(self) -> None:
         """Closes without a commit; waits for the full-text index to finish its merges."""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import fcntl
-import json
 import logging
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from tools_env.cache.retrieval import RetrievalCache
 from tools_env.cache.stores import CacheStore, RedisStore, SqliteStore
 from tools_env.errors import ToolHostError
+from tools_env.offline_web.server import OfflineWebServer, read_hosts
 from tools_env.search import choose
 from tools_env.service.metrics import Metrics
 from tools_env.service.service import ToolService
@@ -30,13 +30,12 @@ async def make_service(settings: HostSettings, resources: contextlib.AsyncExitSt
         raise ToolHostError(
             "expected --offline_web=DIR: an offline web, or a directory made by `python -m tools_env.index`"
         )
-    sites = _read_sites(Path(settings.offline_web)) if settings.offline_web else {}
+    hosts = read_hosts(settings.offline_web) if settings.offline_web else {}
+    sites = {name: int(host.get("authority", 0)) for name, host in hosts.items()}
     backend, citations = await choose.make_search_backend(settings, sites)
     resources.push_async_callback(backend.close)
     web_port = settings.web_port
     if web_port is None and settings.offline_web:
-        from tools_env.offline_web.server import OfflineWebServer
-
         web_server = OfflineWebServer(settings.offline_web)
         web_port = web_server.start()
         resources.callback(web_server.stop)
@@ -119,20 +118,6 @@ def _lock(state: Path, worker: int, resources: contextlib.AsyncExitStack) -> Non
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise ToolHostError(f"{state} is in use by another tool host; stop it or name another state_dir") from None
-
-
-def _read_sites(offline_web_dir: Path) -> dict[str, int]:
-    """Returns host name -> authority."""
-    path = offline_web_dir / "sites.json"
-    try:
-        hosts = json.loads(path.read_text(encoding="utf-8"))["hosts"]
-        return {name: int(site.get("authority", 0)) for name, site in hosts.items()}
-    except FileNotFoundError:
-        raise ToolHostError(
-            f"{path} does not exist; build the offline web first, or name its directory with --offline_web"
-        ) from None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ToolHostError(f"{path} has no table of hosts ({error!r}); build the offline web again") from None
 
 
 async def _reap(sessions: Sessions, interval: float, metrics: Metrics) -> None:

@@ -87,10 +87,7 @@ async def start_host(settings: HostSettings) -> RunningHost:
         port = _bind(server, settings)
         metrics_port = None
         if settings.metrics_port is not None:
-            try:
-                metrics_port, stop = serve_metrics(settings.host, settings.metrics_port, metrics.registry)
-            except OSError:
-                raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
+            metrics_port, stop = serve_metrics(settings.host, settings.metrics_port, metrics.registry)
             resources.callback(stop)
         await server.start()
         gc.collect()

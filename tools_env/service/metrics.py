@@ -4,6 +4,8 @@ import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess, start_http_server
 
+from tools_env.errors import ToolHostError
+
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SHARED_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -35,12 +37,15 @@ def serve_metrics(host: str, port: int, registry: CollectorRegistry | None):
 
     `registry`: None collects from all processes that share $PROMETHEUS_MULTIPROC_DIR.
 
-    Raises OSError when the port is taken.
+    Raises ToolHostError when the port is taken.
     """
     if registry is None:
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, os.environ[SHARED_VARIABLE])
-    server, thread = start_http_server(port, addr=host, registry=registry)
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError:
+        raise ToolHostError(f"metrics_port {port} is in use; name another one, or 0") from None
 
     def stop() -> None:
         server.shutdown()

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -20,13 +19,14 @@ from pathlib import Path
 from prometheus_client import multiprocess
 
 from tools_env.errors import ToolHostError
+from tools_env.offline_web.server import OfflineWebServer
+from tools_env.process import server_command, server_environment
 from tools_env.service import metrics
-from tools_env.service.settings import TOKEN_VARIABLE, HostSettings
+from tools_env.service.settings import HostSettings
 
 FIRST_PAUSE = 0.1  # seconds before a restart; doubles while the worker dies within YOUNG seconds
 MAX_PAUSE = 10.0
 YOUNG = 30.0  # seconds
-_ROOT = Path(__file__).resolve().parents[2]
 STARTUP = 120.0  # seconds until a worker must answer
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,6 @@ async def run_workers(settings: HostSettings, ready: Callable[[str], None], stop
         resources.callback(shutil.rmtree, folder, ignore_errors=True)
         web_port = settings.web_port
         if web_port is None:
-            from tools_env.offline_web.server import OfflineWebServer
-
             web = OfflineWebServer(settings.offline_web)
             web_port = web.start()
             resources.callback(web.stop)
@@ -53,10 +51,7 @@ async def run_workers(settings: HostSettings, ready: Callable[[str], None], stop
         os.environ[metrics.SHARED_VARIABLE] = str(shared)
         resources.callback(os.environ.pop, metrics.SHARED_VARIABLE, None)
         if settings.metrics_port is not None:
-            try:
-                metrics_port, stop = metrics.serve_metrics(settings.host, settings.metrics_port, None)
-            except OSError:
-                raise ToolHostError(f"metrics_port {settings.metrics_port} is in use; name another one, or 0") from None
+            metrics_port, stop = metrics.serve_metrics(settings.host, settings.metrics_port, None)
             logger.info("metrics at http://%s:%d/metrics", settings.host, metrics_port)
             resources.callback(stop)
         common = dataclasses.replace(
@@ -165,20 +160,3 @@ class _Worker:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-
-
-def server_command(settings: HostSettings, port_file: Path) -> list[str]:
-    """Returns the command line of a host with these settings, except the token, which is passed in the environment."""
-    command = [sys.executable, "-m", "tools_env.server", f"--port_file={port_file}", "--stop_with_stdin"]
-    for field in dataclasses.fields(HostSettings):
-        value = getattr(settings, field.name)
-        if field.name != "token" and value != field.default:
-            command.append(f"--{field.name}" if field.type is bool else f"--{field.name}={value}")
-    return command
-
-
-def server_environment(settings: HostSettings) -> dict[str, str]:
-    """Returns the environment of that command: this process's, plus the token and the path of this package."""
-    paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    pythonpath = os.pathsep.join(filter(None, paths))
-    return os.environ | {"PYTHONPATH": pythonpath, TOKEN_VARIABLE: settings.token or ""}

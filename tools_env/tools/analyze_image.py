@@ -11,6 +11,7 @@ from typing import Any
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import endpoint, workspace
 from tools_env.tools.base import CallContext, Tool, ToolOutput
+from tools_env.tools.child import run_child
 
 MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 40_000_000
@@ -68,24 +69,12 @@ def picture_media_type(content: bytes) -> str:
 async def recognize_text(content: bytes, seconds: float, languages: str = "") -> str:
     """Returns the printed text of an image by tesseract; default: English and Chinese where installed."""
     languages = languages or "+".join(await _languages())
-    process = await asyncio.create_subprocess_exec(
-        *("prlimit", f"--as={4 << 30}", "--cpu=60", "--fsize=0", "--"),
-        *("tesseract", "stdin", "stdout", "-l", languages),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_THREAD_LIMIT": "1", "LANG": "C.UTF-8"},
-    )
-    try:
-        async with asyncio.timeout(max(seconds, 0.1)):
-            out, _ = await process.communicate(content)
-    except TimeoutError:
-        raise ToolError("the picture takes too long to read; cut it") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode != 0:
+    limits = ["prlimit", f"--as={4 << 30}", "--cpu=60", "--fsize=0", "--"]
+    command = [*limits, "tesseract", "stdin", "stdout", "-l", languages]
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_THREAD_LIMIT": "1", "LANG": "C.UTF-8"}
+    too_slow = "the picture takes too long to read; cut it"
+    status, out = await run_child(command, content, seconds, environment, too_slow)
+    if status != 0:
         raise ToolError("the picture could not be read")
     return out.decode(errors="replace").strip()
 

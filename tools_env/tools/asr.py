@@ -19,6 +19,7 @@ import aiohttp
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import endpoint, workspace
 from tools_env.tools.base import CallContext, Tool, ToolOutput
+from tools_env.tools.child import run_child
 
 MAX_FILE_BYTES = 25 << 20
 MAX_SECONDS = 600  # of audio, offline
@@ -57,25 +58,14 @@ async def run_asr(model: endpoint.Endpoint | None, call: CallContext, arguments:
 
 async def recognize_speech(content: bytes, seconds: float) -> str:
     """Returns the words that pocketsphinx recognizes in a WAV file. Raises ToolError."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tools_env.tools.asr"),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, "-m", "tools_env.tools.asr"]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    too_slow = "the recording takes too long to recognise; give a shorter one"
+    _, out = await run_child(command, content, seconds, environment, too_slow)
     try:
-        async with asyncio.timeout(max(seconds, 0.1)):
-            out, _ = await process.communicate(content)
         answer = json.loads(out)
-    except TimeoutError:
-        raise ToolError("the recording takes too long to recognise; give a shorter one") from None
     except ValueError:
         raise ToolError("the recording could not be read") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
     if "error" in answer:
         raise ToolError(answer["error"])
     return answer["text"]

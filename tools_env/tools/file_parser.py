@@ -9,6 +9,7 @@ from typing import Any
 from tools_env.errors import ToolError, ToolHostError
 from tools_env.tools import workspace
 from tools_env.tools.base import CallContext, Tool, ToolOutput
+from tools_env.tools.child import run_child
 
 MAX_FILE_BYTES = 32 << 20
 SCHEMA = {
@@ -36,22 +37,9 @@ async def run_file_parser(call: CallContext, arguments: dict[str, Any]) -> ToolO
 
 async def parse_document(name: str, content: bytes, seconds: float) -> list[str]:
     """Returns the blocks of a document. Raises ToolError."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tools_env.tools.documents", name),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "LANG": "C.UTF-8"},
-    )
-    try:
-        async with asyncio.timeout(max(seconds, 0.1)):
-            out, _ = await process.communicate(content)
-    except TimeoutError:
-        raise ToolError(f"{name} takes too long to read") from None
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+    command = [sys.executable, "-m", "tools_env.tools.documents", name]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "LANG": "C.UTF-8"}
+    _, out = await run_child(command, content, seconds, environment, f"{name} takes too long to read")
     try:
         answer = json.loads(out)
     except ValueError:

@@ -128,7 +128,7 @@ class ShellTool:
             self._watcher.cancel()
         await self._terminals.stop()
         for session in self._sessions.values():
-            await _removed(session.group)
+            await session.group.remove_when_empty()
         self._sessions.clear()
 
     def _session(self, call: CallContext) -> _SessionShell:
@@ -258,7 +258,7 @@ class ShellTool:
         if not (session.directory / _CONTROL).exists():  # the session was closed; the sandbox cannot remove this folder
             del self._sessions[session.directory]
             await self._end_all(session)
-            await _removed(session.group)
+            await session.group.remove_when_empty()
             await asyncio.to_thread(shutil.rmtree, session.directory, ignore_errors=True)
             return
         if not session.panes:
@@ -279,14 +279,6 @@ class ShellTool:
     async def _end_all(self, session: _SessionShell) -> None:
         for terminal in list(session.panes):
             await self._end(session, terminal)
-
-
-async def _removed(group: ControlGroup) -> None:
-    """Waits for the last processes of a group to end, then removes it."""
-    for _ in range(100):
-        if group.remove():
-            return
-        await asyncio.sleep(0.02)
 
 
 def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack) -> Tool:
