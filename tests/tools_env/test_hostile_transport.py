@@ -1,4 +1,4 @@
-"""Facts about what comes in over the wire from somebody hostile: nothing of it ends the host or holds up its callers."""
+"""Hostile bytes on the wire: none of them stops the host or holds up its callers."""
 
 import asyncio
 import contextlib

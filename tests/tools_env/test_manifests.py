@@ -1,4 +1,4 @@
-"""Facts about launch/gke/tools: the host takes the flags that the manifests give it, and the parts name each other right."""
+"""launch/gke/tools: the host takes the flags of the manifests, and the parts name each other correctly."""
 
 import re
 import subprocess

@@ -48,7 +48,8 @@ def find_chromium(executable: str) -> str:
     if not found:
         wanted = executable or ", ".join(_PROGRAMS)
         raise ToolHostError(
-            f"the browser tool needs Chromium, and none was found ({wanted}); install it (apt-get install chromium), or "
+            f"the browser tool needs Chromium, and none was found ({wanted}); install it "
+            "(apt-get install chromium), or "
             "name it with the tool's option executable"
         )
     return found[0]
@@ -84,7 +85,8 @@ def strongest_isolation(executable: str, bubblewrap: bool) -> Isolation:
                 return isolation
             reason = (done.stderr.strip().splitlines() or ["no output"])[0][:200]
     raise ToolHostError(
-        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or leave browser out of --tools"
+        f"the browser tool's Chromium ({executable}) does not start: {reason}; repair it or "
+        "leave browser out of --tools"
     )
 
 

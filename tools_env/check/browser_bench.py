@@ -28,7 +28,8 @@ from tools_env.web.egress import EgressPolicy
 
 _PAGE = """<!doctype html><meta charset=utf-8><title>{title}</title><style>body{{font:16px sans-serif;margin:0}}
 header{{background:#246;color:#fff;padding:14px 40px}}main{{width:760px;margin:24px 40px}}</style>
-<header><b>Library</b> <a href=/>Home</a> <form style=display:inline><input name=q> <label><input type=checkbox> exact</label>
+<header><b>Library</b> <a href=/>Home</a> <form style=display:inline><input name=q>
+<label><input type=checkbox> exact</label>
 <button>Search</button></form></header><main><h1>{title}</h1><p id=status>3 readers</p>{body}</main>"""
 
 
@@ -106,7 +107,8 @@ async def measure(pages: list[str]) -> None:
         print(f"{name:24} {row[0]:5} {row[1]:7.0f} {row[2]:5} {row[3]:5} {shares[0]:11.0%} {shares[1]:11.0%}")
     for name, taken in seconds.items():
         print(
-            f"{name}: median {statistics.median(taken):.2f} s, longest {max(taken):.2f} s (the first one starts the browser)"
+            f"{name}: median {statistics.median(taken):.2f} s, longest {max(taken):.2f} s (the "
+            "first one starts the browser)"
         )
     print(f"memory of the browser with one page: {memory:.0f} MiB (proportional set size)")
 

@@ -292,7 +292,8 @@ def format_report(load: LoadReport) -> str:
         f"{load.calls:,} calls in {load.wall:.0f} s: {load.calls / load.wall:,.0f} calls/s, "
         f"p50 {load.latency(0.5):.1f} ms, p99 {load.latency(0.99):.1f} ms",
         f"outcomes {load.outcomes}, given up {load.failed or 'none'}",
-        f"lost {load.lost}, duplicated {load.duplicated}, of another session {load.leaked}, other replies {load.changed}",
+        f"lost {load.lost}, duplicated {load.duplicated}, of another session {load.leaked}, "
+        f"other replies {load.changed}",
     ]
     if load.shell_calls:
         lines.append(

@@ -124,7 +124,7 @@ class _Site:
 
 
 def read_hosts(offline_web_dir: str | os.PathLike) -> dict[str, dict]:
-    """Returns host name -> properties, such as its authority. Raises ToolHostError when the table is missing or damaged."""
+    """Host name -> properties, such as its authority. Raises ToolHostError when the table is missing or damaged."""
     path = Path(offline_web_dir) / "sites.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["hosts"])
@@ -186,7 +186,8 @@ def render_page(row: dict, *, charset: str = "utf-8", padding_bytes: int = 0) ->
     meta = f'<meta name="date" content="{html.escape(date)}">' if date else ""
     body = "\n".join(blocks)
     return (
-        f'<!doctype html>\n<html lang="{row["lang"]}"><head><meta charset="{charset}"><title>{title}</title>{meta}</head>\n'
+        f'<!doctype html>\n<html lang="{row["lang"]}"><head><meta '
+        f'charset="{charset}"><title>{title}</title>{meta}</head>\n'
         f'<body><header><nav><a href="http://{host}/">{host}</a></nav></header>\n'
         f"<{element}><h1>{title}</h1>\n{body}\n</{element.split()[0]}>\n"
         f"{f'<nav class=related><ul>{related}</ul></nav>' if related else ''}\n"

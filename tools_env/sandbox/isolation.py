@@ -109,7 +109,8 @@ echo started
 [ "$(tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ')" = lo ] && echo network
 [ "$(ls -d /proc/[0-9]* | wc -l)" -lt 12 ] && echo processes
 touch /usr/probe /probe /etc/probe 2>/dev/null || echo root
-settings=$(find /proc/sys/kernel -maxdepth 1 -type f -perm /222 | while read -r f; do (: >> "$f") 2>/dev/null && echo "$f"; done)
+settings=$(find /proc/sys/kernel -maxdepth 1 -type f -perm /222 |
+  while read -r f; do (: >> "$f") 2>/dev/null && echo "$f"; done)
 [ -z "$settings" ] && echo settings
 grep -q '^CapEff:.0*$' /proc/self/status && grep -q '^NoNewPrivs:.1' /proc/self/status && echo privileges
 grep -q '^Seccomp:.2' /proc/self/status && echo filter

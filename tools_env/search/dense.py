@@ -138,7 +138,8 @@ class EndpointEmbedder:
             raise Unavailable("the embedding endpoint gave another reply than documented") from None
         if vectors.shape != (len(texts), self.dimensions) or not np.isfinite(vectors).all():
             raise Unavailable(
-                f"expected {len(texts)} embeddings of {self.dimensions} numbers, got an array of shape {vectors.shape}; "
+                f"expected {len(texts)} embeddings of {self.dimensions} numbers, got an array of "
+                f"shape {vectors.shape}; "
                 "correct embeddings_dimensions"
             )
         return normalized(vectors)

@@ -48,7 +48,8 @@ def _read_rows(documents: Path) -> Iterator[dict]:
             rows.append((row["id"], row["url"], row["title"], row["text"], row))
         except (ValueError, KeyError, TypeError) as error:
             raise ToolHostError(
-                f"{documents} line {number} is not a document with id, url, title and text ({error!r}); build the offline web again"
+                f"{documents} line {number} is not a document with id, url, title and text "
+                f"({error!r}); build the offline web again"
             ) from None
     return (row[-1] for row in sorted(rows, key=lambda row: row[:2]))
 

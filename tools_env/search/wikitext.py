@@ -38,7 +38,8 @@ _SWITCH = re.compile(r"__[A-Z]+__")
 _VARIANT = re.compile(r"-\{(?:[^{}|]*\|)?([^{}]*)\}-")
 _CHINESE = re.compile(r"^(?:zh-hans|zh-cn|zh):([^\n]*)", re.MULTILINE)
 _TAIL = re.compile(
-    r"^(?:references|external links|see also|notes|further reading|bibliography|参考文献|參考文獻|外部链接|外部連結|参见|參見|注释|註釋)$",
+    r"^(?:references|external links|see also|notes|further "
+    r"reading|bibliography|参考文献|參考文獻|外部链接|外部連結|参见|參見|注释|註釋)$",
     re.IGNORECASE,
 )
 

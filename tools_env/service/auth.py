@@ -52,7 +52,8 @@ def check_exposure(host: str, token: str | None, client_ca: str | None, anyone: 
     """Raises ToolHostError when a host is reachable from other machines without a token or mTLS."""
     if not (host.startswith(LOOPBACK) or token or client_ca or anyone):
         raise ToolHostError(
-            f"{host} can be reached from other machines and callers would not be authenticated; set $STEPDR_TOOLS_TOKEN "
+            f"{host} can be reached from other machines and callers would not be authenticated; "
+            "set $STEPDR_TOOLS_TOKEN "
             "or --tls_client_ca, listen on 127.0.0.1, or set --allow_anyone"
         )
 

@@ -86,7 +86,8 @@ def _reserve(host: str, port: int, resources: contextlib.ExitStack) -> int:
         held.bind(address)
     except OSError as error:
         raise ToolHostError(
-            f"cannot listen on {host}:{port} ({error.strerror}); stop the other program, name another port, or use port "
+            f"cannot listen on {host}:{port} ({error.strerror}); stop the other program, name "
+            "another port, or use port "
             "0 for any free one"
         ) from None
     return address[1]

@@ -17,7 +17,8 @@ MAX_FILE_BYTES = 20 << 20
 MAX_PIXELS = 40_000_000
 FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 WEAK = (
-    "[offline: only printed text, read by tesseract; nothing else was looked at. Of clean rendered pages it got about 1 "
+    "[offline: only printed text, read by tesseract; nothing else was looked at. Of clean "
+    "rendered pages it got about 1 "
     "character in 100 wrong; noisy or slanted ones it does not read]"
 )
 SCHEMA = {

@@ -341,8 +341,10 @@ def build_tool(options: dict[str, Any], resources: contextlib.AsyncExitStack, eg
     return Tool(
         name="browser",
         description=(
-            "Use a real browser: open a page, click, type, scroll, go back, look. Shows the page's text from where it is "
-            "scrolled to, with [number kind name] for what can be used, and stores a screenshot when the screen changes."
+            "Use a real browser: open a page, click, type, scroll, go back, look. Shows the "
+            "page's text from where it is "
+            "scrolled to, with [number kind name] for what can be used, and stores a screenshot "
+            "when the screen changes."
         ),
         schema=SCHEMA,
         run=browser.run,

@@ -87,7 +87,9 @@ class WebSurfer:
     def tool(self) -> Tool:
         return Tool(
             name="batch_web_surfer",
-            description="Search the web (queries) or open pages (urls, or citation ids already shown), several at once.",
+            description=(
+                "Search the web (queries) or open pages (urls, or citation ids already shown), several at once."
+            ),
             schema=SCHEMA,
             run=self.run,
         )

@@ -22,7 +22,8 @@ _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _DATE_NAMES = ("article:published_time", "date", "dc.date", "dcterms.date", "datepublished", "last-modified")
 _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
 _BLOCKS = frozenset(
-    "address article aside blockquote body dd details div dl dt fieldset figcaption figure footer form header hr li main "
+    "address article aside blockquote body dd details div dl dt fieldset figcaption figure "
+    "footer form header hr li main "
     "nav ol p pre section summary table tbody tfoot thead ul".split()
 )
 _HIDDEN = frozenset("aside button footer form head header nav noscript script select style svg template".split())
