@@ -14,8 +14,8 @@ from stepdr_jax.records import Finish, Message, ObservedSource, Trajectory
 from stepdr_jax.text import matching
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
-from tests.judge.test_judges import ATLAS, RUBRICS, TASK
-from tests.judge.test_model_judge import ALSO, FLAW, GOOD, SET, Scripted, judged, reply
+from tests.judge.atlas import ATLAS, RUBRICS, TASK
+from tests.judge.scripted_model import ALSO, FLAW, GOOD, SET, Scripted, judged, reply
 
 CRITERIA = [GOOD, ALSO, FLAW]
 FULL_MARKS = reply(good="satisfied", also="satisfied", flaw="not_satisfied")

@@ -3,43 +3,11 @@
 import asyncio
 
 from stepdr_jax.judge.judges import ProgrammaticJudge, stated_verdict
-from stepdr_jax.records import Answer, Finish, Message, ObservedSource, Rubric, RubricSet, Task, Trajectory
+from stepdr_jax.records import Answer, Finish, Message, ObservedSource, Rubric, RubricSet, Trajectory
+from tests.judge.atlas import ATLAS, RUBRICS, TASK
 
-ATLAS = ObservedSource(
-    id="web_bakotefi", url="http://atlas.test/en/austria", text="The capital of Austria is Vienna.", authority=2
-)
 QUICK = ObservedSource(
     id="web_dufalomi", url="http://quickfacts.test/austria", text="The capital of Austria is Salzburg.", authority=0
-)
-TASK = Task(
-    id="t",
-    kind="fact",
-    lang="en",
-    query="What is the capital of Austria?",
-    answer=Answer(value="Vienna", aliases=["Wien"]),
-)
-RUBRICS = RubricSet(
-    id="r",
-    task_id="t",
-    rubrics=[
-        Rubric(
-            rid="value",
-            criterion="States it",
-            weight=5,
-            role="explicit",
-            check={"kind": "states", "any": ["Vienna", "Wien"]},
-        ),
-        Rubric(
-            rid="support",
-            criterion="Cites it",
-            weight=3,
-            role="explicit",
-            check={"kind": "cites_support", "any": ["Vienna"], "about": ["Austria"]},
-        ),
-        Rubric(rid="authority", criterion="Authority", weight=2, role="implicit", check={"kind": "authoritative"}),
-        Rubric(rid="unresolved", criterion="Bad id", weight=-3, role="negative", check={"kind": "unresolved_citation"}),
-        Rubric(rid="degenerate", criterion="Loops", weight=-2, role="negative", check={"kind": "degenerate"}),
-    ],
 )
 
 

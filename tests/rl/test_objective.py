@@ -9,7 +9,7 @@ import pytest
 
 from stepdr_jax.models import qwen2
 from stepdr_jax.rl import learner, ppo
-from tests.rl.test_ppo import CONFIG, MODEL, make_episodes, make_state
+from tests.rl.small_batch import CONFIG, MODEL, make_episodes, make_state
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])

@@ -4,7 +4,7 @@ import asyncio
 
 from stepdr_jax.records import Finish, Verdict
 from stepdr_jax.synthesis import reflection
-from tests.synthesis.test_cleaning import PASSAGE, SOURCE, TASK, episode, search, shown
+from tests.synthesis.episodes import PASSAGE, SOURCE, TASK, episode, search, shown
 
 WRONG = r"The capital of Austria is Budapest. \cite{web_dufalomi}"
 RIGHT = PASSAGE + r" \cite{web_bakotefi}"

@@ -1,7 +1,5 @@
 """Facts about the chat format: exact boundaries, append-only logs, and parsing that survives any text."""
 
-from pathlib import Path
-
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -10,8 +8,8 @@ from hypothesis import strategies as st
 from stepdr_jax.records import Finish, Message, Trajectory
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
+from tests.tokens.qwen import QWEN
 
-QWEN = Path(__file__).parents[3] / "shared" / "data" / "qwen_tokenizer" / "tokenizer.json"
 PROMPT = [
     Message(role="system", content="You are a research agent. Today is 2026-06-01."),
     Message(role="user", content="What is the capital of Austria?"),

@@ -17,7 +17,7 @@ from stepdr_jax.engine.fake import FakeEngine
 from stepdr_jax.tokens import chat
 from stepdr_jax.tokens.tokenizer import Tokenizer
 from tests.agent.scripted import ANSWER, TASK, TableTools, search
-from tests.tokens.test_chat import QWEN
+from tests.tokens.qwen import QWEN
 
 LINE, PARAGRAPH, NEWLINE = 624, 382, 198
 LIMITS = Limits(max_turns=3, max_turn_tokens=400, max_episode_tokens=3000, max_tool_calls=3, wall_seconds=10.0)

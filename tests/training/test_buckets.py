@@ -15,8 +15,8 @@ from stepdr_jax.runtime import buckets, checkpoint, chunks, saving, storage
 from stepdr_jax.runtime.layout import RunLayout
 from stepdr_jax.training import loop, state
 from tests.training import kills, stores, tiny
-from tests.training.test_checkpoint import TREE
-from tests.training.test_multihost import wait_for
+from tests.training.tree import TREE
+from tests.training.waiting import wait_for
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])

@@ -17,11 +17,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import checkpoint, saving
 from stepdr_jax.runtime.watchdog import Watchdog
 from tests.training import tiny
-
-TREE = {
-    "params": {"a": np.arange(6000, dtype=np.float32), "b": np.ones((3, 4), np.int32)},
-    "step": np.full((), 7, np.int32),
-}
+from tests.training.tree import TREE
 
 
 def names(folder):

@@ -13,7 +13,7 @@ from stepdr_jax.runtime import checkpoint
 from stepdr_jax.runtime.layout import StageLayout
 from stepdr_jax.training import guards, loop
 from tests.training import tiny
-from tests.training.test_resume import checkpoints, rows
+from tests.training.stage_files import checkpoints, rows
 
 OFF = {f"midtrain1.guard.{name}": 0 for name in ("norm_factor", "loss_rise")}
 SPIKES = OFF | {"midtrain1.guard.norm_factor": 1.6, "midtrain1.guard.norm_window": 3, "midtrain1.log_every": 2}

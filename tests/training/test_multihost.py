@@ -1,13 +1,13 @@
 """Two processes that find each other over loopback are one run: same bits as one process, killed or not."""
 
 import signal
-import time
 
 import pytest
 
 from stepdr_jax import files
 from stepdr_jax.runtime import checkpoint
 from tests.training import kills
+from tests.training.waiting import wait_for
 
 FIELDS = kills.TINY | {"midtrain1.steps": 40}
 
@@ -51,11 +51,3 @@ def test_a_run_that_is_preempted_killed_and_moved_between_processes_ends_with_th
 
 def latest(job) -> int:
     return (checkpoint.saved_steps(job.home / "checkpoints") or [0])[-1]
-
-
-def wait_for(processes, condition, seconds=180.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.01)

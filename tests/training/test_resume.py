@@ -15,8 +15,9 @@ import pytest
 from stepdr_jax import files
 from stepdr_jax.errors import UserError
 from stepdr_jax.runtime import checkpoint
-from stepdr_jax.training import loop, metrics, state
+from stepdr_jax.training import loop, state
 from tests.training import tiny
+from tests.training.stage_files import checkpoints, rows
 
 SCRIPT = Path(tiny.__file__)
 
@@ -25,21 +26,11 @@ def train(run_dir, **overrides):
     return loop.train(tiny.tiny_config(run_dir, **overrides), "midtrain1", loader=tiny.Memory(), vocab_size=tiny.VOCAB)
 
 
-def rows(run_dir):
-    """metrics.jsonl without timings."""
-    path = Path(run_dir) / "seed0" / "midtrain1" / "metrics.jsonl"
-    return [{k: v for k, v in row.items() if k not in metrics.TIMINGS} for row in files.read_jsonl(path)]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("whole")
     return run_dir, train(run_dir)
-
-
-def checkpoints(run_dir):
-    return Path(run_dir) / "seed0" / "midtrain1" / "checkpoints"
 
 
 def cut_back(source, target, step):
