@@ -340,4 +340,4 @@ FIELDS = section(
 
 def get_config() -> ConfigDict:
     """The defaults. Assigning to a field that does not exist raises an error."""
-    return configuration.build(FIELDS)
+    return configuration.build_config(FIELDS)

@@ -26,7 +26,7 @@ _OPTIONS = flags.DEFINE_string("beam_options", "", "further options of Beam's pi
 
 def main(config) -> None:
     began = time.monotonic()
-    configuration.save(config, RunLayout.from_config(config).data)
+    configuration.save_config(config, RunLayout.from_config(config).data)
     tokenizer = tokenizer_text.ensure_tokenizer(config)
     say(f"tokenizer  {tokenizer.vocab_size} tokens  {time.monotonic() - began:.0f}s elapsed")
     built = build.build_training_data(config, runner=_RUNNER.value, beam_options=shlex.split(_OPTIONS.value))

@@ -167,7 +167,7 @@ def load(path: str | os.PathLike) -> ConfigDict:
     if not path.is_file():
         raise UserError(_no_file(path))
     if path.suffix == ".json":
-        return configuration.load(path, base.FIELDS)
+        return configuration.load_config(path, base.FIELDS)
     config = _call_get_config(path)
     configuration.check_shape(config, base.FIELDS, f"config file {path}")
     return config

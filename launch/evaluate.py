@@ -32,7 +32,7 @@ def main(config) -> None:
         return _watch(config)
     names = FLAGS.stages or qa.trained_stages(config)
     if not all(qa.finished(config, stage) for stage in names):
-        configuration.save(config, RunLayout.from_config(config).seed_dir() / "eval")
+        configuration.save_config(config, RunLayout.from_config(config).seed_dir() / "eval")
         with tool_host.start_if_needed(config, f"seed{config.seed}.evaluate") as host:
             for stage in names:
                 qa.evaluate(config, stage, host)

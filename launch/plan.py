@@ -74,7 +74,7 @@ def main(config) -> int:
         )
         return _write(plans)
     if _TABLE.value:
-        plans = table.make(settings)
+        plans = table.make_table(settings)
         print("\n".join([report.markdown_header(), *map(report.markdown_row, plans)]))
         return _write(plans)
     slices = topology.parse(_TOPOLOGY.value, _SLICES.value)
@@ -83,7 +83,9 @@ def main(config) -> int:
         print(search.text(found))
         return _write(found)
     if stage == "ppo":
-        made = ppo_plan.plan(config, slices, settings, ppo_plan.Load.of(config, _EPISODE.value, _SAMPLED.value))
+        made = ppo_plan.plan(
+            config, slices, settings, ppo_plan.Load.from_config(config, _EPISODE.value, _SAMPLED.value)
+        )
         print(ppo_report.text(made))
     else:
         made = plan.plan(config, stage, slices, named, settings)

@@ -93,7 +93,7 @@ even = Rule("an even number above 0", lambda value: value > 0 and value % 2 == 0
 # ------------------------------------------------------------------------------------------------ reading and writing
 
 
-def build(declared: Section) -> ConfigDict:
+def build_config(declared: Section) -> ConfigDict:
     """The defaults. It is locked, except for sections with names of the user's choice."""
 
     def value(member: Field | Section) -> Any:
@@ -125,12 +125,12 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def save(config: ConfigDict, directory: Path) -> None:
+def save_config(config: ConfigDict, directory: Path) -> None:
     """Writes `config` to config.json in `directory`, which any command takes as --config."""
     files.write_json(directory / "config.json", config.to_dict())
 
 
-def load(path: Path, declared: Section) -> ConfigDict:
+def load_config(path: Path, declared: Section) -> ConfigDict:
     """Reads what `save` wrote: JSON's lists become tuples. Raises UserError that names the file and the field."""
     try:
         values = json.loads(path.read_text(), object_pairs_hook=lambda pairs: {k: _tuples(v) for k, v in pairs})
@@ -139,7 +139,7 @@ def load(path: Path, declared: Section) -> ConfigDict:
     if not isinstance(values, dict):
         raise UserError(f"config file {path}: expected an object of fields, got {type(values).__name__}")
     check_shape(ConfigDict(values), declared, f"config file {path}")
-    config = build(declared)
+    config = build_config(declared)
     for section in _open_sections(config, declared):
         for name in list(section):
             del section[name]

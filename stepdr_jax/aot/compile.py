@@ -67,7 +67,7 @@ class Request:
         return digest.hexdigest()[:24]
 
 
-def run(request: Request, *, limit: float = 900.0, cache: Path | None = None, label: str = "") -> dict:
+def compile_program(request: Request, *, limit: float = 900.0, cache: Path | None = None, label: str = "") -> dict:
     """The result of a compilation, from `cache` if it is there.
 
     Args:

@@ -79,7 +79,9 @@ def plan(
 def _program(config, stage, slices, name, settings: Settings, advice: bool) -> dict:
     save = str(settings.save / f"{config.name}-{stage}-{name}-{slices}.pickle") if settings.save else ""
     request = compile.Request(config, stage, name, str(slices), save=save, quick=settings.quick and not save)
-    result = compile.run(request, limit=settings.limit, cache=settings.cache, label=f"{name} step of {stage}")
+    result = compile.compile_program(
+        request, limit=settings.limit, cache=settings.cache, label=f"{name} step of {stage}"
+    )
     if result["status"] == "fits":
         model, section, mesh = model_of(config), config[stage], config.mesh
         tokens = section.seq_len * section.batch_size
@@ -191,7 +193,9 @@ def _largest(config, stage, slices, name, field, step, needed, limit, settings) 
         other = changed(config, stage, **{field: size})
         request = compile.Request(other, stage, name, str(slices), quick=True)
         try:
-            result = compile.run(request, limit=settings.limit, cache=settings.cache, label=f"{stage}.{field}={size}")
+            result = compile.compile_program(
+                request, limit=settings.limit, cache=settings.cache, label=f"{stage}.{field}={size}"
+            )
         except UserError:
             return 0
         if result["status"] == "fits":

@@ -83,7 +83,7 @@ def host_devices(slices: topology.Topology) -> int:
     return len(_hosts(slices)[0])
 
 
-def build(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Device]):
+def build_program(name: str, config: ConfigDict, mesh: Mesh, replica: Sequence[jax.Device]):
     """(what has .lower, abstract arguments) of program `name`; nothing is allocated.
 
     Args:

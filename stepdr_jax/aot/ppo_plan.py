@@ -40,7 +40,7 @@ class Load:
     sampled: int
 
     @classmethod
-    def of(cls, config: ConfigDict, tokens: int = 0, sampled: int = 0) -> "Load":
+    def from_config(cls, config: ConfigDict, tokens: int = 0, sampled: int = 0) -> "Load":
         """By default a quarter of the longest episode, and a quarter of it sampled. Raises UserError for more than
         there is."""
         longest = config.agent.max_episode_tokens
@@ -94,7 +94,7 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
 def _compiled(config, slices, name, settings: planning.Settings) -> dict:
     save = str(settings.save / f"{config.name}-ppo-{name}-{slices}.pickle") if settings.save else ""
     request = compile.Request(config, "ppo", name, str(slices), save=save, quick=settings.quick and not save)
-    result = compile.run(request, limit=settings.limit, cache=settings.cache, label=f"{name} of ppo")
+    result = compile.compile_program(request, limit=settings.limit, cache=settings.cache, label=f"{name} of ppo")
     if result["status"] == "fits" and name not in ("decode", "prefill"):
         model = planning.model_of(config)
         smallest = model.hidden_size * model.num_kv_heads * model.head_dim // config.mesh.tensor

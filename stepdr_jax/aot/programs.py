@@ -45,7 +45,7 @@ def places(config: ConfigDict, stage: str, slices: topology.Topology) -> tuple[j
     return ppo.places(slices, config) if stage == "ppo" else (topology.mesh_of(slices, config.mesh), [])
 
 
-def build(
+def build_program(
     name: str, config: ConfigDict, stage: str, mesh: jax.sharding.Mesh, replica: Sequence[jax.Device] = ()
 ) -> Built:
     """The program `name` of a stage on `mesh`, or of the sampler on `replica`; nothing is allocated.
@@ -54,5 +54,5 @@ def build(
         UserError: a size that does not divide; the message names the field.
     """
     if stage == "ppo":
-        return ppo.build(name, config, mesh, replica)
+        return ppo.build_program(name, config, mesh, replica)
     return PROGRAMS[name](config, stage, mesh)

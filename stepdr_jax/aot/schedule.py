@@ -62,7 +62,7 @@ class Instruction:
 Program = dict[str, list[Instruction]]  # computation -> its instructions in schedule order
 
 
-def read(directory: str | Path) -> Program:
+def read_schedule(directory: str | Path) -> Program:
     """The scheduled program of the one module dumped to `directory`.
 
     Raises:

@@ -46,8 +46,8 @@ def config_of(name: str, mesh: tuple[int, ...], seq_len: int, batch_size: int) -
     return planning.changed(config, "midtrain2", parallel=dict(context_strategy=strategy, vocab_tiles=tiles))
 
 
-def make(settings: planning.Settings) -> list[dict]:
-    """A plan of the train step for each row, code left out (see compile.run)."""
+def make_table(settings: planning.Settings) -> list[dict]:
+    """A plan of the train step for each row, code left out (see compile.compile_program)."""
     progress, plans = Progress("table of plans", len(ROWS), "rows"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache and Path(settings.cache))
     for name, mesh, seq_len, batch_size in ROWS:
@@ -75,7 +75,7 @@ def make_ppo(settings: planning.Settings, tokens: int = 0, sampled: int = 0) -> 
     progress, plans = Progress("table of plans", len(rows), "rows"), []
     quick = planning.Settings(quick=True, limit=settings.limit, cache=settings.cache)
     for name, config in rows:
-        load = ppo_plan.Load.of(config, tokens, sampled)
+        load = ppo_plan.Load.from_config(config, tokens, sampled)
         plans.append(ppo_plan.plan(config, topology.parse(name), quick, load))
         progress.update(slice=name)
     return plans

@@ -34,7 +34,7 @@ def compile_program(request: dict) -> dict:
     name, stage = request["program"], request["stage"]
     mesh, replica = programs.places(config, stage, slices)
     started = time.monotonic()
-    program, arguments = programs.build(name, config, stage, mesh, replica)
+    program, arguments = programs.build_program(name, config, stage, mesh, replica)
     if stage == "ppo":
         mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     lowered = program.lower(*arguments)
@@ -59,7 +59,7 @@ def compile_program(request: dict) -> dict:
         return result | {"status": "does not fit", "shortage": shortage} | _cost(lowered_at)
     result |= {"status": "fits", "memory": memory.by_kind(compiled.memory_analysis())} | _cost(lowered_at)
     result |= {"buffers": memory.top_buffers(dump)}
-    result |= {"collectives": collectives.summarise(schedule.read(dump), dict(mesh.shape))}
+    result |= {"collectives": collectives.summarise(schedule.read_schedule(dump), dict(mesh.shape))}
     if request.get("save"):
         result["saved"] = _save(compiled, Path(request["save"]))
     return result

@@ -116,7 +116,7 @@ def load(
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"checkpoint folder {directory} does not exist; give the folder that has its {hf_config.FILE}")
-    config, problems = hf_config.read(directory)
+    config, problems = hf_config.read_config(directory)
     found, wrong = safetensors.find(directory)
     problems += wrong
     if config is not None and found:
@@ -323,7 +323,7 @@ def save(
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
             files.write_json(hidden / safetensors.INDEX, index)
         widest = functools.reduce(jnp.promote_types, types.values())
-        content = hf_config.write(config, dtype=widest.name, max_position_embeddings=max_position_embeddings)
+        content = hf_config.write_config(config, dtype=widest.name, max_position_embeddings=max_position_embeddings)
         files.write_json(hidden / hf_config.FILE, content)
 
 

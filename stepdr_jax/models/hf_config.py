@@ -23,7 +23,7 @@ _SHAPE = {
 _YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
 
 
-def read(directory: Path) -> tuple[Qwen2Config | None, list[str]]:
+def read_config(directory: Path) -> tuple[Qwen2Config | None, list[str]]:
     """(config in float32, what is wrong with config.json); the config is None when anything is."""
     try:
         their = json.loads((directory / FILE).read_text())
@@ -58,7 +58,7 @@ def read(directory: Path) -> tuple[Qwen2Config | None, list[str]]:
     return config, []
 
 
-def write(config: Qwen2Config, *, dtype: str, max_position_embeddings: int | None = None) -> dict[str, Any]:
+def write_config(config: Qwen2Config, *, dtype: str, max_position_embeddings: int | None = None) -> dict[str, Any]:
     """The content of config.json.
 
     Args:

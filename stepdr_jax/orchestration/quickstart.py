@@ -53,7 +53,7 @@ def run_stages(
         if fresh:
             _empty(layout.root)
         process.check_space(layout.root, NEEDED_BYTES)
-        configuration.save(config, layout.root)
+        configuration.save_config(config, layout.root)
         ledger = _read_ledger(layout)
         todo = plan.plan(config, reference, seeds)
         view = _View(todo)

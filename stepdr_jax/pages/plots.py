@@ -73,9 +73,9 @@ def line_chart(
     ys = [scaled(v) for line in lines for v in line.y if math.isfinite(scaled(v))]
     if not ys:
         return nothing(title, "0 throughout")
-    x_axis = Axis.of(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=True)
+    x_axis = Axis.from_range(min(xs), max(xs), LEFT, WIDTH - RIGHT, whole=True)
     low, high = y_range or ((math.floor(min(ys)), math.ceil(max(ys))) if log else _robust(ys))
-    y_axis = Axis.of(low, high, HEIGHT - BOTTOM, TOP, fixed=y_range is not None, whole=log)
+    y_axis = Axis.from_range(low, high, HEIGHT - BOTTOM, TOP, fixed=y_range is not None, whole=log)
     y_axis = dataclasses.replace(y_axis, powers=log)
     labels = list(dict.fromkeys(line.label for line in lines))
     many = len(lines) > len(labels)
@@ -123,8 +123,8 @@ def share_chart(
     shares = {name: values for name, values in shares.items() if any(v > 0 for v in values)}
     if not shares or not x:
         return nothing(title, "no values were logged")
-    x_axis = Axis.of(min(x), max(x), LEFT, WIDTH - RIGHT, whole=True)
-    y_axis = Axis.of(0, 1, HEIGHT - BOTTOM, TOP, fixed=True)
+    x_axis = Axis.from_range(min(x), max(x), LEFT, WIDTH - RIGHT, whole=True)
+    y_axis = Axis.from_range(0, 1, HEIGHT - BOTTOM, TOP, fixed=True)
     parts = [_frame(x_axis, y_axis, x_label, "share")]
     floor = [0.0] * len(x)
     drawn = []
@@ -164,7 +164,7 @@ def dot_chart(
     step = max(26, 9 * max(len(dots) for _, dots in rows))
     height = TOP + step * len(rows) + BOTTOM
     low, high = x_range or (min([*finite, 0.0] if zero else finite), max([*finite, 0.0] if zero else finite))
-    x_axis = Axis.of(low, high, left, WIDTH - RIGHT - 6, fixed=x_range is not None)
+    x_axis = Axis.from_range(low, high, left, WIDTH - RIGHT - 6, fixed=x_range is not None)
     floor = height - BOTTOM
     parts = [_x_axis(x_axis, floor, x_label, TOP)]
     if zero and x_axis.low <= 0 <= x_axis.high:
@@ -207,7 +207,7 @@ def bar_chart(
     left = 16 + 6.4 * max(len(line) for lines in wrapped for line in lines)
     steps = [max(thick * len(values), 13 * len(lines)) + 9 for (_, values), lines in zip(rows, wrapped, strict=True)]
     height = TOP + sum(steps) + BOTTOM
-    axis = Axis.of(0, top, left, WIDTH - RIGHT - 44)
+    axis = Axis.from_range(0, top, left, WIDTH - RIGHT - 44)
     parts = [_x_axis(axis, height - BOTTOM, x_label, TOP)]
     y = TOP + 4.5
     for (_, values), lines, step in zip(rows, wrapped, steps, strict=True):
@@ -253,7 +253,7 @@ class Axis:
     powers: bool = False  # values are powers of ten
 
     @classmethod
-    def of(
+    def from_range(
         cls, low: float, high: float, start: float, end: float, *, fixed: bool = False, whole: bool = False
     ) -> "Axis":
         if high - low < 1e-12 * max(abs(low), abs(high), 1.0):

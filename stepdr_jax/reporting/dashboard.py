@@ -39,7 +39,7 @@ def render_dashboard(
         whole: show all metrics, whatever the height.
     """
     stage = stage or watched.latest() or ""
-    shown = watched.of(stage) if stage else []
+    shown = watched.stages_named(stage) if stage else []
     if not shown:
         what = f"{stage} has" if stage else "no stage has"
         return Group(Text(f"{watched.layout.root}: {what} written metrics yet; waiting", style="yellow"))
@@ -58,7 +58,7 @@ def _title(watched: FollowedRun, stage: str, plain: bool) -> Text:
     cut = "crop" if plain else "ellipsis"
     out = Text(str(watched.layout.root), style="bold", no_wrap=True, overflow=cut)
     for name in stages.with_metrics():
-        made = watched.of(name)
+        made = watched.stages_named(name)
         if made:
             all_done = all(one.done for one in made)
             mark = ("done" if plain else "✓") if all_done else "…" if not plain else "..."

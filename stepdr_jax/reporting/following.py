@@ -146,6 +146,6 @@ class FollowedRun:
             default=None,
         )
 
-    def of(self, stage: str) -> list[FollowedStage]:
+    def stages_named(self, stage: str) -> list[FollowedStage]:
         """One per seed that has this stage."""
         return [self.stages[seed, stage] for seed in self.seeds if (seed, stage) in self.stages]

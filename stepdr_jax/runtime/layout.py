@@ -4,7 +4,7 @@
     RUN/stages.json  report.html  report.json  judge_replies.sqlite
     RUN/seed<k>/<stage>/                                                `StageLayout`
     RUN/seed<k>/eval/<stage>.jsonl                                      evaluated episodes
-    config.json in RUN, corpus, data, eval and each stage's folder      started with this config (`configuration.save`)
+    config.json in RUN, corpus, data, eval and each stage's folder   what it started with (`configuration.save_config`)
 
 Checkpoints lie in the stage's folder, or in one of the same name below config.checkpointing.directory, which may be a
 bucket. This module does not import jax.

@@ -155,7 +155,7 @@ def record_stage(config: ConfigDict, stage: StageLayout, settings: dict[str, Any
     """Writes what a stage is made from, before it begins: settings, location of checkpoints, the whole config."""
     record_location(stage)
     files.write_json(stage.settings, settings)
-    configuration.save(config, stage.directory)
+    configuration.save_config(config, stage.directory)
 
 
 def record_location(stage: StageLayout) -> None:

@@ -45,7 +45,7 @@ def synthesize_corpus(config: ConfigDict, address: str, *, world_dir: str | Path
         return card
     corpus = RunLayout.from_config(config).corpus
     (corpus / "card.json").unlink(missing_ok=True)
-    configuration.save(config, corpus)
+    configuration.save_config(config, corpus)
     return asyncio.run(_run(config, address, world_dir, corpus, _fingerprint(config, world_dir)))
 
 

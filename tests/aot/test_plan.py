@@ -204,7 +204,7 @@ def test_32b_at_128k_on_128_chips_of_v5p(quick):
     """13 GiB a chip; hops hidden; gradients reduce-scattered. Quick and full compilation agree."""
     config, slices = midtrain_128k.get_config(), topology.parse("v5p:4x4x8")
     request = compile.Request(config, "midtrain2", "train", str(slices), quick=quick)
-    result = compile.run(request, limit=900)
+    result = compile.compile_program(request, limit=900)
     held = result["memory"]
     assert held["arguments"] + held["temporaries"] <= 13.0 * 2**30
     assert result["rss_bytes"] < 3 * 2**30
@@ -219,7 +219,7 @@ def test_32b_at_128k_on_128_chips_of_v5p(quick):
 @pytest.mark.parametrize("name", ["train", "eval"])
 def test_stopping_before_code_changes_nothing_but_code(name):
     def result(quick):
-        return compile.run(compile.Request(tiny(), "midtrain2", name, "v5p:2x2x1", quick=quick), limit=400)
+        return compile.compile_program(compile.Request(tiny(), "midtrain2", name, "v5p:2x2x1", quick=quick), limit=400)
 
     early, whole = result(True), result(False)
     assert early["collectives"] == whole["collectives"] and early["hlo_sha256"] == whole["hlo_sha256"]

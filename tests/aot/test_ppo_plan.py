@@ -86,7 +86,7 @@ def test_copies_of_the_actor_are_counted_where_the_settings_ask_for_them():
 @pytest.fixture
 def compiled(monkeypatch):
     monkeypatch.setattr(ppo_plan, "_compiled", lambda config, slices, name, settings: HELD[name])
-    return lambda config: ppo_plan.plan(config, SLICES, plan.Settings(), ppo_plan.Load.of(config))
+    return lambda config: ppo_plan.plan(config, SLICES, plan.Settings(), ppo_plan.Load.from_config(config))
 
 
 def test_as_many_pages_as_are_said_to_fit_do_and_no_more(compiled):
@@ -295,7 +295,7 @@ def test_configs_of_pods_suit_their_slice(config, slices, learners):
 @needs_libtpu
 def test_ppo_of_32b_at_128k_fits_on_128_chips():
     config = ppo_128k.get_config()
-    found = ppo_plan.plan(config, SLICES, plan.Settings(limit=900), ppo_plan.Load.of(config))
+    found = ppo_plan.plan(config, SLICES, plan.Settings(limit=900), ppo_plan.Load.from_config(config))
     none = found["placements"][0]
     assert found["fits"] and none["learning_bytes"] < 18 * GIB
     assert none["episodes"]["full_length"] == 256 and none["pages_that_fit"] > 9000

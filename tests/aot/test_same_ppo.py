@@ -40,7 +40,7 @@ def setting(tmp_path):
 
 
 def text_of(name, config, mesh):
-    program, arguments = planned.build(name, config, "ppo", mesh, jax.devices()[:1])
+    program, arguments = planned.build_program(name, config, "ppo", mesh, jax.devices()[:1])
     return program.lower(*arguments).as_text()
 
 

@@ -28,6 +28,6 @@ def test_the_loop_runs_the_program_that_the_planner_compiles(tmp_path, monkeypat
 
     monkeypatch.setattr(loop, "train_program", spied)
     loop.train(config, stage, loader=Memory(), vocab_size=config.tokenizer.vocab_size)
-    planned, abstract = programs.build("train", config, stage, make_mesh(**config.mesh))
+    planned, abstract = programs.build_program("train", config, stage, make_mesh(**config.mesh))
     assert ran == [planned.lower(*abstract).as_text()]
     assert len(ran[0]) > 10_000

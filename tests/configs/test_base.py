@@ -37,7 +37,7 @@ def test_a_config_of_the_repository_loads_and_its_json_gives_it_again(path, tmp_
     config = entry.load(path)
     config.run_dir = str(tmp_path)
     configuration.check_values(config, base.FIELDS)
-    configuration.save(config, tmp_path)
+    configuration.save_config(config, tmp_path)
     again = entry.load(tmp_path / "config.json")
     assert again.to_dict() == config.to_dict()
     assert {n: type(v) for n, v in configuration.fields(again)} == {n: type(v) for n, v in configuration.fields(config)}
@@ -48,7 +48,7 @@ def test_tuples_floats_and_empty_sections_survive_json(tmp_path):
     config.sft.mixture_schedule = ((5, dict(sft_deep_search=0.1 + 0.2)), (9, dict(sft_deep_search=1e-300)))
     config.synthesis.kind_weights = ConfigDict(dict(fact=1.0))
     config.model.rope_theta = 1e22
-    configuration.save(config, tmp_path)
+    configuration.save_config(config, tmp_path)
     again = entry.parse(["launch/sft.py", f"--config={tmp_path}/config.json", "--config.seed=7"])
     assert again.config_file == f"{tmp_path}/config.json" and again.seed == 7
     config.config_file, config.seed = again.config_file, 7
@@ -107,7 +107,7 @@ def test_rules_are_those_of_a_path_and_not_of_a_name():
 
 def test_one_line_declares_a_field():
     declared = section("Toy", **base.FIELDS.members | dict(toy=section("More", size=field(3, above(2), "in meters"))))
-    config = configuration.build(declared)
+    config = configuration.build_config(declared)
     configuration.override(config, "toy.size", "2")
     configuration.check_shape(config, declared)
     with pytest.raises(UserError, match="toy.size: expected a number above 2, got 2"):

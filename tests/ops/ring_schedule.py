@@ -50,7 +50,7 @@ def transfers(topology: str, barrier: bool):
     with tempfile.TemporaryDirectory() as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
         split.lower(*arrays, *tokens).compile(compiler_options=options)
-        return schedule.transfers(schedule.read(directory))
+        return schedule.transfers(schedule.read_schedule(directory))
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_one_spike_does_not_flatten_the_curve():
     ],
 )
 def test_ticks_are_told_apart(low, high, texts):
-    axis = plots.Axis.of(low, high, 200, 100, fixed=True)
+    axis = plots.Axis.from_range(low, high, 200, 100, fixed=True)
     told = [axis.text(tick) for tick in axis.ticks]
     assert len(set(told)) == len(told) and set(texts) <= set(told)
 
