@@ -13,11 +13,13 @@ HLO = """HloModule jit_f, is_scheduled=true
 %body (carry: (bf16[4,128], s32[])) -> (bf16[4,128], s32[]) {
   %carry = (bf16[4,128]{1,0:T(8,128)(2,1)}, s32[]) parameter(0)
   %kv = bf16[4,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%carry), index=0
-  %early = (bf16[4,128]{1,0}, bf16[4,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%kv),
-  source_target_pairs={{0,1},{1,0}} %late = (bf16[4,128]{1,0}, bf16[4,128]{1,0}, u32[]{:S(2)})
-  collective-permute-start(%kv), source_target_pairs={{0,1},{1,0}} %late.done = bf16[4,128]{1,0}
-  collective-permute-done(%late) %attend = (f32[4,128]{1,0}, f32[4]{0}) custom-call(%kv),
-  custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %early = (bf16[4,128]{1,0}, bf16[4,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%kv), \
+source_target_pairs={{0,1},{1,0}}
+  %late = (bf16[4,128]{1,0}, bf16[4,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%kv), \
+source_target_pairs={{0,1},{1,0}}
+  %late.done = bf16[4,128]{1,0} collective-permute-done(%late)
+  %attend = (f32[4,128]{1,0}, f32[4]{0}) custom-call(%kv), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 1024}"
 }}, metadata={op_name="splash"}
   %early.done = bf16[4,128]{1,0} collective-permute-done(%early)
