@@ -23,29 +23,33 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 %body (q: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %q = (s32[], bf16[8,128]) parameter(0)
   %x = bf16[8,128]{1,0} get-tuple-element(%q), index=1
-  %hop = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1,
-  source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}} %work = bf16[8,128]{1,0} fusion(%x),
-  kind=kOutput, calls=%product %hopped = bf16[8,128]{1,0} collective-permute-done(%hop)
-  %bare = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2,
-  source_target_pairs={{0,4},{4,0},{1,5},{5,1},{2,6},{6,2},{3,7},{7,3}} %bared = bf16[8,128]{1,0}
-  collective-permute-done(%bare) %sum = bf16[8,128]{1,0} all-reduce(%bared), channel_id=3,
-  replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add %one = s32[] get-tuple-element(%q), index=0
+  %hop = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=1, \
+source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}
+  %work = bf16[8,128]{1,0} fusion(%x), kind=kOutput, calls=%product
+  %hopped = bf16[8,128]{1,0} collective-permute-done(%hop)
+  %bare = (bf16[8,128]{1,0}, bf16[8,128]{1,0}, u32[], u32[]) collective-permute-start(%x), channel_id=2, \
+source_target_pairs={{0,4},{4,0},{1,5},{5,1},{2,6},{6,2},{3,7},{7,3}}
+  %bared = bf16[8,128]{1,0} collective-permute-done(%bare)
+  %sum = bf16[8,128]{1,0} all-reduce(%bared), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  %one = s32[] get-tuple-element(%q), index=0
   ROOT %out = (s32[], bf16[8,128]) tuple(%one, %sum)
 }
 
 %all-reduce-scatter.1 (input: f32[64,128]) -> f32[32,128] {
   %input = f32[64,128]{1,0} parameter(0)
-  ROOT %ar = f32[64,128]{1,0} all-reduce(%input), channel_id=4, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %ar = f32[64,128]{1,0} all-reduce(%input), channel_id=4, replica_groups={{0,4},{1,5},{2,6},{3,7}}, \
+to_apply=%add
 }
 
 ENTRY %main (w: bf16[8,128], g: f32[64,128]) -> bf16[8,128] {
   %w = bf16[8,128]{1,0} parameter(0)
   %g = f32[64,128]{1,0} parameter(1)
   %zero = s32[] constant(0)
-  %whole = bf16[32,128]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0},
-  metadata={op_name="jit(step)/gather"} %part = bf16[2,128]{1,0} reduce-scatter(%w), channel_id=6,
-  replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0} %scatter = f32[32,128]{1,0} fusion(%g), kind=kCustom,
-  calls=%all-reduce-scatter.1 %start = (s32[], bf16[8,128]) tuple(%zero, %w)
+  %whole = bf16[32,128]{1,0} all-gather(%w), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}, \
+metadata={op_name="jit(step)/gather"}
+  %part = bf16[2,128]{1,0} reduce-scatter(%w), channel_id=6, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %scatter = f32[32,128]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = (s32[], bf16[8,128]) tuple(%zero, %w)
   %loop = (s32[], bf16[8,128]) while(%start), condition=%cond, body=%body
   ROOT %last = bf16[8,128]{1,0} get-tuple-element(%loop), index=1
 }
