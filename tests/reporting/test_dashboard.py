@@ -61,10 +61,10 @@ def test_rows_are_read_as_they_come_and_half_a_line_waits(tmp_path):
     one = watched(tmp_path)
     with open(path, "a") as file:
         file.write('{"iteration": 5, "rew')
-    assert not one.poll() and one.of("ppo")[0].made == 5
+    assert not one.poll() and one.stages_named("ppo")[0].made == 5
     with open(path, "a") as file:
         file.write('ard": 0.5}\n')
-    assert one.poll() and one.of("ppo")[0].last["reward"] == 0.5
+    assert one.poll() and one.stages_named("ppo")[0].last["reward"] == 0.5
 
 
 def test_a_resumed_run_drops_rows_past_its_checkpoint(tmp_path):
@@ -73,7 +73,7 @@ def test_a_resumed_run_drops_rows_past_its_checkpoint(tmp_path):
     truncate_rows(path, 1, key="iteration")
     files.append_jsonl(path, row(2, reward=9.0))
     assert one.poll()
-    assert one.of("ppo")[0].series("reward") == pytest.approx([0.0, 0.1, 9.0])
+    assert one.stages_named("ppo")[0].series("reward") == pytest.approx([0.0, 0.1, 9.0])
 
 
 def test_an_appended_iteration_that_was_done_before_replaces_the_later_ones(tmp_path):
@@ -81,7 +81,7 @@ def test_an_appended_iteration_that_was_done_before_replaces_the_later_ones(tmp_
     one = watched(tmp_path)
     files.append_jsonl(path, row(2, reward=7.0))
     one.poll()
-    assert one.of("ppo")[0].series("reward") == pytest.approx([0.0, 0.1, 7.0])
+    assert one.stages_named("ppo")[0].series("reward") == pytest.approx([0.0, 0.1, 7.0])
 
 
 def test_lines_that_are_no_rows_are_counted_not_fatal(tmp_path):
@@ -95,7 +95,7 @@ def test_a_file_that_goes_away_keeps_what_was_read(tmp_path):
     path = ppo(tmp_path)
     one = watched(tmp_path)
     path.unlink()
-    assert not one.poll() and one.of("ppo")[0].made == 5
+    assert not one.poll() and one.stages_named("ppo")[0].made == 5
 
 
 def test_a_dead_run_says_so_and_how_long_ago(tmp_path):
