@@ -21,13 +21,18 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 DUMP = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/" version="0.11" xml:lang="en">
  <siteinfo><sitename>Wikipedia</sitename><base>https://en.wikipedia.org/wiki/Main_Page</base></siteinfo>
  <page><title>Alan Turing</title><ns>0</ns><id>1208</id><revision><id>5</id><text xml:space="preserve">{{Infobox person
-| name = Alan {{nowrap|Turing}} }} '''Alan Turing'''&lt;ref name="a"&gt;{{cite web|x}}&lt;/ref&gt; was a
-[[mathematician]] of the [[United Kingdom|British]] Isles.&lt;ref name="b" /&gt; [[File:Turing.jpg|thumb|A [[statue]]
-of him]] == Work == * He wrote [https://example.org a paper] &amp;nbsp;in 1936. {| class="wikitable" | cell |}
+| name = Alan {{nowrap|Turing}}
+}}
+'''Alan Turing'''&lt;ref name="a"&gt;{{cite web|x}}&lt;/ref&gt; was a [[mathematician]] of the [[United Kingdom|British]] Isles.&lt;ref name="b" /&gt;
+[[File:Turing.jpg|thumb|A [[statue]] of him]]
+== Work ==
+* He wrote [https://example.org a paper] &amp;nbsp;in 1936.
+{| class="wikitable"
+| cell
+|}
 [[Category:Mathematicians]]</text></revision></page>
- <page><title>A. Turing</title><ns>0</ns><id>2</id><redirect title="Alan Turing" /><revision><text>#REDIRECT [[Alan
- Turing]]</text></revision></page> <page><title>Talk:Alan
- Turing</title><ns>1</ns><id>3</id><revision><text>Chat</text></revision></page>
+ <page><title>A. Turing</title><ns>0</ns><id>2</id><redirect title="Alan Turing" /><revision><text>#REDIRECT [[Alan Turing]]</text></revision></page>
+ <page><title>Talk:Alan Turing</title><ns>1</ns><id>3</id><revision><text>Chat</text></revision></page>
  <page><title>Empty</title><ns>0</ns><id>4</id><revision><text>{{stub}}</text></revision></page>
 </mediawiki>"""
 

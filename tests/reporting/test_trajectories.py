@@ -181,16 +181,17 @@ def browser():
 
 
 CONTRAST = """() => {
-  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour;
-  c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; }; const over = (a, b) => [0, 1, 2].map((i) =>
-  a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255)); const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255;
-  return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor); let least = 99; for (const
-  name of ["", "below", "rare"]) {
-    const span = document.querySelector(".turn").appendChild(document.createElement("span")); span.className = name;
-    span.style.setProperty("--k", "1"); const style = getComputedStyle(span), a =
-    light(over(paint(style.backgroundColor), card)), b = light(paint(style.color)); least = Math.min(least,
-    (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)); span.remove();
+  const paint = (colour) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = colour; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data]; };
+  const over = (a, b) => [0, 1, 2].map((i) => a[i] * a[3] / 255 + b[i] * (1 - a[3] / 255));
+  const light = (c) => { const [r, g, b] = c.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const card = paint(getComputedStyle(document.querySelector(".viewer")).backgroundColor);
+  let least = 99;
+  for (const name of ["", "below", "rare"]) {
+    const span = document.querySelector(".turn").appendChild(document.createElement("span"));
+    span.className = name; span.style.setProperty("--k", "1");
+    const style = getComputedStyle(span), a = light(over(paint(style.backgroundColor), card)), b = light(paint(style.color));
+    least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
+    span.remove();
   }
   return least;
 }"""
