@@ -1,4 +1,4 @@
-"""Start of every command: flags, config, and errors as one line that names the fix.
+"""Start of every command: flags, config, and one-line errors that say how to fix them.
 
 A script defines `main(config)` and ends with `entry.run(main, __doc__)`. Its own flags are absl flags. Exit codes:
 0 done, 1 a bug (with its stack trace), 2 something the user can fix, 75 preempted or another process lost: run the same
@@ -94,7 +94,7 @@ def guarded(work: Callable[[], Any]) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """Returns one line that names the fix, or None for a bug, which needs its stack trace."""
+    """Returns one line that says how to fix it, or None for a bug, which needs its stack trace."""
     seen = set()
     cause: BaseException | None = error
     while cause is not None and id(cause) not in seen:

@@ -11,7 +11,7 @@ RETRIED_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
 class EndpointError(Exception):
-    """An endpoint refused, was unreachable or sent no JSON object; the text names the fix."""
+    """An endpoint refused, was unreachable or sent no JSON object; the text says how to fix it."""
 
 
 class Endpoint:

@@ -7,4 +7,4 @@ exception is a bug and keeps its trace.
 
 
 class UserError(Exception):
-    """A problem whose fix is outside the code; the message names the fix."""
+    """A problem whose fix is outside the code; the message says how to fix it."""

@@ -2,7 +2,7 @@
 
 
 class ToolHostError(Exception):
-    """An error that the operator can fix, such as a port or a path. The message names the fix."""
+    """An error that the operator can fix, such as a port or a path. The message says how to fix it."""
 
 
 class ToolError(Exception):

@@ -1,6 +1,6 @@
 """The Qwen2.5 decoder as pure functions on a parameter tree, shared by trainer and sampler, and its NNX wrapper.
 
-Parameters are a nested dict; every leaf under "layers" has a leading layer axis from initialisation to disk:
+Parameters are a nested dict; every leaf under "layers" has a leading layer axis from initialization to disk:
 
     embedding [V, D]                 unembedding [V, D] (absent when embeddings are tied)
     final_norm [D]
@@ -80,7 +80,7 @@ class Qwen2Config:
 
 
 def param_shapes(config: Qwen2Config) -> dict:
-    """The parameter tree as jax.ShapeDtypeStruct leaves: the one declaration that initialisation and loading follow."""
+    """The parameter tree as jax.ShapeDtypeStruct leaves: the one declaration that initialization and loading follow."""
     c = config
     L, D, F, V = c.num_layers, c.hidden_size, c.intermediate_size, c.vocab_size
     heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

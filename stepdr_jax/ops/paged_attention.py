@@ -93,7 +93,7 @@ def attend(q_BTHK, pages, table_BM, positions_BT):
 
 
 def _weighted_values(weights_BNGTS, v_BNSK):
-    """Unnormalised attention output, float32[B, N, G, T, K]."""
+    """Unnormalized attention output, float32[B, N, G, T, K]."""
     G, T = weights_BNGTS.shape[2:4]
     if T == 1 and G > 1 and jax.default_backend() == "cpu":
         # One query a row: a fused multiply and sum is twice as fast on CPU as many tiny matrix products; with one query

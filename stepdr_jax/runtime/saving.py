@@ -132,7 +132,7 @@ class Saver:
     # ------------------------------------------------------------------------------------------------------ details
 
     def _clear(self, step: int) -> None:
-        """Removes what killed writers left and what this save replaces."""
+        """Removes unfinished files of killed processes, and what this save replaces."""
         if isinstance(self.directory, Path):
             self.directory.mkdir(parents=True, exist_ok=True)
             for leftover in self.directory.glob(f"{HIDDEN}*"):
