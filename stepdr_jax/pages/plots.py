@@ -262,7 +262,8 @@ class Axis:
         if not fixed and not whole:
             pad = 0.04 * (high - low)
             low, high = (low - pad if low != 0 else low), high + pad
-        label = 46 if end > start else 30  # units that a tick's text takes beside, or above, the next one
+        # Units that a tick's text takes beside, or above, the next one: about 5.5 a character.
+        label = max(46, 16 + 5.5 * len(f"{high:,.0f}")) if end > start else 30
         room = max(1, min(6, int(abs(end - start) / label)))
         return cls(low, high, start, end, ticks(low, high, count=room, whole=whole))
 

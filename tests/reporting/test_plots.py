@@ -108,6 +108,13 @@ def test_ticks_are_told_apart(low, high, texts):
     assert len(set(told)) == len(told) and set(texts) <= set(told)
 
 
+def test_texts_of_large_ticks_do_not_touch():
+    axis = plots.Axis.from_range(0, 3_043_549, 180, 480)
+    widest = max(5.5 * len(axis.text(tick)) for tick in axis.ticks)
+    gaps = [axis(right) - axis(left) for left, right in zip(axis.ticks, axis.ticks[1:], strict=False)]
+    assert len(axis.ticks) >= 2 and min(gaps) > widest + 6
+
+
 def test_a_log_axis_has_powers_of_ten_and_leaves_out_what_has_none():
     chart = plots.line_chart(
         [plots.Line("a", [0, 1, 2, 3], [1e-6, 0.0, 1e-2, math.nan])], title="t", x_label="x", log=True

@@ -51,7 +51,7 @@ const tokenView = (episode, vocabulary, scales) => {
   data.runs.forEach((length, run) => {
     const end = at + length;
     if (length && run % 2 === 0) {
-      const label = `${turn ? "Observation" : "Prompt"} · ${length} tokens given`;
+      const label = `${turn ? "Observation" : "Prompt"} · ${length} tokens, not sampled`;
       box.append(el("div", "given", el("div", "who", label), unmasked(texts.slice(at, end).join(""))));
     } else if (length) {
       turn += 1; turns.push(spans.length);
