@@ -22,7 +22,7 @@ from stepdr_jax.errors import UserError
 from stepdr_jax.records import Task
 from stepdr_jax.rl import recordings
 from stepdr_jax.rl.rollouts import Rollout
-from stepdr_jax.runtime import distributed
+from stepdr_jax.runtime import distributed, stages
 
 _LENGTH = 8  # bytes of the length before the rows
 
@@ -109,10 +109,10 @@ def tools_for_process(
         return
     machines = set(distributed.gather_bytes(socket.gethostname().encode()))
     if len(machines) > 1:
+        command = stages.command_line("launch.serve_tools", config, "--host=0.0.0.0", seed=False)
         raise UserError(
             f"tools.address: the processes are on {len(machines)} machines, which cannot share a tool host on "
-            "loopback; start python -m launch.serve_tools where all can reach it and pass its "
-            "--config.tools.address=host:port"
+            f"loopback; start {command} where all can reach it and pass its --config.tools.address=host:port"
         )
     with start_host() if distributed.is_lead() else contextlib.nullcontext() as host:
         address = distributed.gather_bytes(b"" if host is None else host.address.encode())[0].decode()

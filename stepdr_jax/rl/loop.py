@@ -126,7 +126,7 @@ def replay_ppo(config: ConfigDict, inputs: PPOInputs) -> dict:
     Writes to ppo_replay beside ppo. With the run's settings it ends with the same weights; with others it shows their
     effect on the same rollouts (which are then off-policy: watch kl and clip_fraction).
     """
-    recorded = ReplayedRollouts(inputs, ppo_layout(config).iterations)
+    recorded = ReplayedRollouts(inputs, ppo_layout(config).iterations, command=stages.command_of("ppo", config))
     iterations = min(recorded.count, config.ppo.iterations)
     return _require_done(asyncio.run(_train(config, inputs, replay_layout(config), iterations, recorded)))
 

@@ -252,15 +252,16 @@ class ReplayedRollouts:
 
     Args:
         directory: the recordings, of any run over the same tasks.
+        command: that makes them, for the error where there are none.
     """
 
-    def __init__(self, inputs: PPOInputs, directory: Path):
+    def __init__(self, inputs: PPOInputs, directory: Path, *, command: str = "python -m launch.ppo"):
         self.directory, self._tasks = directory, {task.id: task for task in inputs.tasks}
         self.count, self.collective_lock = 0, asyncio.Lock()
         while recordings.recording_paths(directory, self.count)[1].exists():
             self.count += 1
         if not self.count:
-            raise UserError(f"{directory} has no recorded iterations; run python -m launch.ppo first")
+            raise UserError(f"{directory} has no recorded iterations; run {command} first")
 
     async def rollouts(self, iteration: int) -> list[Rollout]:
         return recordings.load_rollouts(self.directory, iteration, self._tasks) or []
