@@ -76,7 +76,7 @@ def plan(config: ConfigDict, slices: topology.Topology, settings: planning.Setti
         "microbatch_sequences": config.ppo.microbatch_sequences,
         "parallel": config.parallel.to_dict() | {"remat": config.ppo.remat},
         "placement": config.placement.to_dict(),
-        "sampler": config.sampler.to_dict(),
+        "sampler": config.sampler.to_dict() | {"urls": list(config.sampler.urls)},
         "load": dataclasses.asdict(load),
         "programs": held,
     }
