@@ -109,7 +109,7 @@ def tools_for_process(
         return
     machines = set(distributed.gather_bytes(socket.gethostname().encode()))
     if len(machines) > 1:
-        command = stages.command_line("launch.serve_tools", config, "--host=0.0.0.0", seed=False)
+        command = stages.command_line("launch.serve_tools", config, "--host=0.0.0.0")
         raise UserError(
             f"tools.address: the processes are on {len(machines)} machines, which cannot share a tool host on "
             f"loopback; start {command} where all can reach it and pass its --config.tools.address=host:port"
