@@ -105,7 +105,10 @@ def _compiled(config, slices, name, settings: planning.Settings) -> dict:
 def state_bytes(config: ConfigDict, held: dict) -> dict[str, int]:
     """Bytes on one of the learner's devices of all that it keeps between iterations, by buffer."""
     found = {
-        buffer: size for program in held.values() for buffer, size in program["buffers"].items() if buffer in STATE
+        buffer: size
+        for program in held.values()
+        for buffer, size in program["argument_bytes"].items()
+        if buffer in STATE
     }
     state = {buffer: found[buffer] for buffer in STATE}
     if config.ppo.kl_coefficient:
@@ -119,15 +122,17 @@ def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
     """What is on a device in each phase of an iteration: {"phase", "device" (learner, sampler or any), "bytes" by
     buffer, "total"}."""
     state, colocated = state_bytes(config, held), config.placement.sampler == "colocated"
-    sampler = {buffer: held["decode"]["buffers"][buffer] for buffer in ("sampler weights", "pages")}
+    sampler = {buffer: held["decode"]["argument_bytes"][buffer] for buffer in ("sampler weights", "pages")}
 
     def kept(*working: str) -> dict[str, int]:
         return {buffer: size for buffer, size in state.items() if offload == "none" or buffer in working}
 
     def row(phase: str, device: str, there: dict[str, int], program: dict) -> dict:
-        given = {buffer: size for buffer, size in program["buffers"].items() if buffer.endswith("gradient")}
+        given = {buffer: size for buffer, size in program["argument_bytes"].items() if buffer.endswith("gradient")}
         counted = sum(
-            size for buffer, size in program["buffers"].items() if buffer in there or buffer == "part of actor weights"
+            size
+            for buffer, size in program["argument_bytes"].items()
+            if buffer in there or buffer == "part of actor weights"
         )
         rest = program["memory"]["total"] - counted - sum(given.values())
         parts = there | given | {"temporaries": rest}
@@ -147,7 +152,7 @@ def phases(config: ConfigDict, offload: str, held: dict) -> list[dict]:
 def _placement(config, offload, held, hosts, slices, load: Load) -> dict:
     listed, limit = phases(config, offload, held), slices.generation.hbm
     sampling = next(row for row in listed if row["phase"] == "sampling")
-    s, pages = config.sampler, held["decode"]["buffers"]["pages"]
+    s, pages = config.sampler, held["decode"]["argument_bytes"]["pages"]
     replicas = s.replicas * s.pools
     count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
     page_bytes = pages / count
@@ -192,7 +197,7 @@ def _advise(config, slices, name, program, settings) -> list[str]:
     """What to change for a program that does not fit by itself; a number of pages named has been compiled."""
     over = program["shortage"]["needed"] - program["shortage"]["limit"]
     if name in ("decode", "prefill"):
-        s, pages = config.sampler, program["buffers"]["pages"]
+        s, pages = config.sampler, program["argument_bytes"]["pages"]
         replicas = s.replicas * s.pools
         count = s.num_pages // replicas if s.num_pages else (s.max_num_seqs // replicas) * _columns(config)
         fewer = (count - math.ceil(over * 1.02 / (pages / count))) * replicas

@@ -132,7 +132,7 @@ def estimate(config: ConfigDict, held: dict, hosts: int, slices: Topology, load,
     }
     each = {name: _seconds(config, model, name, held[name], slices) for name in number}
     learning = {name: number[name] * each[name] for name in number}
-    way = held["decode"]["buffers"]["sampler weights"] / slices.generation.speeds.link
+    way = held["decode"]["argument_bytes"]["sampler weights"] / slices.generation.speeds.link
     turns = sum(sampling.values()), sum(learning.values())
     ahead = config.placement.sampler == "disaggregated" and c.staleness > 0  # both at once
     return {

@@ -45,7 +45,7 @@ def compile_program(request: dict) -> dict:
         "hlo_sha256": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
     }
     if stage == "ppo":
-        result["buffers"] = ppo.bytes_by_buffer(name, arguments)
+        result["argument_bytes"] = ppo.bytes_by_buffer(name, arguments)
         result["host_devices"] = ppo.host_devices(slices)
     dump = Path(request["dump"])
     if request["quick"]:

@@ -44,7 +44,7 @@ def made_up(name):
     memory = dict(arguments=arguments, outputs=0, aliased=0, temporaries=temporaries, total=arguments + temporaries)
     return dict(
         status="fits",
-        buffers=buffers,
+        argument_bytes=buffers,
         memory=memory,
         collectives=[],
         host_devices=4,
@@ -106,7 +106,7 @@ def test_as_many_pages_as_are_said_to_fit_do_and_no_more(compiled):
 def test_parts_that_fit_alone_but_not_together_say_what_to_change(compiled, monkeypatch):
     big = copy.deepcopy(HELD)
     for name in ppo.SAMPLER:
-        big[name]["buffers"]["pages"] = 78 * GIB
+        big[name]["argument_bytes"]["pages"] = 78 * GIB
         big[name]["memory"]["arguments"] = big[name]["memory"]["total"] = 93 * GIB
     monkeypatch.setattr(ppo_plan, "_compiled", lambda config, slices, name, settings: big[name])
     found = compiled(ppo_128k.get_config())
@@ -255,8 +255,10 @@ def test_a_program_of_ppo_compiles_for_a_tpu_and_updates_in_place(name):
     result = ppo_plan._compiled(tiny(), topology.parse("v5p:2x2x1"), name, plan.Settings(limit=400))
     assert result["status"] == "fits" and result["host_devices"] == 4
     kept = "pages" if name == "decode" else "actor gradient"
-    assert result["memory"]["aliased"] == pytest.approx(result["buffers"][kept], rel=0.1)  # donated: never there twice
-    assert sum(result["buffers"].values()) == pytest.approx(result["memory"]["arguments"], rel=0.1)
+    assert result["memory"]["aliased"] == pytest.approx(
+        result["argument_bytes"][kept], rel=0.1
+    )  # donated: never there twice
+    assert sum(result["argument_bytes"].values()) == pytest.approx(result["memory"]["arguments"], rel=0.1)
 
 
 def test_presets_say_where_every_value_is_from_and_suit_any_size():
@@ -301,10 +303,10 @@ def test_ppo_of_32b_at_128k_fits_on_128_chips():
     assert none["episodes"]["full_length"] == 256 and none["pages_that_fit"] > 9000
     held = found["programs"]
     for name, donated in (("actor", "actor gradient"), ("critic", "critic gradient"), ("decode", "pages")):
-        assert held[name]["memory"]["aliased"] == pytest.approx(held[name]["buffers"][donated], rel=0.01)
+        assert held[name]["memory"]["aliased"] == pytest.approx(held[name]["argument_bytes"][donated], rel=0.01)
     for name in ("update_actor", "update_critic"):  # weights and moments in place, nothing beside them
         network = name.removeprefix("update_")
-        kept = held[name]["buffers"][f"{network} weights"] + held[name]["buffers"][f"{network} moments"]
+        kept = held[name]["argument_bytes"][f"{network} weights"] + held[name]["argument_bytes"][f"{network} moments"]
         assert held[name]["memory"]["aliased"] == pytest.approx(kept, rel=0.01)
         assert held[name]["memory"]["temporaries"] < 2**28
     assert held["transfer"]["memory"]["temporaries"] < 4 * GIB  # cuts, not whole stacks
