@@ -187,7 +187,13 @@ def test_live_it_follows_and_leaves_cleanly(tmp_path):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "launch.watch", f"--run_dir={tmp_path}", "--seconds=0.1"]
     running = subprocess.Popen(
-        command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": "xterm"}
+        command,
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
     )
     os.close(theirs)
 
@@ -199,10 +205,14 @@ def test_live_it_follows_and_leaves_cleanly(tmp_path):
         assert wanted in seen
         return seen
 
-    until(b"iteration 5")
-    files.append_jsonl(path, row(5))
-    until(b"iteration 6")
-    running.send_signal(signal.SIGINT)
-    last = until(b"\x1b[?1049l")  # the screen is given back
-    assert running.wait(20) == 0 and b"Traceback" not in last
-    os.close(ours)
+    try:
+        until(b"iteration 5")
+        files.append_jsonl(path, row(5))
+        until(b"iteration 6")
+        running.send_signal(signal.SIGINT)
+        last = until(b"\x1b[?1049l")  # the screen is given back
+        assert running.wait(20) == 0 and b"Traceback" not in last
+    finally:
+        running.kill()
+        running.wait()
+        os.close(ours)
