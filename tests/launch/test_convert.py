@@ -106,7 +106,7 @@ def test_what_an_interrupted_conversion_left_is_not_in_the_way(folder, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save", interrupted)
+        patched.setattr(checkpoint, "save_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(f"--hf={folder}", f"--out={tmp_path / 'start'}")
     assert checkpoint.saved_steps(tmp_path / "start") == []
