@@ -81,7 +81,8 @@ def run_ppo(config: ConfigDict, start_host: Callable[[], contextlib.AbstractCont
 def read_inputs(config: ConfigDict) -> PPOInputs:
     """Reads PPO's inputs from the run directory. Raises UserError naming what is missing and how to make it."""
     run = RunLayout.from_config(config)
-    parent = provenance.require_finished(config, "sft")["params_sha256"]
+    parent = stages.parent_of(config, "ppo")
+    parent_sha256 = provenance.require_finished(config, parent)["params_sha256"]
     model, devices = (
         Qwen2Config.from_config(config.model, state.vocab_size(config)),
         DevicePlacement.from_config(config),
@@ -107,11 +108,11 @@ def read_inputs(config: ConfigDict) -> PPOInputs:
     return PPOInputs(
         tokenizer=tokenizer,
         model=model,
-        read_actor=lambda: state.load_params(config, config.seed, "sft", shardings),
+        read_actor=lambda: state.load_params(config, config.seed, parent, shardings),
         tasks=tasks,
         rubric_sets=rubric_sets,
         judge=make_judge(config, names),
-        origin=f"sft {parent[:16]}, tasks {digest.hexdigest()[:16]}",
+        origin=f"{parent} {parent_sha256[:16]}, tasks {digest.hexdigest()[:16]}",
     )
 
 

@@ -125,7 +125,7 @@ def test_model_flops_are_those_of_the_planner_for_one_segment_and_less_for_short
     from stepdr_jax.aot import roofline
 
     model, context = SIZES["32B"], 4096
-    work = roofline.work_of(model, context=context, batch=1, remat="none", strategy="none", shards=1, zigzag=False)
+    work = roofline.work_of(model, seq_len=context, batch_size=1, remat="none", strategy="none", shards=1, zigzag=False)
     whole = training_flops(model, tokens=context, pairs=context * (context + 1) / 2)
     assert whole == pytest.approx(work.model)
     halves = training_flops(model, tokens=context, pairs=2 * (context // 2) * (context // 2 + 1) / 2)
