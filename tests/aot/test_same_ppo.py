@@ -49,7 +49,7 @@ def test_the_learner_runs_the_programs_that_the_planner_compiles(tmp_path):
     learning = learner.PPOConfig.from_config(config, model, mesh)
     state = learner.init_state(qwen2.init_params(model, jax.random.key(0)), learning, jax.random.key(0))
     state = jax.device_put(state, rules.param_shardings(state, mesh))
-    E, T = 4, learning.context  # every token but the first is sampled, so that actions have the widest shape
+    E, T = 4, learning.seq_len  # every token but the first is sampled, so that actions have the widest shape
     mask_ET = np.ones((E, T), bool)
     mask_ET[:, 0] = False
     tokens_ET = np.random.default_rng(0).integers(0, 320, (E, T)).astype(np.int32)
@@ -59,14 +59,14 @@ def test_the_learner_runs_the_programs_that_the_planner_compiles(tmp_path):
     )
     ran = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("logprobs", "values", "actor_gradients", "critic_gradients", "apply"):
+        for name in ("logprobs", "values", "actor_gradients", "critic_gradients", "apply_gradient"):
             spy(patch, ppo, name, ran)
         learner.update(state, episodes, learning, 0)
     asked = {"logprobs": "logprobs", "values": "values", "actor": "actor_gradients", "critic": "critic_gradients"}
     for name, function in asked.items():
         assert ran[function] == {text_of(name, config, mesh)}, name
         assert len(text_of(name, config, mesh)) > 5_000
-    assert ran["apply"] == {text_of("update_actor", config, mesh), text_of("update_critic", config, mesh)}
+    assert ran["apply_gradient"] == {text_of("update_actor", config, mesh), text_of("update_critic", config, mesh)}
 
 
 def test_the_sampler_runs_the_programs_that_the_planner_compiles(tmp_path):
