@@ -67,7 +67,7 @@ def test_separate_roles_share_no_device(found):
         ({"sampler.tensor": 3}, "expected at most the 1 devices of a process, got 3"),
         ({"placement.sampler": "disaggregated"}, "the 1 devices of a process, and one for the learner, got 1"),
         ({"mesh.fsdp": 2}, "product is the 1 devices"),
-        ({"ppo.staleness": 1, "placement.offload": "idle"}, "needs its own devices; set placement.sampler=disaggregated"),
+        ({"ppo.staleness": 1, "placement.offload": "idle"}, "its own devices; set placement.sampler=disaggregated"),
     ],
 )
 def test_roles_that_the_devices_cannot_have_are_named(tmp_path, fields, message):
