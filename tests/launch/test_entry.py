@@ -1,4 +1,4 @@
-"""Whatever a person types wrong becomes one line that names the fix; what is right reaches the script."""
+"""Mistyped input gets a one-line message that says how to fix it; correct input reaches the script."""
 
 import errno
 import subprocess

@@ -1,4 +1,4 @@
-"""PPO on a real run's data while everything around it breaks, compared to the same PPO left in peace.
+"""PPO on a real run's data while everything around it breaks, compared to the same PPO without faults.
 
     python -m tests.rl.breakage --run_dir=runs/miniature --what=faults
     python -m tests.rl.breakage --run_dir=runs/miniature --what=kills --kills=9

@@ -1,4 +1,4 @@
-"""A run that is killed, damaged or given another config ends with the same bits, or one line that names the fix."""
+"""A run that is killed or damaged ends with the same bits; another config gets a one-line error with the fix."""
 
 import errno
 import json
